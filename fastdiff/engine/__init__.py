@@ -1,0 +1,1 @@
+"""Tables to images: noise, the row op and its executors, the loop."""

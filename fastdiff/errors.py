@@ -1,0 +1,26 @@
+"""Errors every layer may raise: what was wrong, what was got, what was expected, how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BackendUnavailable(RuntimeError):
+    """An executor was asked for that this machine or this install does not have.
+
+    Carries `reason` (why it is not there) and `fix` (what to do about it).
+    """
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(f"{reason}. To fix it: {fix}")
+        self.reason = reason
+        self.fix = fix
+
+
+def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a registry: it lists the close names first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(got), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    return ValueError(f"Unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")
