@@ -1,0 +1,216 @@
+"""The row op: one schema, one set of checks, one fake implementation, and the choice of executor.
+
+May import: fastdiff.kernels and the compiled extension (through engine.native), the reference.
+An executor is chosen once, when a plan is bound to a device (`bind`); nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, reference
+
+_ARGUMENTS = (
+    "Tensor(a!) state, Tensor model_out, Tensor(b!)? model_in, Tensor(c!)? model_time, Tensor coef, Tensor ids, "
+    "Tensor(d!) row, Tensor seed, Tensor guidance, Tensor? noise, Tensor(e!)? denoised, Tensor(f!) status, "
+    "Tensor(g!) ticket"
+)
+_library = torch.library.Library("fastdiff", "DEF")
+_library.define(f"affine_step({_ARGUMENTS}, str executor) -> ()")
+
+MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class StepTensors:
+    """Everything one row reads and writes; B samples of shape S, K registers, R rows.
+
+    state: fp32 [K, B, *S], contiguous or every register channels_last; registers of the plan.
+    model_out: [B or 2B, *S] fp32/fp16/bf16, the raw network output F, conditional half first.
+    model_in: [B or 2B, *S] fp32/fp16/bf16 or None; the next network input, written.
+    model_time: fp32 [B or 2B] or None; the next network time, written.
+    coef, ids: the packed plan (fastdiff.compiler.layout), fp32 [R, *] and int32 [R, *].
+    row: int32 [B], each sample's row, advanced by one; outside 0..R-1 the sample is left alone.
+    seed: int64 [B].  guidance: fp32 [B], the scale w of F = Fu + w (Fc - Fu).
+    noise: fp32 [J, B, *S] or None; given, noise id j is noise[j] instead of the counter's normals.
+    denoised: fp32 [B, *S] or None; receives D.
+    status: int32 [B]; the first row whose F was not finite is written where it is negative.
+    ticket: int32 [B] of zeros; scratch.
+    """
+
+    state: Tensor
+    model_out: Tensor
+    model_in: Tensor | None
+    model_time: Tensor | None
+    coef: Tensor
+    ids: Tensor
+    row: Tensor
+    seed: Tensor
+    guidance: Tensor
+    noise: Tensor | None
+    denoised: Tensor | None
+    status: Tensor
+    ticket: Tensor
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The op's tensors, in the schema's order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def channels(self) -> int:
+        """1 for contiguous registers; the channel count C when they are channels_last."""
+        return _channels(self.state[0])
+
+
+def affine_step(tensors: StepTensors, executor: str) -> None:
+    """Run one table row per sample, in place, through the torch dispatcher, with every argument checked.
+
+    D = P x + Q F;  r_o' = sum_i A[o,i] r_i + B[o] D + sum_t C[o,t] N(id_t)   (fastdiff.compiler.plan).
+    Deterministic; capturable on executors "triton" and "cuda". Raises ValueError or TypeError for an
+    argument that does not fit and BackendUnavailable for an executor that is not there.
+    """
+    torch.ops.fastdiff.affine_step(*tensors.arguments(), executor)
+
+
+def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
+    """Check once and return `step(model_out)`: the hot path, with no dispatcher and no allocation.
+
+    `model_out` must keep the shape, dtype and memory format of the one that was bound.
+    """
+    check(tensors)
+    backends.require(executor, tensors.state.device)
+    if executor in ("cpp", "cuda"):
+        from fastdiff.engine import native
+
+        return native.bind(tensors, executor)
+    launch = _launcher(executor)
+    before, after = tensors.arguments()[:1], tensors.arguments()[2:]
+
+    def step(model_out: Tensor) -> None:
+        launch(*before, model_out, *after)
+
+    return step
+
+
+def _launcher(executor: str) -> Callable[..., None]:
+    if executor == "reference":
+        return reference.affine_step
+    if executor == "triton":
+        from fastdiff.kernels.affine import affine_step as triton_step
+
+        return triton_step
+    from fastdiff.engine import native
+
+    def native_step(*arguments: Tensor | None) -> None:
+        native.bind(StepTensors(*arguments), executor)(arguments[1])  # type: ignore[arg-type]
+
+    return native_step
+
+
+def _affine_step(*arguments: object) -> None:
+    *tensors, executor = arguments
+    given = StepTensors(*tensors)  # type: ignore[arg-type]
+    check(given)
+    backends.require(str(executor), given.state.device)
+    _launcher(str(executor))(*given.arguments())
+
+
+def _fake_affine_step(*arguments: object) -> None:
+    check(StepTensors(*arguments[:-1]))  # type: ignore[arg-type]
+
+
+_library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
+torch.library.register_fake("fastdiff::affine_step", _fake_affine_step, lib=_library)
+
+
+def _channels(sample: Tensor) -> int:
+    """1 when [B, *S] is contiguous, C when it is channels_last, 0 when it is neither."""
+    if sample.is_contiguous():
+        return 1
+    if sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
+        return sample.shape[1]
+    return 0
+
+
+def check(t: StepTensors) -> None:
+    """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout of `StepTensors`."""
+    if t.state.dim() < 3:
+        raise ValueError(f"affine_step: state must be [registers, batch, *shape], got {tuple(t.state.shape)}")
+    registers, batch, *shape = t.state.shape
+    sample = tuple(shape)
+    channels = _channels(t.state[0])
+    if channels == 0 or (registers > 1 and t.state.stride(0) != t.state[0].numel()):
+        raise ValueError(
+            "affine_step: state must hold dense registers, contiguous or channels_last, "
+            f"got strides {t.state.stride()} for shape {tuple(t.state.shape)}; allocate it with Sampler"
+        )
+
+    def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"affine_step: {name} has dtype {tensor.dtype}, expected {_either(dtypes)}; cast it first")
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"affine_step: {name} has shape {tuple(tensor.shape)}, expected {_either(shapes)}")
+        if tensor.device != t.state.device:
+            raise ValueError(
+                f"affine_step: {name} is on {tensor.device}, the state on {t.state.device}; move one of them"
+            )
+
+    def expect_image(
+        name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]
+    ) -> None:
+        expect(name, tensor, dtypes, shapes)
+        if not _dense_as(tensor, channels):
+            wanted = "contiguous" if channels == 1 else "channels_last"
+            raise ValueError(f"affine_step: {name} must be {wanted} like the state, got strides {tensor.stride()}")
+
+    batches = ((batch, *sample), (2 * batch, *sample))
+    expect_image("model_out", t.model_out, MODEL_DTYPES, batches)
+    if t.model_in is not None:
+        expect_image("model_in", t.model_in, MODEL_DTYPES, batches)
+    if t.model_time is not None:
+        expect("model_time", t.model_time, (torch.float32,), ((batch,), (2 * batch,)))
+    if t.denoised is not None:
+        expect_image("denoised", t.denoised, (torch.float32,), batches[:1])
+    if t.noise is not None:
+        expect("noise", t.noise, (torch.float32,), ((t.noise.shape[0], batch, *sample),))
+        if not _dense_as(t.noise.flatten(0, 1), channels):
+            raise ValueError("affine_step: noise must be dense and in the state's memory format")
+    for name, dtype in (("row", torch.int32), ("seed", torch.int64), ("status", torch.int32), ("ticket", torch.int32)):
+        expect(name, getattr(t, name), (dtype,), ((batch,),))
+    expect("guidance", t.guidance, (torch.float32,), ((batch,),))
+    _check_table(t)
+
+
+def _check_table(t: StepTensors) -> None:
+    if t.coef.dtype != torch.float32 or t.ids.dtype != torch.int32:
+        raise TypeError(f"affine_step: coef and ids must be float32 and int32, got {t.coef.dtype} and {t.ids.dtype}")
+    terms = (t.coef.shape[-1] - at.COEF_FIXED) // at.NOISE_STRIDE
+    rows = t.coef.shape[0]
+    expected = (
+        (rows, at.COEF_FIXED + at.NOISE_STRIDE * terms),
+        (rows, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms),
+    )
+    if (tuple(t.coef.shape), tuple(t.ids.shape)) != expected:
+        raise ValueError(
+            f"affine_step: coef {tuple(t.coef.shape)} and ids {tuple(t.ids.shape)} are not one packed plan; use plan.pack()"
+        )
+    if not (t.coef.is_contiguous() and t.ids.is_contiguous()):
+        raise ValueError("affine_step: coef and ids must be contiguous; call .contiguous() when uploading the plan")
+    for name in ("coef", "ids"):
+        if getattr(t, name).device != t.state.device:
+            raise ValueError(f"affine_step: {name} is on {getattr(t, name).device}, the state on {t.state.device}")
+
+
+def _dense_as(tensor: Tensor, channels: int) -> bool:
+    if channels == 1:
+        return tensor.is_contiguous()
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _either(options: tuple[object, ...]) -> str:
+    return " or ".join(str(option) for option in options)
