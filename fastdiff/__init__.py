@@ -1,0 +1,1 @@
+"""fastdiff: any diffusion or flow sampler compiled to one table, run by one fused kernel."""

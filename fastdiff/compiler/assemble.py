@@ -1,0 +1,133 @@
+"""Segments to rows: which value lives in which register, decided by liveness.
+
+May import: lin, run, layout. A value gets a register in the row that makes it and frees it after the last row
+that reads it; the next state prefers the register of the state it replaces, so one-step samplers run in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastdiff.compiler import layout as at
+from fastdiff.compiler.lin import Atom
+from fastdiff.compiler.run import Segment
+from fastdiff.process.schedules import Level
+
+Terms = dict[Atom, float]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One register a row writes: dest <- x * X + sum_j slots[j] * r_j + denoised * D + sum_k noise[k] * z_k."""
+
+    dest: int
+    x: float
+    slots: tuple[float, ...]
+    denoised: float
+    noise: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model evaluation and the linear map after it.
+
+    level: where the model is evaluated; None for the opening row, which evaluates nothing.
+    x: the register evaluated (in the opening row: the one that holds a given start).
+    slots: other registers read. noise: (id, stream) of every unit normal drawn.
+    gain: how much of the guidance applies here, w_row = 1 + gain * (w - 1).
+    """
+
+    level: Level | None
+    x: int
+    slots: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    noise: tuple[tuple[int, int], ...]
+    gain: float = 1.0
+
+
+def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
+    """Rows, the number of registers, and the register of the result. The first row is the opening row.
+
+    Raises ValueError when a row needs more outputs or inputs than the kernel has.
+    """
+    made = [_makes(i, segment, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
+    last_read = _last_reads(made)
+    home: dict[Atom, int] = {Atom("start", 0): 0}
+    registers = 1
+    rows = []
+    for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
+        state = Atom("x", i - 1) if i else Atom("start", 0)
+        reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
+        slots = tuple(home[a] for a in reads)
+        x = home[state]
+        noise = tuple(sorted({(a.index, a.stream) for t in values.values() for a in t if a.kind == "z"}))
+        home = {a: r for a, r in home.items() if last_read.get(a, -1) > i}
+        free = sorted(set(range(registers)) - set(home.values()), key=lambda r: (r != x, r))
+        outputs = []
+        for atom, terms in values.items():
+            if atom not in home:
+                if not free:
+                    free.append(registers)
+                    registers += 1
+                home[atom] = free.pop(0)
+            outputs.append(_output(home[atom], terms, state, reads, noise, i - 1))
+        _check_size(solver, i - 1, slots, outputs)
+        rows.append(Row(segment.level, x, slots, tuple(outputs), noise))
+    return tuple(rows), registers, rows[-1].outputs[0].dest
+
+
+def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
+    """Every value row i may have to write, the next state first, each over atoms known in that row."""
+    kept: dict[Atom, Terms] = {}
+    for atom, terms in segment.kept.items():
+        kept[atom] = _inline(terms, kept)
+    values = {Atom("result", 0) if last else Atom("x", i): _inline(segment.state, kept)}
+    values.update(kept)
+    if i:
+        values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
+    else:
+        values[Atom("start", 0)] = {Atom("start", 0): 1.0}
+    return values
+
+
+def _inline(terms: Terms, known: dict[Atom, Terms]) -> Terms:
+    total: Terms = {}
+    for atom, c in terms.items():
+        for inner, weight in known.get(atom, {atom: 1.0}).items():
+            total[inner] = total.get(inner, 0.0) + c * weight
+    return {atom: c for atom, c in total.items() if c != 0.0}
+
+
+def _last_reads(made: list[dict[Atom, Terms]]) -> dict[Atom, int]:
+    """The last row that reads each value; values nobody reads later are dropped from `made`, last row first."""
+    last: dict[Atom, int] = {}
+    for i in reversed(range(len(made))):
+        state, *others = made[i]
+        for atom in others:
+            if atom not in last:
+                del made[i][atom]
+        for terms in made[i].values():
+            for atom in terms:
+                last.setdefault(atom, i)
+    return last
+
+
+def _output(
+    dest: int, terms: Terms, state: Atom, reads: Iterable[Atom], noise: tuple[tuple[int, int], ...], row: int
+) -> Output:
+    return Output(
+        dest=dest,
+        x=terms.get(state, 0.0),
+        slots=tuple(terms.get(atom, 0.0) for atom in reads),
+        denoised=terms.get(Atom("D", row), 0.0),
+        noise=tuple(terms.get(Atom("z", index, stream), 0.0) for index, stream in noise),
+    )
+
+
+def _check_size(solver: str, row: int, slots: tuple[int, ...], outputs: list[Output]) -> None:
+    if len(outputs) > at.MAX_OUTPUTS or len(slots) >= at.MAX_SLOTS:
+        raise ValueError(
+            f"solver {solver!r}, row {row}: writes {len(outputs)} registers and reads {len(slots) + 1}, the row kernel "
+            f"writes at most {at.MAX_OUTPUTS} and reads at most {at.MAX_SLOTS}; record combinations with run.keep(...)"
+        )

@@ -1,0 +1,52 @@
+"""A plan as text a person can check against the paper. May import: nothing that runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastdiff.compiler.assemble import Output, Row
+
+if TYPE_CHECKING:
+    from fastdiff.compiler.plan import Plan
+
+
+def explain(plan: Plan) -> str:
+    """Header, then per row its level and `register <- formula` for every register it writes."""
+    schedule = plan.schedule.name if plan.schedule is not None else "custom levels"
+    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    lines = [
+        f"{plan.solver}({options}) on grid {plan.grid}, schedule {schedule}",
+        f"{plan.nfe} model evaluations, {plan.registers} registers, "
+        + (f"{plan.draws} noise draws" if plan.stochastic else "deterministic after the latents"),
+        "x: the state evaluated in this row; D: denoised estimate; r: registers; z: unit normals",
+        "",
+    ]
+    for i, row in enumerate(plan.rows):
+        lines += _row_lines(i, row)
+    lines.append(f"result: r{plan.result}")
+    return "\n".join(lines)
+
+
+def _row_lines(i: int, row: Row) -> list[str]:
+    if row.level is None:
+        head = "start  x = the latents, or the state given"
+    else:
+        level = row.level
+        head = (
+            f"row {i - 1:<3d} D = model(r{row.x}) at alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
+        )
+    return [head, *(f"       r{output.dest} <- {_formula(row, output)}" for output in row.outputs)]
+
+
+def _formula(row: Row, output: Output) -> str:
+    parts = [(output.x, "x"), (output.denoised, "D")]
+    parts += [(c, f"r{register}") for c, register in zip(output.slots, row.slots, strict=True)]
+    parts += [(c, f"z{index}") for c, (index, _) in zip(output.noise, row.noise, strict=True)]
+    text = ""
+    for c, name in parts:
+        if c == 0.0:
+            continue
+        sign = "-" if c < 0 else "+" if text else ""
+        size = name if abs(c) == 1.0 else f"{abs(c):.9g} {name}"
+        text += f" {sign} {size}" if text else f"{sign}{size}"
+    return text or "0"

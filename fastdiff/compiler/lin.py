@@ -1,0 +1,102 @@
+"""Symbolic registers: a sampler runs on `Lin` values and leaves behind the scalars it multiplied them by.
+
+May import: nothing of the package. `Lin` is a float64 linear combination of atoms; an atom is a value a
+running sampler will hold: a state, a denoised estimate, a recorded combination, or a named unit normal.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Union
+
+
+class Atom(NamedTuple):
+    """A value known when its row runs.
+
+    kind "x": the state row `index` evaluates the model at; "D": that row's denoised estimate;
+    "kept": recorded combination number `index`; "start": the state the plan begins with;
+    "z": the unit normal with id `index` on noise stream `stream`.
+    """
+
+    kind: str
+    index: int
+    stream: int = 0
+
+
+class Lin:
+    """sum_a c_a * a over atoms, closed under +, -, and multiplication by a number; anything else is a TypeError."""
+
+    __array_ufunc__ = None  # NumPy scalars on the left hand over to __rmul__ and __radd__
+    __slots__ = ("terms", "where")
+
+    def __init__(self, terms: Mapping[Atom, float], where: Callable[[], str]) -> None:
+        self.terms: dict[Atom, float] = {atom: c for atom, c in terms.items() if c != 0.0}
+        self.where = where
+
+    def __add__(self, other: Union[Lin, float]) -> Lin:
+        if isinstance(other, Lin):
+            total = dict(self.terms)
+            for atom, c in other.terms.items():
+                total[atom] = total.get(atom, 0.0) + c
+            return Lin(total, self.where)
+        if _is_number(other) and float(other) == 0.0:
+            return self
+        raise self._refuse(f"adds the constant {other!r} to a register")
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Union[Lin, float]) -> Lin:
+        return self + (-other)
+
+    def __rsub__(self, other: Union[Lin, float]) -> Lin:
+        return -self + other
+
+    def __mul__(self, factor: float) -> Lin:
+        if not _is_number(factor):
+            what = "multiplies two registers" if isinstance(factor, Lin) else f"multiplies a register by {factor!r}"
+            raise self._refuse(what)
+        value = float(factor)
+        return Lin({atom: value * c for atom, c in self.terms.items()}, self.where)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Lin:
+        if not _is_number(divisor):
+            raise self._refuse("divides by a register" if isinstance(divisor, Lin) else f"divides by {divisor!r}")
+        return self * (1.0 / float(divisor))
+
+    def __rtruediv__(self, other: object) -> Lin:
+        raise self._refuse("divides by a register")
+
+    def __neg__(self) -> Lin:
+        return self * -1.0
+
+    def __pow__(self, exponent: object) -> Lin:
+        raise self._refuse("raises a register to a power")
+
+    def __abs__(self) -> Lin:
+        raise self._refuse("takes the absolute value of a register")
+
+    def __bool__(self) -> bool:
+        raise self._refuse("branches on the value of a register")
+
+    def __float__(self) -> float:
+        raise self._refuse("reads the value of a register")
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{c:.6g} {atom.kind}{atom.index}" for atom, c in self.terms.items()) or "0"
+
+    def become(self, atom: Atom) -> None:
+        """Turn this value into `atom`: it is being written to a register, so later uses read it from there."""
+        self.terms = {atom: 1.0}
+
+    def _refuse(self, what: str) -> TypeError:
+        return TypeError(
+            f"{self.where()} {what}: a row must be linear in its registers with scalars known in advance. "
+            "Express the update as a weighted sum, or run this sampler with its own loop."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,202 @@
+"""The table: a sampler on fixed levels as rows of float64 scalars, frozen.
+
+May import: assemble, explain, layout, process. Executors never see a Plan, only what `pack` makes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.compiler import layout as at
+from fastdiff.compiler.assemble import Output, Row
+from fastdiff.compiler.explain import explain
+from fastdiff.process import predictions
+from fastdiff.process.schedules import Level, Schedule
+
+if TYPE_CHECKING:
+    from fastdiff.compiler.verify import Report
+
+_FORMAT = "fastdiff-plan-1"
+OPENINGS = ("noise", "state", "image")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A plan as the row kernel reads it: coef fp32 [rows, *] and ids int32 [rows, *] (fastdiff.compiler.layout)."""
+
+    coef: NDArray[np.float32]
+    ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled sampler: rows of  r_o' = sum_i A[o,i] r_i + B[o] D + sum_k C[o,k] N(id_k).
+
+    rows[0] is the opening row (no model evaluation: it makes the first state); each other row is one evaluation.
+    registers: how many state-sized buffers the rows use. result: the register that ends as the sample.
+    draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
+    """
+
+    solver: str
+    options: Mapping[str, Any]
+    schedule: Schedule | None
+    grid: str
+    levels: tuple[Level, ...]
+    rows: tuple[Row, ...]
+    registers: int
+    result: int
+    draws: int
+
+    @property
+    def nfe(self) -> int:
+        """Model evaluations in one run."""
+        return len(self.rows) - 1
+
+    @property
+    def stochastic(self) -> bool:
+        """True when the rows draw noise after the initial latents."""
+        return self.draws > 0
+
+    def explain(self) -> str:
+        """The table as readable formulas, one line per register written."""
+        return explain(self)
+
+    def verify(self) -> Report:
+        """Check the table against laws every sampler must obey; see `fastdiff.compiler.verify`."""
+        from fastdiff.compiler.verify import verify
+
+        return verify(self)
+
+    def pack(
+        self,
+        prediction: str = "x0",
+        sigma_data: float | None = None,
+        opening: str = "noise",
+        latent_id: int = 0,
+    ) -> Packed:
+        """Fold the prediction type and preconditioning in, choose the delta form, and round once to fp32.
+
+        prediction: what the network returns (fastdiff.process.predictions). sigma_data: for "edm".
+        opening: "noise" starts from sigma_0 N(latent), "state" from register 0 as it is, "image" from
+        alpha_0 * register 0 + sigma_0 N(latent). latent_id: the noise id of the latents.
+        Raises ValueError for a prediction that is undefined at one of the plan's levels.
+        """
+        terms = max(len(row.noise) for row in self.rows) + 1
+        coef = np.zeros((len(self.rows), at.COEF_FIXED + at.NOISE_STRIDE * terms))
+        ids = np.zeros((len(self.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms), dtype=np.int32)
+        folds = [predictions.coefficients(prediction, level, self.schedule, sigma_data) for level in self._evaluated()]
+        for i, row in enumerate(self.rows):
+            if i:
+                coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q
+                ids[i, at.FLAGS] = at.READS_MODEL
+            coef[i, at.GAIN] = row.gain
+            coef[i, [at.CLAMP_LO, at.CLAMP_HI]] = -np.inf, np.inf
+            following = folds[i] if i < len(folds) else None
+            coef[i, [at.EMIT_SCALE, at.EMIT_TIME]] = (following.c_in, following.time) if following else (1.0, 0.0)
+            _pack_row(row, coef[i], ids[i])
+        self._pack_opening(opening, latent_id, coef[0], ids[0])
+        return Packed(coef.astype(np.float32), ids)
+
+    def _evaluated(self) -> list[Level]:
+        return [row.level for row in self.rows if row.level is not None]
+
+    def _pack_opening(self, opening: str, latent_id: int, coef: NDArray[np.float64], ids: NDArray[np.int32]) -> None:
+        if opening not in OPENINGS:
+            raise ValueError(f"opening must be one of {', '.join(OPENINGS)}, got {opening!r}")
+        if opening == "state":
+            return
+        first = self.levels[0]
+        term = int(ids[at.TERMS])
+        ids[at.TERMS] = term + 1
+        ids[[at.TERM_IDS + 2 * term, at.TERM_IDS + 2 * term + 1]] = latent_id, at.STREAM_LATENT
+        for o, output in enumerate(self.rows[0].outputs):
+            column = at.OUTPUT + at.OUTPUT_STRIDE * o
+            coef[column + at.OUT_DELTA] = 0.0
+            coef[column + at.OUT_K] = output.x * first.alpha if opening == "image" else 0.0
+            coef[at.NOISE + at.NOISE_STRIDE * term + o] = output.x * first.sigma
+
+    def to_json(self) -> str:
+        """The plan as JSON text with a digest; `Plan.from_json` gives it back bit for bit."""
+        body = asdict(self) | {"options": dict(self.options)}
+        body["schedule"] = None if self.schedule is None else self.schedule.to_dict()
+        return json.dumps({"format": _FORMAT, "digest": _digest(body), "plan": body}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan; ValueError when the text is truncated, edited, or not a plan."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"not a complete plan: {error}; the file is truncated or not JSON. Write it again with plan.to_json()"
+            ) from None
+        if not isinstance(document, dict) or document.get("format") != _FORMAT or "plan" not in document:
+            raise ValueError(f"not a plan: expected a JSON object with format {_FORMAT!r}; write it with plan.to_json()")
+        body = document["plan"]
+        if _digest(body) != document.get("digest"):
+            raise ValueError(
+                "the plan's digest does not match its rows: the file was edited or damaged. "
+                "Change the solver's options and compile it again instead of editing the table"
+            )
+        return Plan(
+            solver=body["solver"],
+            options=body["options"],
+            schedule=None if body["schedule"] is None else Schedule.from_dict(body["schedule"]),
+            grid=body["grid"],
+            levels=tuple(Level(**level) for level in body["levels"]),
+            rows=tuple(_row(row) for row in body["rows"]),
+            registers=body["registers"],
+            result=body["result"],
+            draws=body["draws"],
+        )
+
+
+def _pack_row(row: Row, coef: NDArray[np.float64], ids: NDArray[np.int32]) -> None:
+    ids[at.SLOT : at.SLOT + at.MAX_SLOTS] = -1
+    ids[at.DEST : at.DEST + at.MAX_OUTPUTS] = -1
+    ids[at.SLOT] = row.x
+    ids[at.SLOT + 1 : at.SLOT + 1 + len(row.slots)] = row.slots
+    ids[at.SLOTS] = len(row.slots)
+    ids[at.TERMS] = len(row.noise)
+    for t, name in enumerate(row.noise):
+        ids[at.TERM_IDS + 2 * t : at.TERM_IDS + 2 * t + 2] = name
+    for o, output in enumerate(row.outputs):
+        ids[at.DEST + o] = output.dest
+        column = at.OUTPUT + at.OUTPUT_STRIDE * o
+        total = output.x + output.denoised + sum(output.slots)
+        delta = is_delta(output)
+        coef[column + at.OUT_K] = total - 1.0 if delta else output.x
+        coef[column + at.OUT_DELTA] = float(delta)
+        coef[column + at.OUT_B] = output.denoised
+        coef[column + at.OUT_A : column + at.OUT_A + len(output.slots)] = output.slots
+        coef[at.NOISE + o : at.NOISE + o + at.NOISE_STRIDE * len(output.noise) : at.NOISE_STRIDE] = output.noise
+
+
+def is_delta(output: Output) -> bool:
+    """Evaluate as x + sum c_j (r_j - x) + (sum c - 1) x: less rounding where the new value stays close to x."""
+    total = output.x + output.denoised + sum(output.slots)
+    return abs(output.x) >= 0.5 and abs(total - 1.0) <= 0.5
+
+
+def _row(body: dict[str, Any]) -> Row:
+    return Row(
+        level=None if body["level"] is None else Level(**body["level"]),
+        x=body["x"],
+        slots=tuple(body["slots"]),
+        outputs=tuple(
+            Output(o["dest"], o["x"], tuple(o["slots"]), o["denoised"], tuple(o["noise"])) for o in body["outputs"]
+        ),
+        noise=tuple((index, stream) for index, stream in body["noise"]),
+        gain=body["gain"],
+    )
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,99 @@
+"""Run a solver function once on symbolic registers and write down what it did.
+
+May import: lin, process. A solver sees a `Run`: its levels, `denoise` (one model evaluation, one row),
+`noise` (a fresh unit normal) and `keep` (record a combination in a register).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fastdiff.compiler.layout import STREAM_STEP
+from fastdiff.compiler.lin import Atom, Lin
+from fastdiff.process.schedules import Level, Schedule
+
+
+@dataclass
+class Segment:
+    """What a sampler computes between one model evaluation and the next.
+
+    level: where the model was evaluated (None before the first evaluation);
+    kept: combinations recorded here; state: what the next row evaluates, or the result.
+    """
+
+    level: Level | None
+    kept: dict[Atom, dict[Atom, float]] = field(default_factory=dict)
+    state: dict[Atom, float] = field(default_factory=dict)
+
+
+class Run:
+    """One symbolic run of a solver over `levels` (descending, the last one where the sample is wanted)."""
+
+    def __init__(self, solver: str, levels: Sequence[Level], schedule: Schedule | None) -> None:
+        self.solver = solver
+        self.levels = tuple(levels)
+        self.schedule = schedule
+        self.segments = [Segment(level=None)]
+        self.draws = 0
+        self._kept = 0
+        self.start = self._lin(Atom("start", 0))
+
+    @property
+    def steps(self) -> int:
+        """The number of intervals between levels."""
+        return len(self.levels) - 1
+
+    def intervals(self) -> Iterator[tuple[int, Level, Level]]:
+        """(i, s, t): the i-th interval goes from level s down to level t."""
+        for i in range(self.steps):
+            yield i, self.levels[i], self.levels[i + 1]
+
+    def denoise(self, x: Lin, level: Level) -> Lin:
+        """D(x; level), one model evaluation: the current row ends here and `x` becomes a register."""
+        row = len(self.segments) - 1
+        self.segments[-1].state = dict(x.terms)
+        x.become(Atom("x", row))
+        self.segments.append(Segment(level=level))
+        return self._lin(Atom("D", row))
+
+    def noise(self) -> Lin:
+        """A fresh unit normal; use the same value again to reuse the draw."""
+        self.draws += 1
+        return self._lin(Atom("z", self.draws - 1, STREAM_STEP))
+
+    def keep(self, value: Lin) -> Lin:
+        """Record a combination in a register of its own, so that later rows read it instead of its parts."""
+        atom = Atom("kept", self._kept)
+        self._kept += 1
+        self.segments[-1].kept[atom] = dict(value.terms)
+        return self._lin(atom)
+
+    def finish(self, x: Lin) -> list[Segment]:
+        """Close the run with its result."""
+        self.segments[-1].state = dict(x.terms)
+        return self.segments
+
+    def level_from_rho(self, rho: float) -> Level:
+        """The level of the plan's schedule with sigma / alpha = rho."""
+        if self.schedule is None:
+            return Level(alpha=1.0, sigma=rho, time=float("nan"))
+        return self.schedule.level_from_rho(rho, clip=True)
+
+    def _lin(self, atom: Atom) -> Lin:
+        return Lin({atom: 1.0}, self._where)
+
+    def _where(self) -> str:
+        row = len(self.segments) - 2
+        return f"solver {self.solver!r}, {'before row 0' if row < 0 else f'row {row}'},"
+
+
+def record(solver: str, function: Callable[..., Lin], run: Run, options: dict[str, object]) -> list[Segment]:
+    """Run `function(run, x, **options)` on symbolic registers; a result that is not affine is a TypeError."""
+    result = function(run, run.start, **options)
+    if not isinstance(result, Lin):
+        raise TypeError(
+            f"solver {solver!r} returned {type(result).__name__}, expected the final state (a symbolic register); "
+            "return x at the end of the function"
+        )
+    return run.finish(result)

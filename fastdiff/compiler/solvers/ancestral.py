@@ -1,0 +1,55 @@
+"""Ancestral samplers: each step draws from a posterior of the next state."""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.compiler.lin import Lin
+from fastdiff.compiler.run import Run
+from fastdiff.compiler.solvers.registry import solver
+from fastdiff.compiler.solvers.steps import ancestral_split
+
+
+@solver("ddpm", order=1)
+def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
+    """DDPM (Ho et al. 2020, eq. 7): x_t ~ N(posterior mean given x and D, C^2), no noise in the last step.
+
+    With a = alpha_s/alpha_t and beta = sigma_s^2 - a^2 sigma_t^2: mean = (a sigma_t^2 x + alpha_t beta D) / sigma_s^2,
+    C^2 = beta sigma_t^2 / sigma_s^2 ("fixed_small") or beta ("fixed_large").
+    """
+    if variance not in ("fixed_small", "fixed_large"):
+        raise ValueError(f"ddpm: variance must be 'fixed_small' or 'fixed_large', got {variance!r}")
+    for _, s, t in run.intervals():
+        denoised = run.denoise(x, s)
+        a = s.alpha / t.alpha
+        beta = s.sigma**2 - (a * t.sigma) ** 2
+        x = (a * t.sigma**2 / s.sigma**2) * x + (t.alpha * beta / s.sigma**2) * denoised
+        if t.sigma > 0.0:
+            added = beta if variance == "fixed_large" else beta * t.sigma**2 / s.sigma**2
+            x = x + math.sqrt(added) * run.noise()
+    return x
+
+
+@solver("euler_ancestral", order=1)
+def euler_ancestral(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0) -> Lin:
+    """Euler with ancestral noise (k-diffusion's sample_euler_ancestral), in x / alpha against rho = sigma / alpha.
+
+    Step to rho_down with D held constant, then add rho_up of noise (`ancestral_split`). On a flow schedule, where
+    x = (1 - s) x0 + s n, the noise is split in s instead: s_down = t (1 + (t/s - 1) eta) and the state is rescaled by
+    (1 - t) / (1 - s_down), as flow samplers do.
+    """
+    flow = run.schedule is not None and run.schedule.kind == "flow"
+    for _, s, t in run.intervals():
+        denoised = run.denoise(x, s)
+        if flow:
+            down = t.sigma * (1.0 + (t.sigma / s.sigma - 1.0) * eta)
+            scale = t.alpha / (1.0 - down)
+            x = (scale * down / s.sigma) * x + (scale * (1.0 - down / s.sigma)) * denoised
+            added = math.sqrt(max(0.0, t.sigma**2 - (down * scale) ** 2))
+        else:
+            rho_down, rho_up = ancestral_split(s, t, eta)
+            x = (t.alpha * rho_down / s.sigma) * x + t.alpha * (1.0 - rho_down / s.rho) * denoised
+            added = t.alpha * rho_up
+        if added * s_noise > 0.0:
+            x = x + (s_noise * added) * run.noise()
+    return x

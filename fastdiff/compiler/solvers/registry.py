@@ -1,0 +1,71 @@
+"""Solver functions by name, with what is known of each. May import: run, lin, errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastdiff.compiler.lin import Lin
+from fastdiff.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler: `function(run, x, **options)` returns the final state.
+
+    order: global order of convergence in the step (weak order of the variance for stochastic ones).
+    exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly.
+    """
+
+    name: str
+    function: Callable[..., Lin]
+    order: int
+    exact_marginal: bool
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    def options(self) -> dict[str, Any]:
+        """Option names and defaults."""
+        parameters = list(inspect.signature(self.function).parameters.values())[2:]
+        return {p.name: p.default for p in parameters}
+
+    def check_options(self, given: dict[str, Any]) -> None:
+        """TypeError for an option this solver does not have."""
+        known = self.options()
+        for name in given:
+            if name not in known:
+                raise TypeError(
+                    f"solver {self.name!r} has no option {name!r}; its options: {', '.join(known) or 'none'}"
+                )
+
+
+_SOLVERS: dict[str, Solver] = {}
+
+
+def solver(name: str, *, order: int, exact_marginal: bool = True) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
+    """Register a solver function under `name`; see README, "Add a sampler"."""
+
+    def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
+        if name in _SOLVERS and _SOLVERS[name].function.__qualname__ != function.__qualname__:
+            raise ValueError(f"a solver named {name!r} exists already; choose another name")
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal)
+        return function
+
+    return register
+
+
+def get(name: str) -> Solver:
+    """The solver called `name`; ValueError listing the close names when there is none."""
+    if name not in _SOLVERS:
+        raise unknown_name("solver", name, _SOLVERS)
+    return _SOLVERS[name]
+
+
+def names() -> list[str]:
+    """Every solver's name, sorted."""
+    return sorted(_SOLVERS)

@@ -1,0 +1,52 @@
+"""Moves between two levels that several samplers share, for any (alpha, sigma), alpha = 0 and sigma = 0 included.
+
+May import: lin, process. s is the level left, t the level reached; rho = sigma / alpha.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.compiler.lin import Lin
+from fastdiff.compiler.run import Run
+from fastdiff.process.schedules import Level
+
+
+def ode_step(x: Lin, denoised: Lin, s: Level, t: Level) -> Lin:
+    """x_t = (sigma_t/sigma_s) x + (alpha_t - alpha_s sigma_t/sigma_s) D: the ODE solved with D held constant.
+
+    DDIM with eta = 0 (Song et al. 2021, eq. 12), Euler in x/alpha against rho, and Euler on a straight flow.
+    """
+    ratio = t.sigma / s.sigma
+    return ratio * x + (t.alpha - s.alpha * ratio) * denoised
+
+
+def half_log_snr_step(s: Level, t: Level) -> float:
+    """h = lambda_t - lambda_s, lambda = log(alpha/sigma); infinite when s has no signal or t no noise."""
+    return t.lam - s.lam
+
+
+def ancestral_split(s: Level, t: Level, eta: float) -> tuple[float, float]:
+    """(rho_down, rho_up): step to rho_down, then add rho_up of noise, so that rho_down^2 + rho_up^2 = rho_t^2.
+
+    rho_up = min(rho_t, eta sqrt(rho_t^2 (rho_s^2 - rho_t^2) / rho_s^2)) (Karras et al. 2022's notation, k-diffusion).
+    """
+    shrink = 0.0 if math.isinf(s.rho) else t.rho / s.rho
+    up = min(t.rho, eta * t.rho * math.sqrt(max(0.0, 1.0 - shrink**2)))
+    return math.sqrt(max(0.0, t.rho**2 - up**2)), up
+
+
+def churn(
+    run: Run, x: Lin, s: Level, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
+) -> tuple[Lin, Level]:
+    """Raise the noise level before a step (Karras et al. 2022, Alg. 2 lines 4-6), levels in rho = sigma / alpha.
+
+    gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= rho <= s_tmax; rho_hat = rho (1 + gamma);
+    x/alpha += s_noise sqrt(rho_hat^2 - rho^2) z. A level above the schedule's last is shown the last one's time.
+    """
+    if s_churn <= 0.0 or not s_tmin <= s.rho <= s_tmax or math.isinf(s.rho):
+        return x, s
+    rho = s.rho * (1.0 + min(s_churn / run.steps, math.sqrt(2.0) - 1.0))
+    higher = run.level_from_rho(rho)
+    added = s_noise * math.sqrt(rho**2 - s.rho**2)
+    return (higher.alpha / s.alpha) * x + (higher.alpha * added) * run.noise(), higher
