@@ -1,1 +1,35 @@
 """fastdiff: any diffusion or flow sampler compiled to one table, run by one fused kernel."""
+
+from fastdiff import models
+from fastdiff.compiler import solvers
+from fastdiff.compiler.build import plan
+from fastdiff.compiler.plan import Plan
+from fastdiff.compiler.solvers import solver
+from fastdiff.engine.backends import probe as backends
+from fastdiff.engine.sample import sample
+from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.errors import BackendUnavailable
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.process import grids, predictions, schedules
+from fastdiff.process.schedules import Level, Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Denoiser",
+    "Level",
+    "Plan",
+    "RowInfo",
+    "Sampler",
+    "Schedule",
+    "backends",
+    "grids",
+    "models",
+    "plan",
+    "predictions",
+    "sample",
+    "schedules",
+    "solver",
+    "solvers",
+]

@@ -19,7 +19,7 @@ def walk(run: Run, x: Lin, s: Level, t: Level, tau: float, temperature: float) -
 
 
 @solver("annealed_langevin", order=1, exact_marginal=False)
-def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.1, inner: int = 5, denoise: bool = True) -> Lin:
+def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.2, inner: int = 20, denoise: bool = True) -> Lin:
     """Annealed Langevin dynamics (Song and Ermon 2019, Alg. 1), levels from large to small.
 
     At each level `inner` steps of x += (a/2) score + sqrt(a) z with a = epsilon rho^2 (the paper's epsilon is this one

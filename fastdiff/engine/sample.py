@@ -1,0 +1,55 @@
+"""`fd.sample`: from a model and a few names to images, in one call. May import: compiler, sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.build import plan as build_plan
+from fastdiff.engine.sampler import Noise, RowInfo, Sampler
+from fastdiff.models.denoiser import Condition, Denoiser
+
+
+def sample(
+    model: Denoiser,
+    shape: Sequence[int],
+    solver: str = "dpmpp_2m",
+    steps: int = 20,
+    grid: str | Sequence[float] = "karras",
+    *,
+    seed: int | Sequence[int] | Tensor = 0,
+    init: Tensor | None = None,
+    strength: float = 1.0,
+    noise: Noise = "white",
+    cond: Condition = None,
+    uncond: Condition = None,
+    guidance: float | Sequence[float] | Tensor = 1.0,
+    callback: Callable[[RowInfo], None] | None = None,
+    progress: bool = False,
+    backend: str = "auto",
+    graph: bool | str = "auto",
+    memory_format: torch.memory_format = torch.contiguous_format,
+    grid_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw samples from a model: fp32 [B, *S].
+
+    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength: an image to start from, noised to
+    the level `strength` of the way up the model's clock. The rest as in `Sampler.sample` and `Sampler`.
+    """
+    if not isinstance(model, Denoiser):
+        raise TypeError(
+            f"sample needs a Denoiser, got {type(model).__name__}; wrap the network: "
+            'fd.Denoiser(net, schedule=fd.schedules.linear(), prediction="eps")'
+        )
+    plan = build_plan(
+        solver, model.schedule, steps, grid, strength=strength, grid_options=grid_options, **options
+    )
+    if init is None and strength != 1.0:
+        raise ValueError("strength < 1 needs init=, the image to start from")
+    return Sampler(plan, model, backend, graph, memory_format).sample(
+        shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening="image"
+    )

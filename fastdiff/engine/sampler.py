@@ -1,0 +1,197 @@
+"""The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
+
+May import: ops, backends, graphs, noise, compiler, models.denoiser.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdiff.compiler.plan import Plan
+from fastdiff.engine import backends
+from fastdiff.engine.buffers import Buffers, seeds_of, stack_conditions
+from fastdiff.engine.graphs import StepGraph
+from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.models.denoiser import Condition, Denoiser
+from fastdiff.process.schedules import Level
+
+Noise = str | Tensor | Callable[[int, torch.Size], Tensor]
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """What a callback receives after each row: the row, its level, D and the new state (both live buffers: clone them)."""
+
+    row: int
+    rows: int
+    level: Level
+    denoised: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """One finished run: model evaluations, wall seconds, and the part spent in the model (None inside a graph)."""
+
+    nfe: int
+    seconds: float
+    model_seconds: float | None
+    backend: str
+
+
+class Sampler:
+    """Runs a plan with a model: D = P x + Q F after each evaluation, then one fused row (fastdiff.engine.ops).
+
+    backend: "auto" or an executor of `fd.backends()`. graph: "auto" captures model + row into one CUDA graph where
+    there is a GPU, True insists, False never. memory_format: of the state and the network's input. Deterministic: a
+    sample depends on its seed, not on the batch it is in, as far as the network treats each sample alone.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: Denoiser,
+        backend: str = "auto",
+        graph: bool | str = "auto",
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        if graph not in (True, False, "auto"):
+            raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
+        self.plan = plan
+        self.model = model
+        self.backend = backends.choose(model.device) if backend == "auto" else backend
+        backends.require(self.backend, model.device)
+        captures = model.device.type == "cuda" and self.backend in ("triton", "cuda")
+        if graph is True and not captures:
+            raise ValueError(
+                f"graph=True needs a CUDA device and executor 'triton' or 'cuda', got {model.device} and {self.backend!r}"
+            )
+        self.graph = captures and graph is not False
+        self.memory_format = memory_format
+        self.last_run: RunStats | None = None
+        self._buffers: Buffers | None = None
+        plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        seed: int | Sequence[int] | Tensor = 0,
+        init: Tensor | None = None,
+        noise: Noise = "white",
+        cond: Condition = None,
+        uncond: Condition = None,
+        guidance: float | Sequence[float] | Tensor = 1.0,
+        callback: Callable[[RowInfo], None] | None = None,
+        progress: bool = False,
+        opening: str = "state",
+    ) -> Tensor:
+        """Draw samples: fp32 [B, *S] on the model's device.
+
+        shape: [B, *S]. seed: one per sample, or an integer s for seeds s, s+1, ... init: [B, *S], the state at the
+        plan's first level, used as it is (opening="state"), or a clean image to be noised to that level
+        (opening="image"). noise: "white"; a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
+        cond, uncond: conditions of the network, batch first. guidance: w of Fu + w (Fc - Fu), a number or one per
+        sample; 1 evaluates cond only. callback: called after each row. Raises ValueError or TypeError for arguments
+        that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
+        """
+        shape = torch.Size(shape)
+        seeds = seeds_of(seed, shape)
+        weights = _guidance(guidance, shape[0])
+        guided = any(w != 1.0 for w in weights)
+        if guided and uncond is None:
+            raise ValueError("guidance != 1 needs uncond=, the condition of the unguided branch (e.g. the null label)")
+        buffers = self._prepare(shape, 2 if guided else 1, callback is not None)
+        buffers.start(self.plan, self.model, seeds, weights, init, opening, noise)
+        conditions = stack_conditions(cond, uncond if guided else None, shape[0], self.model.device)
+
+        started = time.perf_counter()
+        rows = tqdm(range(self.plan.nfe), disable=not progress, desc=self.plan.solver, unit="row")
+        model_seconds = self._loop(buffers, conditions, rows, callback)
+        self._check_finite(buffers)
+        result = buffers.tensors.state[self.plan.result].clone(memory_format=torch.preserve_format)
+        self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
+        return result
+
+    def _prepare(self, shape: torch.Size, copies: int, keep_denoised: bool) -> Buffers:
+        wanted = (shape, copies, keep_denoised)
+        if self._buffers is None or self._buffers.key != wanted:
+            self._buffers = Buffers(
+                self.plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format
+            )
+        return self._buffers
+
+    def _loop(
+        self,
+        buffers: Buffers,
+        conditions: tuple[Condition, Condition],
+        rows: Any,
+        callback: Callable[[RowInfo], None] | None,
+    ) -> float | None:
+        opening = buffers.bind(self.backend)
+        opening(buffers.tensors.model_out)
+        if self.graph and callback is None and not any(row.gain == 0.0 for row in self.plan.rows):
+            graph = StepGraph.of(buffers, self.model, conditions[0], self.backend)
+            for _ in rows:
+                graph.replay()
+            return None
+        spent = 0.0
+        for i in rows:
+            row = self.plan.rows[i + 1]
+            half = row.gain == 0.0 and buffers.copies == 2
+            before = time.perf_counter()
+            output = self._evaluate(buffers, conditions[1] if half else conditions[0], half)
+            spent += time.perf_counter() - before
+            buffers.bind(self.backend, output)(output)
+            if self.model.device.type == "cpu":
+                self._check_finite(buffers)
+            if callback is not None:
+                assert row.level is not None and buffers.tensors.denoised is not None
+                state = buffers.tensors.state[row.outputs[0].dest]
+                callback(RowInfo(i, self.plan.nfe, row.level, buffers.tensors.denoised, state))
+        return spent if self.model.device.type == "cpu" else None
+
+    def _evaluate(self, buffers: Buffers, cond: Condition, half: bool) -> Tensor:
+        x, clock = buffers.model_in, buffers.model_time
+        if half:
+            x, clock = x[: buffers.batch], clock[: buffers.batch]
+        output = self.model(x, clock, cond)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
+                "they must be equal. A network that also predicts a variance must return its first half only"
+            )
+        if output.dtype not in MODEL_DTYPES or output.device != x.device:
+            raise TypeError(
+                f"the network returned {output.dtype} on {output.device}, expected float32, float16 or bfloat16 "
+                f"on {x.device}"
+            )
+        return buffers.as_stored(output)
+
+    def _check_finite(self, buffers: Buffers) -> None:
+        worst = buffers.first_failure()
+        if worst is None:
+            return
+        sample, row = worst
+        level = self.plan.rows[row].level
+        where = "" if level is None else f", time={level.time:.6g}, sigma/alpha={level.rho:.4g}"
+        raise FloatingPointError(
+            f"the network returned inf or nan at row {row - 1} of {self.plan.nfe} (sample {sample}{where}); no image was "
+            "made. Check its weights and dtype (float16 overflows where bfloat16 does not) and its input range"
+        )
+
+
+def _guidance(guidance: float | Sequence[float] | Tensor, batch: int) -> list[float]:
+    values = torch.as_tensor(guidance, dtype=torch.float64).flatten().tolist()
+    if len(values) not in (1, batch):
+        raise ValueError(f"guidance must be one number or one per sample ({batch}), got {len(values)}")
+    if not all(abs(v) < float("inf") for v in values):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    return values * batch if len(values) == 1 else values

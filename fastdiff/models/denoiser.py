@@ -1,0 +1,88 @@
+"""A network with everything a sampler must know of it: its schedule, what it predicts, how it is called.
+
+May import: process. The engine calls it; it never samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import unknown_name
+from fastdiff.process import predictions, schedules
+from fastdiff.process.schedules import Schedule
+
+Condition = Mapping[str, Any] | Tensor | None
+
+
+class Denoiser:
+    """Wraps `net(x, t, **cond)`, any module or callable that returns F, an `.sample`, or a tuple whose first item is F.
+
+    x0 = P x + Q F with P, Q from `prediction` at each level (fastdiff.process.predictions).
+
+    net: called with x [B, *S] in the network's dtype and t [B]. schedule: the one it was trained on, or its name.
+    prediction: "eps", "x0", "v", "score", "flow" or "edm". sigma_data: of "edm" only. time_dtype: of t; torch.long
+    rounds, for networks that look their time up in a table. Conditions may be a mapping of keyword arguments or one
+    tensor, given as the third positional argument; their first dimension is the batch.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | Callable[..., Any],
+        schedule: Schedule | str,
+        prediction: str = "eps",
+        *,
+        sigma_data: float | None = None,
+        time_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not callable(net):
+            raise TypeError(f"Denoiser: net must be a module or function net(x, t, **cond), got {type(net).__name__}")
+        if prediction not in predictions.names():
+            raise unknown_name("prediction", prediction, predictions.names())
+        if sigma_data is not None and prediction != "edm":
+            raise ValueError(f"sigma_data belongs to prediction 'edm', got it with {prediction!r}; leave it out")
+        self.net = net
+        self.schedule = schedules.get(schedule) if isinstance(schedule, str) else schedule
+        self.prediction = prediction
+        self.sigma_data = sigma_data
+        self.time_dtype = time_dtype
+        parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
+        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
+        if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"Denoiser: the network's dtype must be float32, float16 or bfloat16, got {self.dtype}")
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
+        """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
+        clock = time if self.time_dtype == time.dtype else self._as_time(time)
+        if isinstance(cond, Tensor):
+            output = self.net(x, clock, cond)
+        else:
+            output = self.net(x, clock, **(cond or {}))
+        if isinstance(output, tuple | list):
+            output = output[0]
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample")
+        return output
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
+        """The same denoiser with its network moved and cast (a module is moved in place, as torch does)."""
+        net = self.net.to(device=device, dtype=dtype) if isinstance(self.net, nn.Module) else self.net
+        return Denoiser(
+            net,
+            self.schedule,
+            self.prediction,
+            sigma_data=self.sigma_data,
+            time_dtype=self.time_dtype,
+            device=device or self.device,
+            dtype=dtype or self.dtype,
+        )
+
+    def _as_time(self, time: Tensor) -> Tensor:
+        return (time if self.time_dtype.is_floating_point else time.round()).to(self.time_dtype)
