@@ -149,7 +149,9 @@ class Schedule(ABC):
                 f"rho = sigma/alpha is {rho[outside].flat[0]:.6g}, outside {self!r}, which goes from {low:.6g} to "
                 f"{high:.6g}. Choose levels inside, or a schedule that reaches them."
             )
-        return np.clip(self._time(np.clip(rho, low, high)), *self.time_range)
+        first, last = self.time_range
+        time = np.clip(self._time(np.clip(rho, low, high)), first, last)
+        return np.where(rho >= high, last, np.where(rho <= low, first, time))[()]
 
     def level(self, time: float) -> Level:
         """The level at `time`."""

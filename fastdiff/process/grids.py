@@ -43,7 +43,8 @@ def trailing(schedule: Schedule, steps: int) -> Array:
     if schedule.steps is None:
         low, high = schedule.time_range
         return high - np.arange(steps, dtype=np.float64) * ((high - low) / steps)
-    return np.rint(schedule.steps - np.arange(steps, dtype=np.float64) * (schedule.steps / steps)) - 1
+    # arange as diffusers calls it, so that ties round alike; it may give one index too many, -1
+    return np.rint(np.arange(schedule.steps, 0, -schedule.steps / steps, dtype=np.float64)[:steps]) - 1
 
 
 def linspace(schedule: Schedule, steps: int) -> Array:

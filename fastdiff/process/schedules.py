@@ -180,7 +180,8 @@ def _polynomial(name: str, power: int, steps: int, beta_min: float, beta_max: fl
 
 def _log_alpha_bar(betas: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.cumsum(np.log1p(-betas), axis=0 if betas.ndim else None)
+        logs = np.log1p(-betas)
+    return np.cumsum(logs) if betas.ndim == 1 else logs  # the schedule refuses other shapes
 
 
 def _pack(**options: Any) -> tuple[tuple[str, Any], ...]:
