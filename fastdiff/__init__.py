@@ -10,6 +10,7 @@ from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.shipped import load
 from fastdiff.process import grids, predictions, schedules
 from fastdiff.process.schedules import Level, Schedule
 
@@ -25,6 +26,7 @@ __all__ = [
     "Schedule",
     "backends",
     "grids",
+    "load",
     "models",
     "plan",
     "predictions",

@@ -25,8 +25,9 @@ class Denoiser:
 
     net: called with x [B, *S] in the network's dtype and t [B]. schedule: the one it was trained on, or its name.
     prediction: "eps", "x0", "v", "score", "flow" or "edm". sigma_data: of "edm" only. time_dtype: of t; torch.long
-    rounds, for networks that look their time up in a table. Conditions may be a mapping of keyword arguments or one
-    tensor, given as the third positional argument; their first dimension is the batch.
+    rounds, for networks that look their time up in a table. shape, class_names, null_label: what is known of the
+    samples [*S] and of class labels, for callers that choose them. Conditions may be a mapping of keyword arguments
+    or one tensor, given as the third positional argument; their first dimension is the batch.
     """
 
     def __init__(
@@ -39,6 +40,9 @@ class Denoiser:
         time_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        shape: tuple[int, ...] | None = None,
+        class_names: tuple[str, ...] = (),
+        null_label: int | None = None,
     ) -> None:
         if not callable(net):
             raise TypeError(f"Denoiser: net must be a module or function net(x, t, **cond), got {type(net).__name__}")
@@ -51,6 +55,9 @@ class Denoiser:
         self.prediction = prediction
         self.sigma_data = sigma_data
         self.time_dtype = time_dtype
+        self.shape = shape
+        self.class_names = class_names
+        self.null_label = null_label
         parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
@@ -82,6 +89,9 @@ class Denoiser:
             time_dtype=self.time_dtype,
             device=device or self.device,
             dtype=dtype or self.dtype,
+            shape=self.shape,
+            class_names=self.class_names,
+            null_label=self.null_label,
         )
 
     def _as_time(self, time: Tensor) -> Tensor:

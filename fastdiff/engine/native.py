@@ -1,0 +1,134 @@
+"""The compiled extension: finding it, its argument block, and the hot path of executors "cpp" and "cuda".
+
+May import: errors. The extension is a shared object of C functions called through ctypes: a step is one call with a
+pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from fastdiff.engine.ops import StepTensors
+
+_FIX = "install a C++17 compiler (g++ or clang++) and reinstall fastdiff from source: pip install -e . --no-build-isolation"
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_POINTERS = (
+    "state", "model_out", "model_in", "model_time", "coef", "ids", "row",
+    "seed", "guidance", "noise", "denoised", "status", "ticket",
+)  # fmt: skip
+
+
+class AffineArgs(ctypes.Structure):
+    """Mirror of struct AffineArgs in csrc/affine.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R")]
+        + [(name, ctypes.c_int64) for name in ("coef_width", "ids_width", "channels", "noise_count")]
+        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "model_in_dtype")]
+        + [(name, ctypes.c_int32) for name in ("model_out_batch", "model_in_batch", "model_time_batch", "reserved")]
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
+    folder = Path(__file__).resolve().parent.parent
+    found = sorted(folder.glob("_C.*so"))
+    if not found:
+        raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        size = library.fastdiff_args_size
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
+    size.restype = ctypes.c_int64
+    if size() != ctypes.sizeof(AffineArgs):
+        raise BackendUnavailable(f"the compiled extension {found[0].name} is of another version", _FIX)
+
+    library.fastdiff_error.argtypes, library.fastdiff_error.restype = [ctypes.c_int], ctypes.c_char_p
+    library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
+    library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
+    library.fastdiff_affine_step_cpu.argtypes = [ctypes.c_void_p]
+    if hasattr(library, "fastdiff_affine_step_cuda"):
+        library.fastdiff_affine_step_cuda.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+def cpu_instruction_set() -> str:
+    """What the CPU executor runs on this machine: "avx512", "avx2" or "scalar"."""
+    library = load()
+    return library.fastdiff_cpu_isa_name(library.fastdiff_cpu_isa(-1)).decode()
+
+
+def arguments(tensors: StepTensors) -> AffineArgs:
+    """The C argument block of checked tensors; it holds addresses, so the tensors must outlive it."""
+    registers, batch, *shape = tensors.state.shape
+    args = AffineArgs()
+    for name in _POINTERS:
+        tensor = getattr(tensors, name)
+        setattr(args, name, None if tensor is None else tensor.data_ptr() or None)
+    args.B, args.K, args.R = batch, registers, tensors.coef.shape[0]
+    args.N = torch.Size(shape).numel()
+    args.coef_width, args.ids_width = tensors.coef.shape[1], tensors.ids.shape[1]
+    args.channels = tensors.channels
+    args.noise_count = 0 if tensors.noise is None else tensors.noise.shape[0]
+    args.model_out_dtype = _DTYPES[tensors.model_out.dtype]
+    args.model_in_dtype = 0 if tensors.model_in is None else _DTYPES[tensors.model_in.dtype]
+    for name in ("model_out", "model_in", "model_time"):
+        tensor = getattr(tensors, name)
+        setattr(args, f"{name}_batch", 0 if tensor is None else tensor.shape[0] // max(batch, 1))
+    return args
+
+
+def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
+    """`step(model_out)` running one row on checked tensors: deterministic, capturable on "cuda".
+
+    Raises ValueError when a model output is not like the one that was bound: its memory is read as it stands.
+    """
+    library, args = load(), arguments(tensors)
+    address = ctypes.addressof(args)
+    if executor == "cpp":
+        run = library.fastdiff_affine_step_cpu
+    else:
+        launch, device = library.fastdiff_affine_step_cuda, tensors.state.device.index or 0
+
+        def run(address: int) -> int:
+            return launch(address, torch._C._cuda_getCurrentRawStream(device))
+
+    like = tensors.model_out
+    shape, dtype, kind = like.shape, like.dtype, like.device
+    memory_format = torch.contiguous_format if args.channels == 1 else torch.channels_last
+
+    def step(model_out: Tensor) -> None:
+        if (
+            model_out.shape != shape
+            or model_out.dtype is not dtype
+            or model_out.device != kind
+            or not model_out.is_contiguous(memory_format=memory_format)
+        ):
+            raise _unlike(model_out, tensors.model_out, memory_format)
+        args.model_out = model_out.data_ptr()
+        code = run(address)
+        if code:
+            raise RuntimeError(f"affine_step on {executor}: {library.fastdiff_error(code).decode()}")
+
+    return step
+
+
+def _unlike(got: Tensor, bound: Tensor, memory_format: torch.memory_format) -> ValueError:
+    return ValueError(
+        f"affine_step: the model output is {tuple(got.shape)} {got.dtype} on {got.device} with strides {got.stride()}, "
+        f"the one bound was {tuple(bound.shape)} {bound.dtype} on {bound.device}, {memory_format}; "
+        "bind again, or make the network return what it returned first"
+    )

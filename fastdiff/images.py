@@ -1,0 +1,106 @@
+"""Samples to files: pixels, labelled grids, folders of pictures, arrays. Nothing is left half-written.
+
+May import: nothing of the package.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_pixels(x: Tensor) -> NDArray[np.uint8]:
+    """[B, C, H, W] in [-1, 1] to uint8 [B, H, W, C], values outside clipped."""
+    scaled = ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round()
+    return np.ascontiguousarray(scaled.byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def check_writable(out: Path) -> None:
+    """Raise OSError now if `out` could not be written later."""
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out")
+    target = out if out.exists() else parent
+    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
+    if out.suffix in (".png", ".npy") and out.is_dir():
+        raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
+    if out.suffix not in (".png", ".npy") and out.is_file():
+        raise FileExistsError(f"cannot write pictures into {out}: it is a file; choose a folder, or a name ending in .png or .npy")
+
+
+def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: int) -> None:
+    """Write a .png grid, a .npy array uint8 [B, H, W, C], or (any other name) a folder of one PNG per sample."""
+    if out.suffix == ".png":
+        picture = grid(pixels, labels, columns)
+        _write(out, lambda temporary: picture.save(temporary, format="PNG"))
+    elif out.suffix == ".npy":
+
+        def write_array(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.save(file, pixels)
+
+        _write(out, write_array)
+    else:
+        _save_folder(out, pixels, labels)
+
+
+def grid(pixels: NDArray[np.uint8], labels: Sequence[str], columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:
+    """Rows of `columns` samples, each row named on its left by the label of its first sample."""
+    count, height, width = len(pixels), pixels.shape[1] * zoom, pixels.shape[2] * zoom
+    rows = -(-count // columns)
+    font = ImageFont.load_default(size=14)
+    margin = max((int(font.getlength(label)) + 12 for label in labels if label), default=0)
+    canvas = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i in range(count):
+        row, column = divmod(i, columns)
+        top = gap + row * (height + gap)
+        tile = _picture(pixels[i]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(tile, (margin + gap + column * (width + gap), top))
+        if column == 0 and labels:
+            draw.text((6, top + height // 2), labels[i], fill="black", font=font, anchor="lm")
+    return canvas
+
+
+def _save_folder(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str]) -> None:
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
+    try:
+        names = []
+        for i, image in enumerate(pixels):
+            label = labels[i].lower().replace("/", "-").replace(" ", "_") if labels else ""
+            names.append(f"{i:05d}{'_' + label if label else ''}.png")
+            _picture(image).save(staging / names[-1])
+        out.mkdir(exist_ok=True)
+        for name in names:
+            os.replace(staging / name, out / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, out)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _picture(image: NDArray[np.uint8]) -> Image.Image:
+    if image.shape[2] not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, got {image.shape[2]}; write a .npy file instead")
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -1,0 +1,135 @@
+"""The command line, as a user meets it: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastdiff as fd
+from fastdiff import cli, images
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_sample_writes_the_same_array_the_library_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.npy"
+    status, text, _ = run(
+        capsys, "sample", "--class", "Sneaker", "--class", "8", "--count", "2", "--steps", "3", "--seed", "5",
+        "--guidance", "1.5", "--out", str(out),
+    )  # fmt: skip
+    assert status == 0
+    model = fd.load("fashion")
+    labels = torch.tensor([7, 7, 8, 8])
+    x = fd.sample(
+        model, (4, *model.shape), steps=3, seed=[5, 6, 7, 8], guidance=1.5, memory_format=torch.channels_last,
+        cond={"class_labels": labels}, uncond={"class_labels": torch.full((4,), model.null_label)},
+    )  # fmt: skip
+    assert np.array_equal(np.load(out), images.to_pixels(x))
+    assert re.search(r"NFE +3 per sample, 6 network calls", text)
+    assert re.search(r"samples +4 in [\d.]+ s: [\d.]+ images/s", text)
+    assert re.search(r"time +[\d.]+ s in the model, [\d.]+ s in everything else", text)
+    assert "seeds     5 .. 8" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_batches_do_not_change_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = []
+    for batch in ("3", "64"):
+        out = tmp_path / f"{batch}.npy"
+        run(capsys, "sample", "--count", "1", "--steps", "3", "--batch", batch, "--out", str(out))
+        arrays.append(np.load(out).astype(int))
+    assert np.abs(arrays[0] - arrays[1]).max() <= 1  # convolutions may round differently with batch size
+
+
+def test_sample_grid_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, folder = tmp_path / "grid.png", tmp_path / "folder"
+    for out in (grid, folder):
+        run(capsys, "sample", "--class", "bag", "--count", "3", "--steps", "2", "--out", str(out))
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00000_bag.png", "00001_bag.png", "00002_bag.png"]
+    tile = np.asarray(Image.open(folder / names[1]).convert("RGB").resize((64, 64), Image.Resampling.NEAREST))
+    sheet = np.asarray(Image.open(grid))
+    left = sheet.shape[1] - (3 - 1) * 66  # the second of three 64-pixel tiles with 2-pixel gaps
+    assert np.array_equal(sheet[2:66, left : left + 64], tile)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "grid.png"]
+
+
+def test_plan_prints_formulas_nfe_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = run(capsys, "plan", "dpmpp_2m", "--steps", "4")
+    assert status == 0
+    assert "4 model evaluations, 2 registers" in text
+    assert re.search(r"r0 <- [\d.]+ x \+ [\d.]+ D - [\d.]+ r1", text)
+    assert "dpmpp_2m" in text.splitlines()[0] and "ok" in text.splitlines()[-1]
+
+
+def test_plan_json_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text, _ = run(capsys, "plan", "ddim", "--steps", "5", "--option", "eta=0.5", "--json")
+    assert fd.Plan.from_json(text) == fd.plan("ddim", "linear", 5, "karras", eta=0.5)
+
+
+def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = run(capsys, "info")
+    assert status == 0
+    for name, backend in fd.backends().items():
+        line = next(line for line in text.splitlines() if line.startswith(f"backend    {name} "))
+        assert ("ok" in line) if backend.ok else (backend.reason in line and backend.fix in line)
+
+
+def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text, _ = run(capsys, "verify")
+    assert status == 0, text
+    assert all(f"table {name}" in text for name in fd.solvers.names())
+    assert text.splitlines()[-1] == "all checks passed"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "dpmp_2m"], "Did you mean 'dpmpp_2m'"),
+        (["plan", "ddim", "--grid", "karas"], "Did you mean 'karras'"),
+        (["plan", "ddim", "--schedule", "cosin"], "Did you mean 'cosine'"),
+        (["plan", "ddim", "--steps", "0"], "steps"),
+        (["plan", "ddim", "--option", "etta=1"], "has no option 'etta'"),
+        (["plan", "ddim", "--option", "eta"], "NAME=VALUE"),
+        (["sample", "--class", "hat"], "unknown class 'hat'"),
+        (["sample", "--class", "12"], "unknown class '12'"),
+        (["sample", "--count", "0"], "--count"),
+        (["sample", "--model", "fashon"], "Did you mean 'fashion'"),
+        (["sample", "--model", "missing.safetensors"], "no model file"),
+        (["sample", "--out", "no/such/folder/x.png"], "does not exist"),
+        (["sample", "--backend", "cudnn"], "Unknown executor"),
+        (["sample", "--grid", "logsnr", "--solver", "flow_euler"], "needs a flow schedule"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert words in err and len(err.strip().splitlines()) == 1
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        images.save(tmp_path / "x.npy", np.zeros((1, 2, 2, 1), np.uint8), [], 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixels_round_and_clip() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.5, 2 * 100 / 255 - 1]).view(1, 1, 2, 3)
+    assert images.to_pixels(x).ravel().tolist() == [0, 0, 128, 255, 255, 100]

@@ -1,0 +1,247 @@
+"""The loop: seeds, places, formats, guidance, callbacks, starts, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff.engine import noise
+
+BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
+SOLVERS = ("ddim", "ddpm", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde")
+
+
+def bumpy(x: Tensor, t: Tensor) -> Tensor:
+    """A network that treats each sample and element alone, not linear, and depends on the time."""
+    return torch.tanh(x) * (1 + 0.1 * t.cos().view(-1, *[1] * (x.dim() - 1)))
+
+
+@pytest.fixture
+def model() -> fd.Denoiser:
+    return fd.Denoiser(bumpy, fd.schedules.edm(), "edm", sigma_data=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_seed_gives_the_same_image_alone_in_a_batch_and_in_any_place(
+    model: fd.Denoiser, solver: str, backend: str
+) -> None:
+    draw = {"solver": solver, "steps": 6, "backend": backend}
+    shape = (3, 9, 7)  # not a multiple of four
+    alone = fd.sample(model, (1, *shape), seed=[17], **draw)
+    rng = np.random.default_rng(0)
+    for place in (0, 31, 63):
+        seeds = rng.integers(0, 2**62, 64).tolist()
+        seeds[place] = 17
+        batch = fd.sample(model, (64, *shape), seed=seeds, **draw)
+        assert torch.equal(batch[place], alone[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 9, 7), (1, 1, 5, 5), (2, 4, 6, 2)])
+def test_memory_format_does_not_change_the_image(model: fd.Denoiser, shape: tuple[int, ...], backend: str) -> None:
+    results = [
+        fd.sample(model, shape, solver="dpmpp_2m_sde", steps=5, backend=backend, memory_format=layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_executors_agree(model: fd.Denoiser, solver: str) -> None:
+    results = [fd.sample(model, (4, 3, 8, 8), solver=solver, steps=10, backend=name) for name in BACKENDS]
+    for other in results[1:]:
+        assert (other - results[0]).abs().max() <= 1e-5 * results[0].abs().max()
+
+
+def test_integer_seed_counts_up(model: fd.Denoiser) -> None:
+    counted = fd.sample(model, (3, 2, 4, 4), seed=5, steps=3)
+    assert torch.equal(counted, fd.sample(model, (3, 2, 4, 4), seed=[5, 6, 7], steps=3))
+    assert torch.equal(counted, fd.sample(model, (3, 2, 4, 4), seed=torch.tensor([5, 6, 7]), steps=3))
+
+
+def test_latents_are_sigma_times_the_named_normals(model: fd.Denoiser) -> None:
+    seen: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return torch.zeros_like(x)
+
+    zero = fd.Denoiser(record, fd.schedules.edm(), "x0")
+    fd.sample(zero, (2, 3, 4, 4), steps=1, seed=[8, 9])
+    expected = np.stack([noise.normal(s, 48, 0, 0).reshape(3, 4, 4) for s in (8, 9)]) * np.float32(80.0)
+    assert np.array_equal(seen[0].numpy(), expected)
+
+
+@pytest.mark.parametrize("solver", [s for s in fd.solvers.names() if s not in ("flow_euler", "euler_maruyama")])
+def test_one_step_from_the_top_returns_the_estimate_or_a_finite_walk(solver: str) -> None:
+    constant = fd.Denoiser(lambda x, t: torch.full_like(x, 0.25), fd.schedules.edm(), "x0")
+    x = fd.sample(constant, (2, 3, 4, 4), solver=solver, steps=1)
+    assert torch.equal(x, torch.full_like(x, 0.25))
+
+
+def test_guidance_is_the_affine_combination_and_half_rows_run_half() -> None:
+    sizes = []
+
+    def labelled(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return label.view(-1, 1, 1, 1).expand_as(x).contiguous()
+
+    model = fd.Denoiser(labelled, fd.schedules.edm(), "x0")
+    cond, uncond = {"label": torch.tensor([1.0, 2.0])}, {"label": torch.tensor([0.5, 0.0])}
+    x = fd.sample(model, (2, 1, 2, 2), steps=2, cond=cond, uncond=uncond, guidance=[3.0, 1.0])
+    assert x[:, 0, 0, 0].tolist() == [0.5 + 3 * 0.5, 2.0]
+    assert sizes == [4, 4]
+    fd.sample(model, (2, 1, 2, 2), steps=2, cond=cond, uncond=uncond, guidance=1.0)
+    assert sizes[2:] == [2, 2]
+
+
+def test_callback_sees_the_denoised_estimate(model: fd.Denoiser) -> None:
+    seen: list[tuple[int, float, Tensor, Tensor]] = []
+
+    def note(info: fd.RowInfo) -> None:
+        seen.append((info.row, info.level.sigma, info.denoised.clone(), info.state.clone()))
+
+    x = fd.sample(model, (2, 3, 4, 4), solver="euler", steps=4, callback=note)
+    assert [row for row, *_ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][2], x) and torch.equal(seen[-1][3], x)
+    (_, sigma, denoised, state), (_, sigma_next, *_) = seen[1], seen[2]
+    before = seen[0][3]
+    expected = before + (sigma_next - sigma) / sigma * (before - denoised)
+    assert torch.allclose(state, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_given_noise_replaces_the_counters(model: fd.Denoiser) -> None:
+    plan = fd.plan("ddpm", model.schedule, 5, "karras")
+    shape = (2, 3, 4, 4)
+    draws = torch.from_numpy(
+        np.stack([[noise.normal(s, 48, i, 1).reshape(3, 4, 4) for s in (0, 1)] for i in range(plan.draws)])
+    )
+    sampler = fd.Sampler(plan, model)
+    white = sampler.sample(shape, seed=0)
+    assert torch.equal(white, sampler.sample(shape, seed=0, noise=draws))
+    assert torch.equal(white, sampler.sample(shape, seed=0, noise=lambda i, size: draws[i]))
+    assert not torch.equal(white, sampler.sample(shape, seed=0, noise=draws.flip(0)))
+    with pytest.raises(ValueError, match=r"noise must have shape \(4, 2, 3, 4, 4\)"):
+        sampler.sample(shape, noise=draws[:2])
+
+
+def test_init_is_used_as_it_is_and_image_is_noised(model: fd.Denoiser) -> None:
+    image = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+    plan = fd.plan("euler", model.schedule, 10, "karras", strength=0.01)
+    start = plan.levels[0]
+    assert start.sigma == pytest.approx(0.002 + 0.01 * (80 - 0.002))
+    sampler = fd.Sampler(plan, model)
+    latent = torch.from_numpy(noise.normal(4, 48, 0, 0)).view(1, 3, 4, 4)
+    from_state = sampler.sample(image.shape, seed=4, init=image + np.float32(start.sigma) * latent)
+    from_image = sampler.sample(image.shape, seed=4, init=image, opening="image")
+    assert torch.allclose(from_state, from_image, rtol=0, atol=1e-6)
+    assert torch.equal(
+        from_image, fd.sample(model, image.shape, "euler", 10, seed=4, init=image, strength=0.01)
+    )
+
+
+def test_half_precision_network_and_fp32_state() -> None:
+    seen = []
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x.dtype, t.dtype))
+        return torch.tanh(x)
+
+    model = fd.Denoiser(half, fd.schedules.edm(), "edm", sigma_data=0.5, dtype=torch.bfloat16)
+    exact = fd.Denoiser(half, fd.schedules.edm(), "edm", sigma_data=0.5)
+    x, y = (fd.sample(m, (2, 3, 8, 8), steps=10) for m in (model, exact))
+    assert seen[0] == (torch.bfloat16, torch.float32)
+    assert x.dtype == torch.float32
+    assert 0 < (x - y).abs().max() < 0.02
+
+
+def test_buffers_are_reused_and_a_run_leaves_no_trace(model: fd.Denoiser) -> None:
+    sampler = fd.Sampler(fd.plan("dpmpp_2m", model.schedule, 8, "karras"), model)
+    first = sampler.sample((2, 3, 4, 4), seed=1)
+    address = sampler._buffers.tensors.state.data_ptr()  # type: ignore[union-attr]
+    sampler.sample((2, 3, 4, 4), seed=99)
+    assert torch.equal(first, sampler.sample((2, 3, 4, 4), seed=1))
+    assert sampler._buffers.tensors.state.data_ptr() == address  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "words"),
+    [
+        (lambda x: x[:, :2], ValueError, r"returned shape \(2, 2, 4, 4\).*\(2, 3, 4, 4\)"),
+        (lambda x: x.double(), TypeError, "float64"),
+        (lambda x: x.long(), TypeError, "int64"),
+        (lambda x: "no", TypeError, "returned str"),
+        (lambda x: x / 0, FloatingPointError, r"row 0 of 3 \(sample 0, time=80"),
+    ],
+)
+def test_bad_network(output: Callable[[Tensor], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fd.sample(fd.Denoiser(lambda x, t: output(x), fd.schedules.edm(), "x0"), (2, 3, 4, 4), steps=3)
+
+
+def test_non_finite_output_names_the_row_and_sample_and_stops() -> None:
+    calls = []
+
+    def breaks(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        output = torch.zeros_like(x)
+        if len(calls) == 3:
+            output[1, 0, 0, 0] = float("inf")
+        return output
+
+    with pytest.raises(FloatingPointError, match=r"row 2 of 9 \(sample 1"):
+        fd.sample(fd.Denoiser(breaks, fd.schedules.edm(), "x0"), (2, 3, 4, 4), steps=9)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seed": [1, 2, 3]}, "one integer per sample.*has 2, got 3"),
+        ({"seed": 2**64}, "64-bit"),
+        ({"guidance": 2.0}, "needs uncond"),
+        ({"guidance": [1.0, 2.0, 3.0]}, r"one per sample \(2\), got 3"),
+        ({"guidance": float("nan")}, "finite"),
+        ({"noise": "pink"}, "noise must be"),
+        ({"init": torch.zeros(2, 3, 4, 5)}, r"init must be.*\(2, 3, 4, 4\)"),
+        ({"init": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, "floating-point"),
+        ({"strength": 0.5}, "needs init"),
+        ({"cond": torch.zeros(3)}, r"one entry per sample \(2\)"),
+        ({"cond": {"a": torch.zeros(2)}, "uncond": {"b": torch.zeros(2)}, "guidance": 2.0}, "same keys"),
+        ({"backend": "cpu"}, "Did you mean 'cpp'"),
+        ({"graph": True}, "needs a CUDA device"),
+        ({"graph": "maybe"}, "graph must be"),
+    ],
+)
+def test_bad_arguments(model: fd.Denoiser, arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fd.sample(model, (2, 3, 4, 4), steps=3, **arguments)
+
+
+def test_bad_models() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'eps'"):
+        fd.Denoiser(bumpy, "linear", "epsilon")
+    with pytest.raises(ValueError, match="Unknown schedule 'linaer'.*'linear'"):
+        fd.Denoiser(bumpy, "linaer")
+    with pytest.raises(TypeError, match="module or function"):
+        fd.Denoiser("net", "linear")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="wrap the network"):
+        fd.sample(torch.nn.Identity(), (1, 3, 4, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="float64"):
+        fd.Denoiser(torch.nn.Linear(2, 2).double(), "linear")
+    zero_snr = fd.schedules.rescale_zero_terminal_snr(fd.schedules.linear())
+    with pytest.raises(ValueError, match="zero signal-to-noise"):
+        fd.sample(fd.Denoiser(bumpy, zero_snr, "eps"), (1, 3, 4, 4), grid="trailing", steps=4)
+
+
+def test_missing_backend_says_why_and_what_to_do(model: fd.Denoiser) -> None:
+    missing = [name for name, backend in fd.backends().items() if not backend.ok]
+    for name in missing:
+        with pytest.raises(fd.BackendUnavailable, match="To fix it: "):
+            fd.sample(model, (1, 3, 4, 4), backend=name)
