@@ -6,17 +6,20 @@ a vector of coefficients over independent unit normals, and its mean and varianc
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastdiff.compiler import layout as at
 from fastdiff.compiler import solvers
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.plan import Plan
-from fastdiff.process.schedules import CLEAN, Level
+from fastdiff.process.grids import RHO_CAP
+from fastdiff.process.schedules import Level, Schedule
 
 Array = NDArray[np.float64]
 
@@ -24,7 +27,8 @@ EXACT = 1e-10  # relative error allowed where a law holds exactly
 SMALL = 1e-6  # relative error of the variance that needs no refinement to pass
 DATA_VARIANCES = (0.05, 0.25, 1.0, 4.0)
 DATA_MEAN = 1.0
-REFINEMENT = 4
+REFINEMENTS = (4, 16, 64)
+BUDGET = 5e7  # rows x draws of the largest table compiled to see an error shrink
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,147 @@ def propagate(
         mean=np.array([x[:, 0] for _, x in seen]),
         variance=np.array([np.square(x[:, 1:]).sum(axis=1) for _, x in seen]),
     )
+
+
+def verify(plan: Plan) -> Report:
+    """Hold a plan to four laws that need no network.
+
+    point mass: with D == mu the state's mean is alpha mu at every level, to EXACT; where the solver declares
+    `exact_marginal`, its variance is sigma^2 as well. A solver that does not declare it need only come closer to that
+    mean when the grid is refined.
+    gaussian data: the law of the state that enters the last evaluation (of the result, if the last level is noisy)
+    against N(alpha mu, alpha^2 v + sigma^2), worst case over DATA_VARIANCES, from that law at the first level. The
+    error must be below SMALL, or shrink on a grid with every interval cut in 4, else 16, else 64: far too few steps
+    give errors of order 1 that may first grow. What the last denoise from sigma > 0 loses is no solver's fault, so
+    the sample's own error is stated and not judged.
+    finite: every scalar, in float64 and rounded to fp32. last row: x' = alpha D and no noise where the last level is
+    clean, unless the options ask for a last step that is not a denoise.
+    A plan that cannot be compiled again (recorded from foreign code, tables as long as the grid) is held to finite
+    errors instead of shrinking ones, and the report says so.
+    """
+    with np.errstate(all="ignore"):
+        checks = (_point_mass(plan), _gaussian(plan), _finite(plan), _last_row(plan))
+    return Report(f"{plan.solver}, {plan.nfe} model evaluations, grid {plan.grid}", checks)
+
+
+def _refined(plan: Plan, cut: int) -> Plan:
+    """The plan with every interval between noisy levels in `cut` parts; ValueError or TypeError if it has none."""
+    noisy = [level for level in plan.levels if level.sigma > 0]
+    if len(noisy) < 2:
+        raise ValueError("it has one noisy level")
+    if plan.nfe * plan.draws * cut**2 > BUDGET:
+        raise ValueError("too many rows and draws")
+    levels: list[Level] = []
+    for s, t in itertools.pairwise(noisy):
+        levels += [s, *(_between(plan.schedule, s, t, i / cut) for i in range(1, cut))]
+    levels += plan.levels[len(noisy) - 1 :]
+    return compile_levels(plan.solver, levels, plan.schedule, "refined", plan.options)
+
+
+def _between(schedule: Schedule | None, s: Level, t: Level, weight: float) -> Level:
+    """A level between two others, geometric in rho; RHO_CAP or more stands for rho = inf, as in the grids."""
+    if schedule is None:
+        return Level((1.0 - weight) * s.alpha + weight * t.alpha, s.sigma ** (1.0 - weight) * t.sigma**weight)
+    top = s.rho if math.isfinite(s.rho) else max(RHO_CAP, 4.0 * t.rho)
+    return schedule.level_from_rho(top ** (1.0 - weight) * t.rho**weight)
+
+
+def _shrinks(name: str, plan: Plan, error: Callable[[Plan], float], small: float, sentence: str) -> Check:
+    """The check that an error is small, or becomes smaller on a finer grid."""
+    first = error(plan)
+    if first <= small:
+        return Check(name, True, first, small, sentence)
+    finer, cut = math.inf, 1
+    try:
+        for cut in REFINEMENTS:
+            finer = error(_refined(plan, cut))
+            if finer < first:
+                break
+    except (ValueError, TypeError) as reason:
+        if cut == REFINEMENTS[0]:
+            why = str(reason).split(";")[0]
+            sentence += f"; no finer grid to compare with: {why}"
+            return Check(name, math.isfinite(first), first, math.inf, sentence)
+        cut //= 4
+    return Check(name, finer < first, finer, first, f"{sentence}, {finer:.1e} with {cut} x the steps")
+
+
+def _point_mass(plan: Plan) -> Check:
+    mean, variance = _point_mass_errors(plan)
+    declared = plan.solver in solvers.names() and solvers.get(plan.solver).keeps_marginal(plan.options)
+    if declared:
+        value = max(mean, variance)
+        sentence = f"with D == mu every state has mean alpha mu and variance sigma^2, off by {value:.1e}"
+        return Check("point mass", value <= EXACT, value, EXACT, sentence)
+    sentence = f"with D == mu every state has mean alpha mu, off by {mean:.1e} (variance, not promised: {variance:.1e})"
+    return _shrinks("point mass", plan, lambda p: _point_mass_errors(p)[0], EXACT, sentence)
+
+
+def _point_mass_errors(plan: Plan) -> tuple[float, float]:
+    """The worst relative error of the mean, and of the variance, over all states."""
+    states = propagate(plan, DATA_MEAN, 0.0)
+    mean = variance = 0.0
+    for i, level in enumerate(states.levels):
+        size = math.hypot(level.alpha * DATA_MEAN, level.sigma)
+        off = abs(float(states.mean[i, 0]) - level.alpha * DATA_MEAN) / size
+        spread = abs(float(states.variance[i, 0]) - level.sigma**2) / (level.sigma**2 or 1.0)
+        mean, variance = _worst(mean, off), _worst(variance, spread)
+    return mean, variance
+
+
+def _gaussian(plan: Plan) -> Check:
+    error = _law_error(plan)
+    sentence = f"worst error of the law on Gaussian data {error:.1e}"
+    if plan.levels[-1].sigma == 0.0:
+        sample = _worst(*np.abs(propagate(plan).variance[-1] / np.array(DATA_VARIANCES) - 1.0))
+        sentence += f" (of the sample's variance {sample:.1e})"
+    return _shrinks("gaussian data", plan, _law_error, SMALL, sentence)
+
+
+def _law_error(plan: Plan) -> float:
+    """Relative error of the variance, or of the mean in standard deviations, at the last noisy level."""
+    states = propagate(plan)
+    last = -2 if plan.levels[-1].sigma == 0.0 else -1
+    level = states.levels[last]
+    target = level.alpha**2 * np.array(DATA_VARIANCES) + level.sigma**2
+    spread = np.abs(states.variance[last] / target - 1.0)
+    shift = np.abs(states.mean[last] - level.alpha * DATA_MEAN) / np.sqrt(target)
+    return _worst(*spread, *shift)
+
+
+def _finite(plan: Plan) -> Check:
+    exact = [
+        c
+        for row in plan.rows
+        for output in row.outputs
+        for c in (output.x, output.denoised, *output.slots, *output.noise)
+    ]
+    rounded = np.array(exact).astype(np.float32)
+    if plan.schedule is not None:
+        packed = plan.pack("x0").coef
+        rounded = np.delete(packed, [at.CLAMP_LO, at.CLAMP_HI], axis=1).ravel()
+    bad = int(np.sum(~np.isfinite(exact)) + np.sum(~np.isfinite(rounded)))
+    return Check("finite", bad == 0, bad, 0, f"{bad} of {len(exact)} scalars are not finite in float64 or fp32")
+
+
+def _last_row(plan: Plan) -> Check:
+    row, final = plan.rows[-1], plan.levels[-1]
+    output = next(output for output in row.outputs if output.dest == plan.result)
+    others = (output.x, *output.slots, *output.noise)
+    off = _worst(abs(output.denoised - final.alpha), *(abs(c) for c in others))
+    formula = f"the last row is x' = {output.denoised:.6g} D"
+    formula += "".join(
+        f" + {c:.6g} {name}"
+        for name, c in (("x", output.x), ("(registers)", sum(output.slots)), ("z", math.hypot(*output.noise)))
+        if c != 0.0
+    )
+    if final.sigma > 0.0:
+        return Check("last row", True, off, math.inf, f"{formula}; the plan ends at sigma = {final.sigma:.6g}")
+    if not plan.options.get("denoise", True) or plan.options.get("tau") is not None:
+        return Check("last row", True, off, math.inf, f"{formula}; the options ask for a last step without denoising")
+    return Check("last row", off <= EXACT, off, EXACT, formula)
+
+
+def _worst(*errors: float) -> float:
+    """The largest of the errors; nan counts as infinite."""
+    return max(math.inf if math.isnan(error) else float(error) for error in errors)

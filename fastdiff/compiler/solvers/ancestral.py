@@ -10,7 +10,7 @@ from fastdiff.compiler.solvers.registry import solver
 from fastdiff.compiler.solvers.steps import ancestral_split
 
 
-@solver("ddpm", order=1)
+@solver("ddpm", order=1, exact_marginal={"variance": "fixed_small"})
 def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
     """DDPM (Ho et al. 2020, eq. 7): x_t ~ N(posterior mean given x and D, C^2), no noise in the last step.
 
@@ -30,7 +30,7 @@ def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
     return x
 
 
-@solver("euler_ancestral", order=1)
+@solver("euler_ancestral", order=1, exact_marginal={"s_noise": 1.0})
 def euler_ancestral(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0) -> Lin:
     """Euler with ancestral noise (k-diffusion's sample_euler_ancestral), in x / alpha against rho = sigma / alpha.
 

@@ -29,7 +29,7 @@ def dpmpp_2m(run: Run, x: Lin) -> Lin:
     return x
 
 
-@solver("dpmpp_2m_sde", order=1)
+@solver("dpmpp_2m_sde", order=2, exact_marginal={"s_noise": 1.0})
 def dpmpp_2m_sde(run: Run, x: Lin, eta: float = 1.0, correction: str = "midpoint", s_noise: float = 1.0) -> Lin:
     """DPM-Solver++(2M) for the SDE (Lu et al. 2022, section 5; k-diffusion's sample_dpmpp_2m_sde).
 

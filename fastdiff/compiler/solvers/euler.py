@@ -10,7 +10,7 @@ from fastdiff.compiler.solvers.registry import solver
 from fastdiff.compiler.solvers.steps import churn, ode_step
 
 
-@solver("euler", order=1)
+@solver("euler", order=1, exact_marginal={"s_noise": 1.0})
 def euler(
     run: Run, x: Lin, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Lin:
@@ -21,7 +21,7 @@ def euler(
     return x
 
 
-@solver("heun", order=2)
+@solver("heun", order=2, exact_marginal={"s_noise": 1.0})
 def heun(
     run: Run, x: Lin, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Lin:

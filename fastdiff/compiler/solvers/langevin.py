@@ -36,7 +36,7 @@ def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.2, inner: int = 20, d
     return t.alpha * run.denoise(x, s) if denoise else (t.alpha / s.alpha) * x
 
 
-@solver("random_walk", order=1, exact_marginal=False)
+@solver("random_walk", order=1, exact_marginal={"point": "ddpm_small", "tau": None, "temperatures": None})
 def random_walk(
     run: Run,
     x: Lin,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ class Solver:
     """A sampler: `function(run, x, **options)` returns the final state.
 
     order: global order of convergence in the step (weak order of the variance for stochastic ones).
-    exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly.
+    exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly; always, never,
+    or where these options have these values.
     """
 
     name: str
     function: Callable[..., Lin]
     order: int
-    exact_marginal: bool
+    exact_marginal: bool | Mapping[str, Any]
 
     @property
     def summary(self) -> str:
@@ -33,6 +34,13 @@ class Solver:
         """Option names and defaults."""
         parameters = list(inspect.signature(self.function).parameters.values())[2:]
         return {p.name: p.default for p in parameters}
+
+    def keeps_marginal(self, options: Mapping[str, Any]) -> bool:
+        """Whether `exact_marginal` holds with these options, defaults filled in."""
+        if isinstance(self.exact_marginal, bool):
+            return self.exact_marginal
+        chosen = {**self.options(), **options}
+        return all(chosen[name] == value for name, value in self.exact_marginal.items())
 
     def check_options(self, given: dict[str, Any]) -> None:
         """TypeError for an option this solver does not have."""
@@ -47,7 +55,9 @@ class Solver:
 _SOLVERS: dict[str, Solver] = {}
 
 
-def solver(name: str, *, order: int, exact_marginal: bool = True) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
+def solver(
+    name: str, *, order: int, exact_marginal: bool | Mapping[str, Any] = True
+) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
     """Register a solver function under `name`; see README, "Add a sampler"."""
 
     def register(function: Callable[..., Lin]) -> Callable[..., Lin]:

@@ -23,6 +23,11 @@ def euler_maruyama(run: Run, x: Lin, eta: float = 1.0) -> Lin:
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
             return t.alpha * denoised
+        if s.alpha == 0.0:
+            raise ValueError(
+                "euler_maruyama: the reverse SDE has no finite drift where alpha = 0; use a grid that starts below it "
+                "(grid='leading', 'karras' with sigma_max, or custom levels)"
+            )
         dt = s.time - t.time
         drift, diffusion = float(run.schedule.drift(s.time)), float(run.schedule.diffusion(s.time)) ** 2
         score = (s.alpha * denoised - x) / s.sigma**2
