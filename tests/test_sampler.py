@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.engine import noise
@@ -245,3 +246,29 @@ def test_missing_backend_says_why_and_what_to_do(model: fd.Denoiser) -> None:
     for name in missing:
         with pytest.raises(fd.BackendUnavailable, match="To fix it: "):
             fd.sample(model, (1, 3, 4, 4), backend=name)
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes every torch operation that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not fd.backends()["cpp"].ok, reason="the compiled extension is not here: fastdiff info says why")
+def test_the_loop_runs_no_torch_operation_of_its_own() -> None:
+    output = torch.zeros(2, 3, 8, 8)
+    model = fd.Denoiser(lambda x, t: output, fd.schedules.edm(), "x0")
+    counts = []
+    for steps in (3, 30):
+        sampler = fd.Sampler(fd.plan("dpmpp_2m_sde", model.schedule, steps, "karras"), model, "cpp")
+        sampler.sample(output.shape)
+        with Dispatched() as seen:
+            sampler.sample(output.shape)
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1]  # whatever is allocated, it is not per row

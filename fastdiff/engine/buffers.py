@@ -61,6 +61,7 @@ class Buffers:
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
         )
+        self._status = self.tensors.status.numpy() if device.type == "cpu" else None
         self._steps: dict[tuple[str, torch.dtype], Callable[[Tensor], None]] = {}
         self.graph: Any = None
 
@@ -121,7 +122,7 @@ class Buffers:
 
     def first_failure(self) -> tuple[int, int] | None:
         """(sample, row) of the first non-finite model output, or None."""
-        status = self.tensors.status.cpu().numpy()
+        status = self.tensors.status.cpu().numpy() if self._status is None else self._status
         if status.max() < 0:
             return None
         sample = int(np.where(status >= 0, status, np.iinfo(np.int32).max).argmin())

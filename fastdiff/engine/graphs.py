@@ -23,31 +23,26 @@ class StepGraph:
     def __init__(self, buffers: Buffers, model: Denoiser, cond: Condition, executor: str) -> None:
         self._cond = _clone(cond)
         self._graph = torch.cuda.CUDAGraph()
-        row, status = buffers.tensors.row.clone(), buffers.tensors.status.clone()
-        state, model_in = buffers.tensors.state.clone(), buffers.model_in.clone()
-        clock = buffers.model_time.clone()
+        t = buffers.tensors
+        saved = [(live, live.clone()) for live in (t.row, t.status, t.state, buffers.model_in, buffers.model_time)]
 
         def step() -> None:
             output = buffers.as_stored(model(buffers.model_in, buffers.model_time, self._cond))
             buffers.bind(executor, output)(output)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    step()
+                    t.row.zero_()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
                 step()
-                buffers.tensors.row.copy_(row)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
-            step()
-        for target, saved in (
-            (buffers.tensors.row, row),
-            (buffers.tensors.status, status),
-            (buffers.tensors.state, state),
-            (buffers.model_in, model_in),
-            (buffers.model_time, clock),
-        ):
-            target.copy_(saved)
+        finally:
+            for live, before in saved:
+                live.copy_(before)
 
     @staticmethod
     def of(buffers: Buffers, model: Denoiser, cond: Condition, executor: str) -> StepGraph:

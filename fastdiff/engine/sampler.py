@@ -6,6 +6,7 @@ May import: ops, backends, graphs, noise, compiler, models.denoiser.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ class Sampler:
                 f"graph=True needs a CUDA device and executor 'triton' or 'cuda', got {model.device} and {self.backend!r}"
             )
         self.graph = captures and graph is not False
+        self._insist = graph is True
         self.memory_format = memory_format
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
@@ -138,10 +140,11 @@ class Sampler:
         opening = buffers.bind(self.backend)
         opening(buffers.tensors.model_out)
         if self.graph and callback is None and not any(row.gain == 0.0 for row in self.plan.rows):
-            graph = StepGraph.of(buffers, self.model, conditions[0], self.backend)
-            for _ in rows:
-                graph.replay()
-            return None
+            graph = self._captured(buffers, conditions[0])
+            if graph is not None:
+                for _ in rows:
+                    graph.replay()
+                return None
         spent = 0.0
         for i in rows:
             row = self.plan.rows[i + 1]
@@ -157,6 +160,20 @@ class Sampler:
                 state = buffers.tensors.state[row.outputs[0].dest]
                 callback(RowInfo(i, self.plan.nfe, row.level, buffers.tensors.denoised, state))
         return spent if self.model.device.type == "cpu" else None
+
+    def _captured(self, buffers: Buffers, cond: Condition) -> StepGraph | None:
+        try:
+            return StepGraph.of(buffers, self.model, cond, self.backend)
+        except RuntimeError as error:
+            if self._insist:
+                raise
+            self.graph = False
+            warnings.warn(
+                f"the network cannot be captured in a CUDA graph, running eagerly: {error}. "
+                "graph=False silences this; the usual causes are a host sync (.item()) or a CPU tensor in its forward",
+                stacklevel=4,
+            )
+            return None
 
     def _evaluate(self, buffers: Buffers, cond: Condition, half: bool) -> Tensor:
         x, clock = buffers.model_in, buffers.model_time
