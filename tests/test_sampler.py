@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -100,6 +101,29 @@ def test_guidance_is_the_affine_combination_and_half_rows_run_half() -> None:
     assert sizes == [4, 4]
     fd.sample(model, (2, 1, 2, 2), steps=2, cond=cond, uncond=uncond, guidance=1.0)
     assert sizes[2:] == [2, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_whose_guidance_is_off_run_half_the_batch(backend: str) -> None:
+    sizes = []
+
+    def labelled(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return 0.5 * x + label.view(-1, 1, 1, 1)
+
+    model = fd.Denoiser(labelled, fd.schedules.edm(), "edm", sigma_data=0.5)
+    plan = fd.plan("dpmpp_2m", model.schedule, 4, "karras")
+    cond, uncond = {"label": torch.tensor([1.0, 2.0])}, {"label": torch.zeros(2)}
+
+    def run(gains: list[float], guidance: float) -> Tensor:
+        rows = [dataclasses.replace(row, gain=gain) for row, gain in zip(plan.rows, gains, strict=True)]
+        sampler = fd.Sampler(dataclasses.replace(plan, rows=tuple(rows)), model, backend)
+        return sampler.sample((2, 1, 3, 5), cond=cond, uncond=uncond, guidance=guidance)
+
+    interval = run([1.0, 0.0, 1.0, 0.0, 0.5], 3.0)
+    assert sizes == [2, 4, 2, 4]
+    assert not torch.equal(interval, run([1.0] * 5, 3.0))
+    assert torch.equal(run([1.0] + [0.0] * 4, 3.0), run([1.0] * 5, 1.0))
 
 
 def test_callback_sees_the_denoised_estimate(model: fd.Denoiser) -> None:

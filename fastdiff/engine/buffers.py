@@ -62,7 +62,7 @@ class Buffers:
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
         )
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
-        self._steps: dict[tuple[str, torch.dtype], Callable[[Tensor], None]] = {}
+        self._steps: dict[tuple[str, torch.dtype, int], Callable[[Tensor], None]] = {}
         self.graph: Any = None
 
     def start(
@@ -105,15 +105,11 @@ class Buffers:
             t.state[plan.rows[0].x].copy_(init)
 
     def bind(self, executor: str, output: Tensor | None = None) -> Callable[[Tensor], None]:
-        """The step for a model output of this dtype, checked and bound once."""
-        dtype = self.model_in.dtype if output is None else output.dtype
-        key = (executor, dtype)
+        """The step for a model output of this dtype and batch, checked and bound once."""
+        like = self.model_in if output is None else output
+        key = (executor, like.dtype, like.shape[0])
         if key not in self._steps:
-            tensors = self.tensors
-            if dtype != self.model_in.dtype:
-                fields = dict(vars(tensors), model_out=self._images(self.copies * self.batch, dtype, tensors.state.device))
-                tensors = ops.StepTensors(**fields)
-            self._steps[key] = ops.bind(tensors, executor)
+            self._steps[key] = ops.bind(ops.StepTensors(**dict(vars(self.tensors), model_out=like)), executor)
         return self._steps[key]
 
     def as_stored(self, image: Tensor) -> Tensor:
