@@ -14,13 +14,13 @@ from typing import NamedTuple, Union
 class Atom(NamedTuple):
     """A value known when its row runs.
 
-    kind "x": the state row `index` evaluates the model at; "D": that row's denoised estimate;
-    "kept": recorded combination number `index`; "start": the state the plan begins with;
-    "z": the unit normal with id `index` on noise stream `stream`.
+    kind "x": the state row `number` evaluates the model at; "D": that row's denoised estimate;
+    "kept": recorded combination `number`; "start": the state the plan begins with;
+    "z": the unit normal with id `number` on noise stream `stream`.
     """
 
     kind: str
-    index: int
+    number: int
     stream: int = 0
 
 
@@ -85,7 +85,7 @@ class Lin:
         raise self._refuse("reads the value of a register")
 
     def __repr__(self) -> str:
-        return " + ".join(f"{c:.6g} {atom.kind}{atom.index}" for atom, c in self.terms.items()) or "0"
+        return " + ".join(f"{c:.6g} {atom.kind}{atom.number}" for atom, c in self.terms.items()) or "0"
 
     def become(self, atom: Atom) -> None:
         """Turn this value into `atom`: it is being written to a register, so later uses read it from there."""
