@@ -16,11 +16,12 @@ from setuptools import Extension, setup
 
 SOURCES = ["csrc/cpu/affine.cpp", "csrc/cpu/scalar.cpp"]
 CUDA_SOURCE = "csrc/cuda/affine.cu"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Each instruction set is a translation unit of its own, so that nothing else is compiled for the newer CPU.
 ISA_FLAGS = {
-    "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-    + ["-Wno-maybe-uninitialized"],  # gcc 12 warns of its own header
+    "csrc/cpu/avx2.cpp": AVX2,
+    "csrc/cpu/avx512.cpp": [*AVX512, "-Wno-maybe-uninitialized"],  # gcc 12 warns of its own header
 }
 # The order of roundings is part of the result: no contraction, no reordering.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"]

@@ -89,7 +89,7 @@ struct Avx2 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 
-  FASTDIFF_LANE I iload(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  FASTDIFF_LANE I iload(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   FASTDIFF_LANE void istore(int32_t* p, I v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   FASTDIFF_LANE F load(const float* p) { return _mm256_loadu_ps(p); }
   FASTDIFF_LANE F load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
@@ -126,11 +126,11 @@ struct Avx2 {
   struct Mask {
     F m;
   };
-  FASTDIFF_LANE Mask mask(const bool* on) {
-    alignas(32) int32_t cells[kWidth];
-    for (int i = 0; i < kWidth; ++i) cells[i] = on[i] ? -1 : 0;
-    return {from_bits(_mm256_load_si256(reinterpret_cast<const __m256i*>(cells)))};
+  FASTDIFF_LANE Mask mask(uint32_t lanes) {
+    const I lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return {from_bits(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(lanes)), lane), lane))};
   }
+  FASTDIFF_LANE F permute(F v, I lane) { return _mm256_permutevar8x32_ps(v, lane); }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m.m); }
   FASTDIFF_LANE void fence() { _mm_sfence(); }
 };

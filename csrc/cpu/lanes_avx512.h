@@ -80,7 +80,7 @@ struct Avx512 {
 
   FASTDIFF_LANE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
-  FASTDIFF_LANE I iload(const int32_t* p) { return _mm512_load_si512(p); }
+  FASTDIFF_LANE I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
   FASTDIFF_LANE void istore(int32_t* p, I v) { _mm512_store_si512(p, v); }
   FASTDIFF_LANE F load(const float* p) { return _mm512_loadu_ps(p); }
   FASTDIFF_LANE F load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -110,11 +110,8 @@ struct Avx512 {
   struct Mask {
     __mmask16 m;
   };
-  FASTDIFF_LANE Mask mask(const bool* on) {
-    unsigned m = 0;
-    for (int i = 0; i < kWidth; ++i) m |= static_cast<unsigned>(on[i]) << i;
-    return {static_cast<__mmask16>(m)};
-  }
+  FASTDIFF_LANE Mask mask(uint32_t lanes) { return {static_cast<__mmask16>(lanes)}; }
+  FASTDIFF_LANE F permute(F v, I lane) { return _mm512_permutexvar_ps(lane, v); }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m.m, yes); }
   FASTDIFF_LANE void fence() { _mm_sfence(); }
 };

@@ -66,7 +66,8 @@ struct Plain : Scalar {
   struct Mask {
     bool m;
   };
-  FASTDIFF_LANE Mask mask(const bool* on) { return {*on}; }
+  FASTDIFF_LANE Mask mask(uint32_t lanes) { return {lanes != 0}; }
+  FASTDIFF_LANE F permute(F v, I) { return v; }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return m.m ? yes : no; }
   FASTDIFF_LANE void fence() {}
 };

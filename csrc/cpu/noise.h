@@ -45,16 +45,57 @@ void fill(float* z, const PhiloxSchedule& key, uint32_t id, uint32_t stream, int
 }
 
 // Few channels: each channel's run of pixels is generated in order, then dealt out.
-template <class L, int kChannels>
+template <class L>
 void fill_planes(float* z, const PhiloxSchedule& key, uint32_t id, uint32_t stream, const Patch& p) {
   float plane[kBlock + 2 * kFillSlack];
-  const int64_t channels = kChannels > 0 ? kChannels : p.channels;
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < p.channels; ++c) {
     const int64_t start = c * p.plane + p.first_pixel, skip = start & 3;
     fill<L>(plane, key, id, stream, start - skip, skip + p.pixels);
     float* to = z + c;
     const float* from = plane + skip;
-    for (int64_t i = 0; i < p.pixels; ++i) to[i * channels] = from[i];
+    for (int64_t i = 0; i < p.pixels; ++i) to[i * p.channels] = from[i];
+  }
+}
+
+// Dealing `channels` registers of one channel each into as many of interleaved pixels: lane i of register j holds
+// element j * width + i, so its pixel is that over `channels`, its channel the rest.
+template <int channels, int width>
+struct Dealing {
+  int32_t pixel[channels][width];
+  uint32_t from[channels][channels];  // one bit per lane
+
+  constexpr Dealing() : pixel(), from() {
+    for (int j = 0; j < channels; ++j) {
+      for (int i = 0; i < width; ++i) {
+        pixel[j][i] = (j * width + i) / channels;
+        from[j][(j * width + i) % channels] |= 1u << i;
+      }
+    }
+  }
+};
+
+// The same for the usual channel counts, dealt in registers.
+template <class L, int channels>
+void fill_planes(float* z, const PhiloxSchedule& key, uint32_t id, uint32_t stream, const Patch& p) {
+  constexpr int w = L::kWidth;
+  static constexpr Dealing<channels, w> dealing;
+  float plane[channels][kBlock / channels + 2 * kFillSlack];
+  const float* from[channels];
+  for (int c = 0; c < channels; ++c) {
+    const int64_t start = c * p.plane + p.first_pixel, skip = start & 3;
+    fill<L>(plane[c], key, id, stream, start - skip, skip + p.pixels);
+    from[c] = plane[c] + skip;
+  }
+  for (int64_t i = 0; i < p.pixels; i += w) {
+#pragma GCC unroll 4
+    for (int j = 0; j < channels; ++j) {
+      const typename L::I pixel = L::iload(dealing.pixel[j]);
+      typename L::F v = L::permute(L::load(from[0] + i), pixel);
+#pragma GCC unroll 4
+      for (int c = 1; c < channels; ++c)
+        v = L::select(L::mask(dealing.from[j][c]), L::permute(L::load(from[c] + i), pixel), v);
+      L::store(z + i * channels + j * w, v);
+    }
   }
 }
 
@@ -67,16 +108,15 @@ void fill_lanes(float* z, const PhiloxSchedule& key, uint32_t id, uint32_t strea
   for (int64_t c = 0; c < p.channels; c += w) {
     const int lanes = p.channels - c < w ? static_cast<int>(p.channels - c) : w;
     uint64_t lane[w];
-    bool phase[3][w];
-    bool straddles = false;
+    uint32_t phase[4] = {};  // one bit per lane
     for (int i = 0; i < w; ++i) {
       const int64_t start = (c + (i < lanes ? i : 0)) * p.plane + p.first_pixel;
       lane[i] = static_cast<uint64_t>(start >> 2);
-      for (int r = 1; r < 4; ++r) phase[r - 1][i] = (start & 3) == r;
-      straddles |= (start & 3) != 0;
+      phase[start & 3] |= 1u << i;
     }
+    const bool straddles = (phase[1] | phase[2] | phase[3]) != 0;
+    const typename L::Mask one = L::mask(phase[1]), two = L::mask(phase[2]), three = L::mask(phase[3]);
     typename L::U q = L::counters(lane);
-    const typename L::Mask one = L::mask(phase[0]), two = L::mask(phase[1]), three = L::mask(phase[2]);
     typename L::F now[4], next[4];
     if (straddles) {
       normals<L>(q, id, stream, key, next);
@@ -111,7 +151,7 @@ void fill_channels_last(float* z, const PhiloxSchedule& key, uint32_t id, uint32
   if (patch.channels >= L::kWidth) return fill_lanes<L>(z, key, id, stream, patch);
   if (patch.channels == 3) return fill_planes<L, 3>(z, key, id, stream, patch);
   if (patch.channels == 4) return fill_planes<L, 4>(z, key, id, stream, patch);
-  return fill_planes<L, 0>(z, key, id, stream, patch);
+  return fill_planes<L>(z, key, id, stream, patch);
 }
 
 }  // namespace
