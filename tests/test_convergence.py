@@ -104,7 +104,7 @@ def law_errors(solver: str, schedule: schedules.Schedule, counts: Sequence[int],
 @functools.cache
 def exact_trajectories(schedule: schedules.Schedule) -> tuple[Array, Array]:
     """States at the first level and where the ODE takes them, by ten times the steps of the finest run measured."""
-    plan = compiled("heun", schedule, 1600)
+    plan = compiled("heun", schedule, 800)
     start = plan.levels[0].sigma * np.random.default_rng(0).standard_normal((30, 2))
     return start, before_the_end(plan, start)
 
@@ -114,7 +114,7 @@ def test_ode_solvers(schedule: schedules.Schedule, solver: str, options: dict[st
     """Order 1, 1, 2, 2, 1, 1, on the trajectory of a mixture and on the variance of Gaussian data."""
     order = solvers.get(solver).order
     start, exact = exact_trajectories(schedule)
-    counts = (40, 80, 160)
+    counts = (40, 80)
     ends = [before_the_end(compiled(solver, schedule, n, **options), start) for n in counts]
     errors = [float(np.sqrt(np.mean(np.square(end - exact)))) for end in ends]
     assert slope(errors) == pytest.approx(order, abs=0.12), errors
@@ -124,7 +124,7 @@ def test_ode_solvers(schedule: schedules.Schedule, solver: str, options: dict[st
 
 @pytest.mark.parametrize(("schedule", "solver", "options"), defined(SDE))
 def test_sde_solvers_on_gaussian_data(schedule: schedules.Schedule, solver: str, options: dict[str, Any]) -> None:
-    errors = law_errors(solver, schedule, (80, 160, 320), **options)
+    errors = law_errors(solver, schedule, (80, 160), **options)
     assert slope(errors) == pytest.approx(solvers.get(solver).order, abs=0.12), errors
 
 
@@ -185,7 +185,7 @@ def variance_on_a_line(solver: str, intervals: int, points: int, **options: Any)
 def test_sde_solvers_on_a_mixture(solver: str, options: dict[str, Any]) -> None:
     exact = LINE_VARIANCE + 0.4**2
     points = 111 if solver == "dpmpp_2m_sde" else 301  # a solver with memory costs points^3
-    errors = [abs(variance_on_a_line(solver, n, points, **options) - exact) for n in (16, 32, 64)]
+    errors = [abs(variance_on_a_line(solver, n, points, **options) - exact) for n in (32, 64)]
     assert slope(errors) == pytest.approx(solvers.get(solver).order, abs=0.12), errors
 
 
@@ -207,7 +207,7 @@ def test_published_errors(solver: str, published: Sequence[float]) -> None:
 @on_every_schedule
 def test_langevin_samplers_approach_the_data(schedule: schedules.Schedule) -> None:
     """More levels at the same step size: a random walk's error falls with its steps, Langevin's to its step's bias."""
-    walk = law_errors("random_walk", schedule, (80, 160, 320))
+    walk = law_errors("random_walk", schedule, (160, 320))
     assert slope(walk) == pytest.approx(1.0, abs=0.15)
     coarse, fine = law_errors("annealed_langevin", schedule, (20, 60), inner=10, epsilon=0.2)
     assert fine < 0.25 < coarse
@@ -221,7 +221,7 @@ def test_the_gaussian_ode_is_solved_exactly(covariance: Any) -> None:
     else:
         data = Gaussian([0.5, -1.0], covariance=covariance)
     schedule = schedules.vp()
-    plan = compiled("heun", schedule, 800)
+    plan = compiled("heun", schedule, 400)
     x = np.random.default_rng(1).standard_normal((10, 2))
     seen: list[Array] = []
 
@@ -230,7 +230,7 @@ def test_the_gaussian_ode_is_solved_exactly(covariance: Any) -> None:
         return data(value, level)
 
     execute(plan, denoise, x)
-    np.testing.assert_allclose(seen[-1], data.solve_ode(x, plan.levels[0], plan.levels[-2]), atol=2e-4)
+    np.testing.assert_allclose(seen[-1], data.solve_ode(x, plan.levels[0], plan.levels[-2]), atol=8e-4)
 
 
 def test_propagate_is_the_law_of_execute() -> None:
