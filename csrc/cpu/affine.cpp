@@ -20,8 +20,6 @@ namespace {
 constexpr int64_t kGrain = 32768;
 // Drawing a normal takes about as long as this many plain elements held in cache.
 constexpr int64_t kNormalCost = 6;
-// Working sets beyond this no longer stay in the last-level cache of common machines.
-constexpr int64_t kCacheBytes = int64_t{24} << 20;
 
 const Executor* const kExecutors[] = {
     &scalar_executor,
@@ -86,7 +84,6 @@ struct Call {
   const AffineArgs& args;
   const Executor& executor;
   const Cut cut;
-  const bool past_cache;
 };
 
 int64_t width_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -109,7 +106,6 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   s.row = &row;
   s.model_out_dtype = args.model_out_dtype;
   s.model_in_dtype = args.model_in_dtype;
-  s.past_cache = call.past_cache;
   const int64_t out_width = width_of(args.model_out_dtype), in_width = width_of(args.model_in_dtype);
 
   for (int64_t index = begin; index < end; ++index) {
@@ -172,29 +168,20 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-struct Work {
-  int64_t elements = 0, bytes = 0;  // of the samples that have a row to run
-};
-
-// Decodes each distinct run of rows once, before anything is written.
-Error survey(const AffineArgs& args, Work& work) {
+// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements.
+Error survey(const AffineArgs& args, int64_t& work) {
   Decoder& decoder = scratch().decoder;
-  const Row& row = decoder.row;
-  int64_t decoded = -1, elements = 0, bytes = 0;
+  int64_t decoded = -1, elements = 0;
   for (int64_t b = 0; b < args.B; ++b) {
     const int64_t i = args.row[b];
     if (i < 0 || i >= args.R) continue;
     if (i != decoded) {
       if (const Error error = decoder.decode(args, i); error != kOk) return error;
-      if (row.reads_model && (!args.model_out || args.model_out_batch == 0)) return kNullPointer;
+      if (decoder.row.reads_model && (!args.model_out || args.model_out_batch == 0)) return kNullPointer;
       decoded = i;
-      elements = args.N * (1 + (args.noise ? 0 : kNormalCost * row.terms));
-      bytes = args.N * (4 * (row.reads_x + row.slots + row.outputs) +
-                        width_of(args.model_out_dtype) * (row.reads_model ? args.model_out_batch : 0) +
-                        width_of(args.model_in_dtype) * args.model_in_batch);
+      elements = args.N * (1 + (args.noise ? 0 : kNormalCost * decoder.row.terms));
     }
-    work.elements += elements;
-    work.bytes += bytes;
+    work += elements;
   }
   return kOk;
 }
@@ -212,15 +199,15 @@ void finish(const AffineArgs& args) {
 
 Error affine_step(const AffineArgs& args) {
   if (const Error error = check(args); error != kOk) return error;
-  Work work;
+  int64_t work = 0;
   if (const Error error = survey(args, work); error != kOk) return error;
-  if (args.N > 0 && work.elements > 0) {
-    const Call call{args, *kExecutors[isa()], Cut(args), work.bytes > kCacheBytes};
+  if (work > 0) {
+    const Call call{args, *kExecutors[isa()], Cut(args)};
     const int64_t blocks = args.B * call.cut.blocks;
-    if (work.elements < 2 * kGrain) {
+    if (work < 2 * kGrain) {
       run_blocks(call, 0, blocks);
     } else {
-      const int64_t grain = blocks * kGrain / work.elements;
+      const int64_t grain = blocks * kGrain / work;
       const auto body = [](int64_t begin, int64_t end, void* context) {
         run_blocks(*static_cast<const Call*>(context), begin, end);
       };

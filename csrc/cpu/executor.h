@@ -40,7 +40,6 @@ struct Stretch {
   float* out[kMaxOutputs];
   float* denoised;                 // null: not wanted
   void* emit[2];                   // null: not wanted
-  bool past_cache;                 // the call's tensors do not fit in cache: write around it what is only written
 };
 
 // A block of `pixels` pixels times `channels` channels of a channels_last sample of `plane` pixels.

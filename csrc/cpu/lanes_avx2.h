@@ -95,7 +95,6 @@ struct Avx2 {
   FASTDIFF_LANE F load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   FASTDIFF_LANE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   FASTDIFF_LANE void store(float* p, F v, int n) { _mm256_maskstore_ps(p, first(n), v); }
-  FASTDIFF_LANE void stream(float* p, F v) { _mm256_stream_ps(p, v); }
 
   using H = __m128i;  // eight 16-bit floats
   FASTDIFF_LANE H load16(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -110,7 +109,6 @@ struct Avx2 {
     _mm_store_si128(reinterpret_cast<__m128i*>(cells), v);
     std::memcpy(p, cells, static_cast<size_t>(n) * sizeof *p);
   }
-  FASTDIFF_LANE void stream16(uint16_t* p, H v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), v); }
   FASTDIFF_LANE F from_half(H v) { return _mm256_cvtph_ps(v); }
   FASTDIFF_LANE H to_half(F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   FASTDIFF_LANE F from_bfloat(H v) { return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
@@ -132,7 +130,6 @@ struct Avx2 {
   }
   FASTDIFF_LANE F permute(F v, I lane) { return _mm256_permutevar8x32_ps(v, lane); }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m.m); }
-  FASTDIFF_LANE void fence() { _mm_sfence(); }
 };
 
 }  // namespace

@@ -86,14 +86,12 @@ struct Avx512 {
   FASTDIFF_LANE F load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   FASTDIFF_LANE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   FASTDIFF_LANE void store(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
-  FASTDIFF_LANE void stream(float* p, F v) { _mm512_stream_ps(p, v); }
 
   using H = __m256i;  // sixteen 16-bit floats
   FASTDIFF_LANE H load16(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   FASTDIFF_LANE H load16(const uint16_t* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
   FASTDIFF_LANE void store16(uint16_t* p, H v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   FASTDIFF_LANE void store16(uint16_t* p, H v, int n) { _mm256_mask_storeu_epi16(p, first(n), v); }
-  FASTDIFF_LANE void stream16(uint16_t* p, H v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v); }
   FASTDIFF_LANE F from_half(H v) { return _mm512_cvtph_ps(v); }
   FASTDIFF_LANE H to_half(F v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   FASTDIFF_LANE F from_bfloat(H v) { return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
@@ -113,7 +111,6 @@ struct Avx512 {
   FASTDIFF_LANE Mask mask(uint32_t lanes) { return {static_cast<__mmask16>(lanes)}; }
   FASTDIFF_LANE F permute(F v, I lane) { return _mm512_permutexvar_ps(lane, v); }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m.m, yes); }
-  FASTDIFF_LANE void fence() { _mm_sfence(); }
 };
 
 }  // namespace

@@ -22,7 +22,6 @@ struct Plain : Scalar {
   FASTDIFF_LANE void store(float* p, F v, int n) {
     if (n > 0) *p = v;
   }
-  FASTDIFF_LANE void stream(float* p, F v) { *p = v; }
 
   using H = uint16_t;
   FASTDIFF_LANE H load16(const uint16_t* p) { return *p; }
@@ -31,7 +30,6 @@ struct Plain : Scalar {
   FASTDIFF_LANE void store16(uint16_t* p, H v, int n) {
     if (n > 0) *p = v;
   }
-  FASTDIFF_LANE void stream16(uint16_t* p, H v) { *p = v; }
 
   FASTDIFF_LANE F from_half(H h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
@@ -69,7 +67,6 @@ struct Plain : Scalar {
   FASTDIFF_LANE Mask mask(uint32_t lanes) { return {lanes != 0}; }
   FASTDIFF_LANE F permute(F v, I) { return v; }
   FASTDIFF_LANE F select(Mask m, F yes, F no) { return m.m ? yes : no; }
-  FASTDIFF_LANE void fence() {}
 };
 
 }  // namespace

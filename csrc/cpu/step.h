@@ -1,7 +1,9 @@
 // The fused row on a run of elements, on L's lanes.
 // Bytes per element (fp32 state, fp32 model output): 4 per register read or written, 4 per branch of the model output
 // read, 2 or 4 per copy of the next model input; DDIM 12, DPM++2M 20. At sizes beyond the cache it must reach 90 % of
-// the bandwidth of a copy, 60 % with one noise term.
+// the bandwidth of a copy, 60 % with one noise term where the copy comes from memory rather than from cache.
+// Stores are ordinary ones: what a step writes is what the network or the next step reads, and stores around the cache
+// measured slower at every size.
 #pragma once
 
 #include "../affine.h"
@@ -22,12 +24,10 @@ FASTDIFF_INLINE typename L::H load16(const void* p, int64_t at, int n) {
   return kPartial ? L::load16(cell, n) : L::load16(cell);
 }
 
-template <class L, bool kPartial, bool kStream>
+template <class L, bool kPartial>
 FASTDIFF_INLINE void store(float* p, typename L::F v, int n) {
   if (kPartial) {
     L::store(p, v, n);
-  } else if (kStream) {
-    L::stream(p, v);
   } else {
     L::store(p, v);
   }
@@ -48,22 +48,20 @@ FASTDIFF_INLINE void load_model(const void* p, int32_t dtype, int64_t at, int64_
   }
 }
 
-template <class L, bool kPartial, bool kStream>
+template <class L, bool kPartial>
 FASTDIFF_INLINE void emit(void* const* to, int32_t dtype, int64_t at, int64_t n, const typename L::F (&v)[L::kUnroll]) {
   constexpr int w = L::kWidth;
   for (int copy = 0; copy < 2 && to[copy]; ++copy) {
     for (int u = 0; u < L::kUnroll; ++u) {
       const int left = clip(n - u * w, w);
       if (dtype == kFloat32) {
-        store<L, kPartial, kStream>(static_cast<float*>(to[copy]) + at + u * w, v[u], left);
+        store<L, kPartial>(static_cast<float*>(to[copy]) + at + u * w, v[u], left);
         continue;
       }
       const typename L::H h = dtype == kFloat16 ? L::to_half(v[u]) : L::to_bfloat(v[u]);
       uint16_t* cell = static_cast<uint16_t*>(to[copy]) + at + u * w;
       if (kPartial) {
         L::store16(cell, h, left);
-      } else if (kStream) {
-        L::stream16(cell, h);
       } else {
         L::store16(cell, h);
       }
@@ -73,7 +71,7 @@ FASTDIFF_INLINE void emit(void* const* to, int32_t dtype, int64_t at, int64_t n,
 
 // One group of kUnroll registers' worth of elements. The tests on the row are the same for every group, so they
 // predict; what they guard is unrolled. All loads come before the stores: outputs may overwrite inputs.
-template <class L, int kOutputs, bool kPartial, bool kStream>
+template <class L, int kOutputs, bool kPartial>
 FASTDIFF_INLINE void group(const Stretch& s, int64_t at, int64_t n, typename L::F (&watch)[L::kUnroll]) {
   using F = typename L::F;
   constexpr int w = L::kWidth, unroll = L::kUnroll;
@@ -125,49 +123,38 @@ FASTDIFF_INLINE void group(const Stretch& s, int64_t at, int64_t n, typename L::
   for (int o = 0; o < kOutputs; ++o) {
     for (int u = 0; u < unroll; ++u) {
       out[o][u] = out[o][u] + base[o][u];
-      store<L, kPartial, false>(s.out[o] + at + u * w, out[o][u], clip(n - u * w, w));
+      store<L, kPartial>(s.out[o] + at + u * w, out[o][u], clip(n - u * w, w));
     }
   }
   if (s.denoised)
-    for (int u = 0; u < unroll; ++u) store<L, kPartial, kStream>(s.denoised + at + u * w, d[u], clip(n - u * w, w));
+    for (int u = 0; u < unroll; ++u) store<L, kPartial>(s.denoised + at + u * w, d[u], clip(n - u * w, w));
   if (s.emit[0]) {
     F scaled[unroll];
     for (int u = 0; u < unroll; ++u) scaled[u] = L::set(row.emit_scale) * out[0][u];
-    emit<L, kPartial, kStream>(s.emit, s.model_in_dtype, at, n, scaled);
+    emit<L, kPartial>(s.emit, s.model_in_dtype, at, n, scaled);
   }
 }
 
-template <class L, int kOutputs, bool kStream>
+template <class L, int kOutputs>
 bool run(const Stretch& s) {
   constexpr int64_t size = L::kWidth * L::kUnroll;
   typename L::F watch[L::kUnroll];
   for (int u = 0; u < L::kUnroll; ++u) watch[u] = L::set(0.0f);
   int64_t at = 0;
-  for (; at + size <= s.count; at += size) group<L, kOutputs, false, kStream>(s, at, size, watch);
-  if (at < s.count) group<L, kOutputs, true, kStream>(s, at, s.count - at, watch);
+  for (; at + size <= s.count; at += size) group<L, kOutputs, false>(s, at, size, watch);
+  if (at < s.count) group<L, kOutputs, true>(s, at, s.count - at, watch);
   typename L::F sum = watch[0];
   for (int u = 1; u < L::kUnroll; ++u) sum = sum + watch[u];
   return L::any_nan(sum);
 }
 
-template <class L, bool kStream>
-bool run(const Stretch& s) {
-  switch (s.row->outputs) {
-    case 1: return run<L, 1, kStream>(s);
-    case 2: return run<L, 2, kStream>(s);
-    default: return run<L, 3, kStream>(s);
-  }
-}
-
 template <class L>
 bool step(const Stretch& s) {
-  // Streaming stores want whole, aligned registers; a run that offers none is stored as usual.
-  uintptr_t low = reinterpret_cast<uintptr_t>(s.denoised);
-  for (void* p : s.emit) low |= reinterpret_cast<uintptr_t>(p);
-  if (!s.past_cache || low % 64 != 0) return run<L, false>(s);
-  const bool bad = run<L, true>(s);
-  L::fence();
-  return bad;
+  switch (s.row->outputs) {
+    case 1: return run<L, 1>(s);
+    case 2: return run<L, 2>(s);
+    default: return run<L, 3>(s);
+  }
 }
 
 }  // namespace
