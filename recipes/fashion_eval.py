@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -28,26 +31,33 @@ CLASSES = 10
 WEIGHTS = Path(fd.models.__file__).parent / "weights"
 
 
-def draw(model: fd.Denoiser, labels: Tensor, args: argparse.Namespace) -> Tensor:
-    """uint8 samples [N, 1, 32, 32] of the given classes; sample i has seed args.seed + i."""
+def draw_part(args: argparse.Namespace, asked: Tensor, first: int) -> Tensor:
+    """uint8 samples [N, 1, 32, 32] of the given classes; sample i has seed args.seed + first + i."""
+    torch.set_num_threads(args.threads)
+    model = fd.load(args.weights)
     plan = fd.plan(args.solver, schedule=model.schedule, steps=args.steps, grid=args.grid)
-    sampler = fd.Sampler(plan, model)
-    drawn, began = [], time.monotonic()
-    for start in range(0, len(labels), args.batch):
-        asked = labels[start : start + args.batch]
-        seeds = range(args.seed + start, args.seed + start + len(asked))
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            x = sampler.sample(
-                (len(asked), *model.shape),
-                seed=seeds,
-                cond=asked,
-                uncond=torch.full_like(asked, model.null_label),
-                guidance=args.guidance,
-            )
-        drawn.append(torch.from_numpy(pictures.to_pixels(x)).permute(0, 3, 1, 2))
-        rate = (start + len(asked)) / (time.monotonic() - began)
-        print(f"\r{start + len(asked)} of {len(labels)}, {rate:.1f} images/s", end="", flush=True)
-    print()
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        x = fd.Sampler(plan, model).sample(
+            (len(asked), *model.shape),
+            seed=range(args.seed + first, args.seed + first + len(asked)),
+            cond=asked,
+            uncond=torch.full_like(asked, model.null_label),
+            guidance=args.guidance,
+        )
+    return torch.from_numpy(pictures.to_pixels(x)).permute(0, 3, 1, 2)
+
+
+def draw(args: argparse.Namespace, asked: Tensor) -> Tensor:
+    """Samples of all classes asked for, drawn in parts by several processes; their number does not change a sample."""
+    began, drawn = time.monotonic(), []
+    parts, firsts = asked.split(args.batch), range(0, len(asked), args.batch)
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        for part in pool.map(draw_part, [args] * len(parts), parts, firsts):
+            drawn.append(part)
+            done = sum(map(len, drawn))
+            rate = done / (time.monotonic() - began)
+            print(f"\r{done} of {len(asked)}, {rate:.1f} images/s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return torch.cat(drawn)
 
 
@@ -80,7 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--bf16", action="store_true", help="run the network in bf16 autocast")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--save", type=Path, help="also write the samples, uint8, to this .npy file")
     return parser.parse_args()
 
@@ -89,7 +100,6 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     net = load_classifier(args.classifier)
-    model = fd.load(args.weights)
     train_images, train_labels = (torch.from_numpy(array) for array in load_idx(args.data, "train"))
     test_images, test_labels = (torch.from_numpy(array) for array in load_idx(args.data, "test"))
     _, reference = classify(net, test_images)
@@ -98,7 +108,7 @@ def main() -> None:
     chosen = balanced(train_labels, 1000)
     report("training photographs", net, train_images[chosen], train_labels[chosen], reference)
     asked = torch.arange(CLASSES).repeat_interleave(args.samples // CLASSES)
-    drawn = draw(model, asked, args)
+    drawn = draw(args, asked)
     if args.save:
         pictures.save(args.save, drawn.permute(0, 2, 3, 1).contiguous().numpy(), [], 10)
     how = f"{args.solver}, {args.steps} steps, {args.grid} grid, guidance {args.guidance:g}"
