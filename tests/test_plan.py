@@ -109,6 +109,7 @@ def test_registers_are_shared() -> None:
     """One register where the old state dies, one more per value that must outlive its row."""
     assert build("ddim", "vp", 10, "logsnr").registers == 1
     assert build("dpmpp_2m", "vp", 10, "logsnr").registers == 2
+    assert build("heun", "vp", 10, "logsnr").registers == 2
 
     def adams(run: Run, x: Lin) -> Lin:
         old: list[Lin] = []
@@ -323,7 +324,7 @@ def uses_delta(plan: Plan) -> bool:
     return bool(packed.coef[1:, at.OUTPUT + at.OUT_DELTA].mean() > 0.5)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm"])
 def test_the_delta_form_rounds_less(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 error after 50 steps, delta against plain form, where pack() chooses it for most rows.
 
