@@ -158,6 +158,16 @@ class Watch:
         return time.perf_counter(), busy, sum(os.times()[:4])
 
 
+def page_faults(task: Task) -> float:
+    """Pages the operating system hands out during one call: what fresh temporaries cost beside their traffic."""
+    import resource
+
+    task.prepare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    task.run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / task.calls
+
+
 def load() -> float:
     """The load average of the last minute."""
     return os.getloadavg()[0]
