@@ -22,8 +22,8 @@ COLUMNS = [
     *("bench", "solver", "network", "steps", "batch", "shape", "elements", "model_dtype", "executor"),
     *("gate", "error", "tolerance", "diffusers_error", "diffusers_tolerance"),
     *(f"{time}{spread}" for time in _TIMES for spread in ("", "_p10", "_p20", "_p80")),
-    *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "copy_near_fraction", "ratio_diffusers", "ratio_compiled"),
-    "diffusers_page_faults",
+    *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "copy_near_fraction"),
+    *("ratio_diffusers", "ratio_compiled", "diffusers_page_faults"),
     *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
     *("repetitions", "others", "took"),
 ]
@@ -139,77 +139,6 @@ _OPS_ABOUT = (
     "the arithmetic of the normals. On a CPU the large temporaries of eager code are fresh pages every step; handing "
     "those out can take most of its time (`diffusers_page_faults` in `bench/results.csv`). *error*: largest "
     "difference from float64 / what is allowed; a wrong result prints no figure."
-)
-_LOOP_ABOUT)):
-        found = sorted(key for key in groups if key[0] == bench)
-        parts += [about] if found else []
-        for key in found:
-            latest = max(line["run"] for line in groups[key])
-            chosen = [line for line in groups[key] if line["run"] == latest]
-            parts += [heading(chosen[0]), (_ops_table if bench == "ops" else _loop_table)(chosen)]
-    return "\n\n".join(parts)
-
-
-def heading(facts: Line) -> str:
-    """Where and with what a run was made, in one line."""
-    where = f"{facts['machine']}, {facts['threads']} threads" if facts["device"] == "cpu" else facts["machine"]
-    driver = f", driver {facts['driver']}" if facts.get("driver") else ""
-    peer = facts["diffusers"] or "not installed"
-    return (
-        f"**{where}**: torch {facts['torch']}, diffusers {peer}{driver}, commit {facts['commit']}, "
-        f"load {facts['load']}, {str(facts['run'])[:10]}"
-    )
-
-
-def show_ops(line: Line | None) -> str:
-    """One line on the terminal; None gives the header."""
-    if line is None:
-        return (
-            f"{'sampler':<16}{'shape':<16}{'dtype':<9}{'executor':<10}{'us [p20-p80]':<22}{'+input':>8}"
-            f"{'diffusers us':>24}{'compiled us':>24}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>12}"
-            f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
-        )
-    case = f"{line['solver']:<16}{line['shape']:<16}{line['model_dtype']:<9}{line['executor']:<10}"
-    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
-    if line["gate"] == "red":
-        return f"{case}WRONG: no figure {gate}"
-    return (
-        f"{case}{_spread(line, 'us'):<22}{_short(line['emit_us']):>8}{_spread(line, 'diffusers_us'):>24}"
-        f"{_spread(line, _compiled(line)):>24}{_number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
-        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{_of_copy(line):>12}{gate}"
-    )
-
-
-def show_loop(line: Line | None) -> str:
-    """One line on the terminal; None gives the header."""
-    if line is None:
-        return (
-            f"{'network':<14}{'sampler':<16}{'batch':>5}{'ms/image [p20-p80]':>28}{'diffusers':>28}{'ratio':>7}"
-            f"{'outside net':>12}{'diffusers':>11}{'error':>10}{'allowed':>10}"
-        )
-    case = f"{line['network']:<14}{line['solver']:<16}{line['batch']:>5}"
-    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
-    if line["gate"] == "red":
-        return f"{case}WRONG: no figure {gate}"
-    return (
-        f"{case}{_spread(line, 'seconds', 1e3):>28}{_spread(line, 'diffusers_seconds', 1e3):>28}"
-        f"{line['ratio_diffusers']:>7.2f}{_share(line, 'seconds_outside'):>12}"
-        f"{_share(line, 'diffusers_seconds_outside'):>11}{gate}"
-    )
-
-
-LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop}
-
-_OPS_ABOUT = (
-    "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile], ten "
-    "steady steps of 20, all contenders in turn in one process, same threads. *compiled*: the formula under "
-    "`torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where that is faster). *of copy*: "
-    "GB/s, bytes read plus bytes written, over torch's `copy_` counted the same way: on a GPU of 2 GiB; on a CPU, in "
-    "the same turn, the faster of a copy that moves as many bytes and one that occupies as much memory (a step works "
-    "in place, so it can beat both); with noise and the tensors in cache, the arithmetic of the normals is the limit. "
-    "On a CPU large temporaries of eager code are fresh pages every step, and handing them out takes most of the time "
-    "(`diffusers_page_faults` in `bench/results.csv`). *error*: largest difference from float64 / what is allowed; a wrong result "
-    "prints no figure."
 )
 _LOOP_ABOUT = (
     "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
