@@ -231,6 +231,7 @@ FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
 FASTDIFF_EXPORT int64_t fastdiff_args_size() { return sizeof(AffineArgs); }
 
 FASTDIFF_EXPORT const char* fastdiff_error(int code) {
+  if (code >= kCuda) return "the CUDA launch failed; its cudaError_t is the code less 100";
   switch (code) {
     case kOk: return "ok";
     case kNullPointer: return "a buffer the row needs was not given";
@@ -239,7 +240,6 @@ FASTDIFF_EXPORT const char* fastdiff_error(int code) {
     case kBadRegister: return "a row names a register the state does not hold, or has no output";
     case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
     case kThreads: return "torch's thread pool reported a failure";
-    case kCuda: return "the CUDA launch failed";
     default: return "unknown error";
   }
 }
