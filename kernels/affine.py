@@ -50,6 +50,7 @@ ELEMENTS = tl.constexpr(3)  # the counter, any channels_last: Philox runs once p
 
 BLOCK = 1024  # elements of a tile: 4 warps of 32 threads of twice 4 consecutive elements
 REGISTERS = 128  # of a thread, so that 4 programs of 128 threads share a multiprocessor
+REGISTERS_CHANNELS_LAST = 168  # 3 programs; where normals are drawn in another order than memory's, 128 spill
 PROGRAMS = 2048  # enough to fill any GPU; beyond that a program walks several tiles, which pays for its preamble
 MAX_TILES = 8
 
@@ -348,7 +349,7 @@ def affine_step(
         TILE=tile,
         BLOCK=block,
         num_warps=4,
-        maxnreg=168 if draw == ELEMENTS.value else REGISTERS,
+        maxnreg=REGISTERS if draw in (GIVEN.value, QUADS.value) else REGISTERS_CHANNELS_LAST,
         enable_fp_fusion=False,
     )
 
