@@ -70,7 +70,7 @@ def _checked(cov: Array) -> Array:
 
 def _eigenvalues(matrix: Array) -> Array:
     """Eigenvalues of a symmetric matrix, rounding below zero removed."""
-    values: Array = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = np.asarray(np.linalg.eigvalsh((matrix + matrix.T) / 2), dtype=np.float64)
     return _clip(values)
 
 
