@@ -178,6 +178,16 @@ def load_limit(device: torch.device) -> float:
     return BUSY_LOAD * (max(1.0, (os.cpu_count() or 1) / 4) if device.type == "cuda" else 1.0)
 
 
+def settle(limit: float, patience: float = 150.0) -> None:
+    """Wait while the load average is above `limit` and only remembers what has ended, an earlier benchmark say."""
+    end = time.perf_counter() + patience
+    while load() > limit and time.perf_counter() < end:
+        watch = Watch()
+        time.sleep(3.0)
+        if (watch.others() or 0.0) > BUSY_OTHERS:
+            return
+
+
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
     """Hardware, versions, commit and time: the columns every recorded line begins with."""
     facts = {
