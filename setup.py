@@ -1,7 +1,8 @@
 """Builds the compiled extension, fastdiff/_C; everything else about the package is in pyproject.toml.
 
 The extension is a plain shared object with C functions (no Python or torch C++ interface), called through ctypes.
-It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked.
+It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked;
+FASTDIFF_REQUIRE_EXTENSION=1 makes a failed build an error.
 CUDA code is built when torch is a CUDA build and a toolkit is found, whether or not this machine has a GPU.
 """
 
