@@ -5,6 +5,7 @@ from fastdiff.compiler import solvers
 from fastdiff.compiler.build import plan
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
+from fastdiff.compiler.trace import trace
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -34,4 +35,5 @@ __all__ = [
     "schedules",
     "solver",
     "solvers",
+    "trace",
 ]

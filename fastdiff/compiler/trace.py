@@ -1,0 +1,411 @@
+"""Somebody's own sampling function to a Plan: run it once, unmodified, on symbolic registers.
+
+May import: torch, run, lin, assemble, plan, process. `Register` looks like a tensor to the function and holds a
+`Lin`; the model handed to the function ends a row; normals it draws become noise ids in draw order.
+
+What crosses a row. The function keeps values between model calls in its own variables, so when it calls the model,
+every register that is still alive and is a combination of several values becomes a register of the table
+("kept"), once per direction: two live values that are multiples of each other share one. An expression therefore
+never grows with the history, and a row stays as wide as the number of values the function itself carries. Python
+frees a value with its last reference, so what is alive is known exactly; a variable that lingers without being read
+again costs nothing, because rows drop what nobody reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastdiff.compiler.assemble import assemble
+from fastdiff.compiler.lin import Atom, Lin
+from fastdiff.compiler.plan import Plan
+from fastdiff.compiler.run import Run
+from fastdiff.process.schedules import Level, Schedule
+
+SHAPE = (1, 4, 8, 8)  # what the function believes the state looks like; no element of it exists
+PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
+
+
+def trace(
+    fn: Callable[..., Any], levels: Sequence[float] | Sequence[Level], schedule: Schedule | None = None, **kw: Any
+) -> Plan:
+    """Compile a k-diffusion style function `fn(model, x, sigmas, ...)` to a table, by running it once.
+
+    fn: called with `model(x, sigma, **extra_args)` -> D, the state x = x0 + sigma n, and sigmas as float64; a function
+    of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
+    levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
+    was trained on; without it the network is called with sigma itself. kw: further arguments of fn. A
+    `noise_sampler` argument of fn is filled with independent unit normals, so Brownian trees are not built.
+    Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
+    Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything
+    else that is not a weighted sum; ValueError when a row carries more values than the row kernel has registers.
+    Deterministic.
+    """
+    if not callable(fn):
+        raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
+    name = getattr(fn, "__name__", type(fn).__name__)
+    sigmas = _sigmas(levels)
+    points = [_level(sigma, schedule) for sigma in sigmas]
+    run = Run(name, points, schedule)
+    tracer = _Tracer(run, schedule)
+    arguments = _arguments(fn, name, sigmas, tracer, kw)
+    try:
+        with torch.no_grad(), _Draws(tracer):
+            result = fn(tracer.evaluate, tracer.register(run.start), **arguments)
+    except _Refused as refused:
+        raise refused.error from None
+    result = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(result, Register):
+        raise TypeError(
+            f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
+        )
+    rows, registers, home = assemble(name, run.finish(result.lin))
+    drawn = any(row.noise for row in rows)
+    return Plan(
+        solver=f"trace:{name}",
+        options={key: _plain(value) for key, value in kw.items()},
+        schedule=schedule,
+        grid="traced",
+        levels=tuple(points),
+        rows=rows,
+        registers=registers,
+        result=home,
+        draws=run.draws if drawn else 0,
+    )
+
+
+class Register(Tensor):
+    """A tensor without elements: its shape is `SHAPE`, its value a `Lin`. Weighted sums work, the rest is refused."""
+
+    lin: Lin
+    tracer: _Tracer
+
+    @staticmethod
+    def __new__(cls, lin: Lin, tracer: _Tracer) -> Register:
+        self = Tensor._make_wrapper_subclass(cls, SHAPE, dtype=torch.float64)
+        self.lin, self.tracer = lin, tracer
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = _name(func)
+        options = dict(kwargs or {})
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        tracer = _tracer_in((*args, *options.values()))
+        if name.startswith("new_"):
+            return getattr(torch.empty(0, dtype=torch.float64), name)(*args[1:], **options)
+        operation = None if name in _READS else _OPERATIONS.get(name.strip("_"))
+        out = options.pop("out", None)
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+        target = args[0] if in_place else out
+        try:
+            if operation is None:
+                raise tracer.refuse(f"uses torch.{name} on a register")
+            if target is not None and not isinstance(target, Register):
+                raise tracer.refuse("writes a register into a tensor that holds numbers")
+            lin = operation(tracer, *args, **options)
+        except TypeError as error:
+            raise _Refused(error) from None
+        if target is None:
+            return tracer.register(lin)
+        target.lin = lin
+        return target
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} reads the elements of a register, which has none")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Register({self.lin!r})"
+
+
+class _Refused(Exception):
+    """Carries a TypeError past torch's operators, which swallow it to try the other operand."""
+
+    def __init__(self, error: TypeError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Tracer:
+    """What the function talks to: the model, and the registers that are alive."""
+
+    def __init__(self, run: Run, schedule: Schedule | None) -> None:
+        self.run = run
+        self.schedule = schedule
+        self._alive: list[weakref.ref[Register]] = []
+
+    def register(self, lin: Lin) -> Register:
+        """A new register with this value."""
+        register = Register(lin, self)
+        self._alive.append(weakref.ref(register))
+        return register
+
+    def noise(self, *_: Any, **__: Any) -> Register:
+        """The next draw; k-diffusion's noise_sampler(sigma, sigma_next)."""
+        return self.register(self.run.noise())
+
+    def evaluate(self, x: Register, sigma: Any, *_: Any, **__: Any) -> Register:
+        """The model as the function sees it: D(x; sigma), the end of a row."""
+        if not isinstance(x, Register):
+            raise self.refuse(f"calls the model on {type(x).__name__} instead of a state")
+        level = _level(self.number(sigma, "calls the model at"), self.schedule)
+        multiples = self._keep(x)
+        denoised = self.run.denoise(x.lin, level)
+        for register, factor in multiples:
+            register.lin = x.lin * factor
+        return self.register(denoised)
+
+    def number(self, value: Any, what: str = "multiplies a register by") -> float:
+        """A scalar, or a tensor of equal numbers, as a float."""
+        if isinstance(value, Tensor):
+            values = value.detach().reshape(-1)
+            if not values.numel() or not bool((values == values[0]).all()):
+                raise self.refuse(f"{what} a tensor of shape {tuple(value.shape)} whose elements differ")
+            return float(values[0])
+        return float(value)
+
+    def refuse(self, what: str) -> TypeError:
+        """The TypeError for `what`, with the function and the row."""
+        return self.run.start.refuse(what)
+
+    def _keep(self, state: Register) -> list[tuple[Register, float]]:
+        """Give every live combination a register of its own; the multiples of the state are returned instead."""
+        alive = [register for ref in self._alive if (register := ref()) is not None]
+        self._alive = [weakref.ref(register) for register in alive]
+        multiples: list[tuple[Register, float]] = []
+        kept: list[tuple[Mapping[Atom, float], Lin]] = []
+        for register in alive:
+            terms = register.lin.terms
+            if register is state or not terms:
+                continue
+            factor = _multiple(terms, state.lin.terms)
+            if factor is not None:
+                multiples.append((register, factor))
+            elif len(terms) > 1:
+                register.lin = self._kept(register.lin, kept)
+        return multiples
+
+    def _kept(self, value: Lin, kept: list[tuple[Mapping[Atom, float], Lin]]) -> Lin:
+        for terms, lin in kept:
+            factor = _multiple(value.terms, terms)
+            if factor is not None:
+                return lin * factor
+        lin = self.run.keep(value)
+        kept.append((value.terms, lin))
+        return lin
+
+
+class _Draws(TorchFunctionMode):
+    """Turns the normals a function draws by shape alone (torch.randn(x.shape)) into noise ids."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn or func is torch.rand:
+            size = kwargs.get("size", args[0] if len(args) == 1 else args)
+            if isinstance(size, Sequence) and tuple(size) == SHAPE:
+                if func is torch.rand:
+                    raise self.tracer.refuse("draws torch.rand, and a row draws unit normals only,")
+                return self.tracer.noise()
+        return func(*args, **kwargs)
+
+
+def _term(tracer: _Tracer, value: Any) -> Lin | float:
+    """What may be added to a register: a register, or zeros."""
+    return value.lin if isinstance(value, Register) else tracer.number(value, "adds to a register")
+
+
+def _factor(tracer: _Tracer, value: Any) -> Any:
+    """What a register may be multiplied by; a register is left for `Lin` to refuse."""
+    return value.lin if isinstance(value, Register) else tracer.number(value)
+
+
+def _add(tracer: _Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
+    return _term(tracer, a) + _scaled(tracer, b, alpha)
+
+
+def _sub(tracer: _Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
+    return _term(tracer, a) - _scaled(tracer, b, alpha)
+
+
+def _scaled(tracer: _Tracer, value: Any, factor: Any) -> Any:
+    term = _term(tracer, value)
+    return term if isinstance(factor, int) and factor == 1 else term * tracer.number(factor)
+
+
+def _mul(tracer: _Tracer, a: Any, b: Any) -> Lin:
+    return _factor(tracer, a) * _factor(tracer, b)
+
+
+def _div(tracer: _Tracer, a: Any, b: Any, *, rounding_mode: str | None = None) -> Lin:
+    if rounding_mode is not None:
+        raise tracer.refuse(f"divides with rounding_mode={rounding_mode!r}")
+    return _factor(tracer, a) / _factor(tracer, b)
+
+
+def _lerp(tracer: _Tracer, start: Any, end: Any, weight: Any) -> Lin:
+    w = _factor(tracer, weight)
+    return _term(tracer, start) * (1.0 - w) + _term(tracer, end) * w
+
+
+def _addcmul(tracer: _Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
+    return _term(tracer, base) + _mul(tracer, a, b) * tracer.number(value)
+
+
+def _addcdiv(tracer: _Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
+    return _term(tracer, base) + _div(tracer, a, b) * tracer.number(value)
+
+
+def _same(tracer: _Tracer, value: Any, *_: Any, **__: Any) -> Lin:
+    return value.lin
+
+
+def _copy(tracer: _Tracer, target: Any, source: Any, *_: Any) -> Lin:
+    return _term(tracer, source) + tracer.run.start * 0.0
+
+
+def _nothing(tracer: _Tracer, *_: Any, **__: Any) -> Lin:
+    return tracer.run.start * 0.0
+
+
+def _draw(tracer: _Tracer, *_: Any, **__: Any) -> Lin:
+    return tracer.run.noise()
+
+
+# Names without the underscores of operators (__radd__) and of in-place methods (add_).
+_OPERATIONS: dict[str, Callable[..., Lin]] = {
+    "add": _add,
+    "radd": _add,
+    "iadd": _add,
+    "sub": _sub,
+    "subtract": _sub,
+    "isub": _sub,
+    "rsub": lambda tracer, a, b, **options: _sub(tracer, b, a, **options),
+    "mul": _mul,
+    "multiply": _mul,
+    "rmul": _mul,
+    "imul": _mul,
+    "div": _div,
+    "divide": _div,
+    "true_divide": _div,
+    "truediv": _div,
+    "itruediv": _div,
+    "rdiv": lambda tracer, a, b: _div(tracer, b, a),
+    "rtruediv": lambda tracer, a, b: _div(tracer, b, a),
+    "neg": lambda tracer, a: -a.lin,
+    "negative": lambda tracer, a: -a.lin,
+    "lerp": _lerp,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "zeros_like": _nothing,
+    "zero": _nothing,
+    "randn_like": _draw,
+    "copy": _copy,
+    **dict.fromkeys(
+        ("clone", "detach", "contiguous", "to", "type_as", "float", "double", "cpu", "requires_grad", "pos"), _same
+    ),
+}
+_METADATA = {
+    *("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_sparse", "names"),
+    *("is_quantized", "is_leaf", "grad_fn", "grad", "size", "dim", "numel", "nelement", "is_floating_point"),
+    *("__len__", "element_size", "is_complex", "is_contiguous", "get_device", "_version", "is_nested", "__hash__"),
+}
+
+
+_READS = {"__float__", "__int__", "__bool__", "__index__", "__complex__", "__contains__", "__iter__"}
+
+
+def _tracer_in(values: Iterable[Any]) -> _Tracer:
+    """The tracer of the first register among the values, or in a list among them."""
+    for value in values:
+        if isinstance(value, Register):
+            return value.tracer
+        if isinstance(value, list | tuple):
+            for inner in value:
+                if isinstance(inner, Register):
+                    return inner.tracer
+    raise TypeError("a torch function takes a register where none can be seen; write the update with + and *")
+
+
+def _name(func: Any) -> str:
+    """The function's name; of an attribute (Tensor.shape), the attribute's."""
+    name: str = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name in ("__get__", "__set__") else name
+
+
+def _multiple(terms: Mapping[Atom, float], of: Mapping[Atom, float]) -> float | None:
+    """c with terms = c * of, or None."""
+    if terms.keys() != of.keys() or not terms:
+        return None
+    pivot = max(of, key=lambda atom: abs(of[atom]))
+    factor = terms[pivot] / of[pivot]
+    same = all(abs(c - factor * of[atom]) <= PARALLEL * abs(c) for atom, c in terms.items())
+    return factor if same else None
+
+
+def _sigmas(levels: Sequence[float] | Sequence[Level]) -> list[float]:
+    sigmas = [level.rho if isinstance(level, Level) else float(level) for level in levels]
+    descending = all(a > b for a, b in itertools.pairwise(sigmas))
+    if len(sigmas) < 2 or not descending or sigmas[-1] < 0 or not math.isfinite(sigmas[0]):
+        raise ValueError(
+            f"levels must be at least two finite sigmas >= 0, descending (0 last to end clean), got {sigmas[:8]}"
+        )
+    return sigmas
+
+
+def _level(sigma: float, schedule: Schedule | None) -> Level:
+    """alpha = 1 and this sigma: the coordinates of k-diffusion functions. Its time: the schedule's, or sigma itself."""
+    if schedule is None or sigma == 0.0:
+        return Level(1.0, sigma, sigma)
+    return Level(1.0, sigma, float(schedule.time_from_rho(sigma, clip=True)))
+
+
+def _arguments(
+    fn: Callable[..., Any], name: str, sigmas: list[float], tracer: _Tracer, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """fn's arguments after model and x: the levels in the form it asks for, and what it must not make itself."""
+    known = inspect.signature(fn).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    arguments: dict[str, Any] = {}
+    if "sigmas" in known:
+        arguments["sigmas"] = torch.tensor(sigmas, dtype=torch.float64)
+    elif {"sigma_min", "sigma_max"} <= known.keys():
+        noisy = [sigma for sigma in sigmas if sigma > 0]
+        arguments |= {"sigma_min": noisy[-1], "sigma_max": noisy[0]}
+        arguments |= {"n": len(sigmas) - 1} if "n" in known else {}
+    else:
+        raise TypeError(
+            f"{name} takes ({', '.join(known)}), expected fn(model, x, sigmas, ...) or "
+            "fn(model, x, sigma_min, sigma_max, n, ...); wrap it in a function of that form"
+        )
+    defaults: dict[str, Any] = {"extra_args": {}, "callback": None, "disable": True, "noise_sampler": tracer.noise}
+    arguments |= {key: value for key, value in defaults.items() if key in known}
+    unknown = [key for key in given if key not in known and not open_ended]
+    if unknown:
+        raise TypeError(f"{name} has no argument {', '.join(unknown)}; it takes {', '.join(known)}")
+    return arguments | dict(given)
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else repr(value)
