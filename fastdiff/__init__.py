@@ -3,6 +3,7 @@
 from fastdiff import models
 from fastdiff.compiler import solvers
 from fastdiff.compiler.build import plan
+from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
@@ -26,6 +27,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "backends",
+    "capture",
     "grids",
     "load",
     "models",

@@ -35,6 +35,8 @@ def _row_lines(i: int, row: Row) -> list[str]:
         head = (
             f"row {i - 1:<3d} D = model(r{row.x}) at alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
         )
+        if row.clamp is not None:
+            head += f", clamped to [{row.clamp[0]:g}, {row.clamp[1]:g}]"
     return [head, *(f"       r{output.dest} <- {_formula(row, output)}" for output in row.outputs)]
 
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.compiler.assemble import assemble
-from fastdiff.compiler.lin import Atom, Lin
+from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
 from fastdiff.process.schedules import Level, Schedule
 
 SHAPE = (1, 4, 8, 8)  # what the function believes the state looks like; no element of it exists
-PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
 
 
 def trace(
@@ -162,11 +161,10 @@ class _Tracer:
         if not isinstance(x, Register):
             raise self.refuse(f"calls the model on {type(x).__name__} instead of a state")
         level = _level(self.number(sigma, "calls the model at"), self.schedule)
-        multiples = self._keep(x)
-        denoised = self.run.denoise(x.lin, level)
-        for register, factor in multiples:
-            register.lin = x.lin * factor
-        return self.register(denoised)
+        alive = [register for ref in self._alive if (register := ref()) is not None]
+        self._alive = [weakref.ref(register) for register in alive]
+        self.run.carry(x.lin, [register.lin for register in alive])
+        return self.register(self.run.denoise(x.lin, level))
 
     def number(self, value: Any, what: str = "multiplies a register by") -> float:
         """A scalar, or a tensor of equal numbers, as a float."""
@@ -180,32 +178,6 @@ class _Tracer:
     def refuse(self, what: str) -> TypeError:
         """The TypeError for `what`, with the function and the row."""
         return self.run.start.refuse(what)
-
-    def _keep(self, state: Register) -> list[tuple[Register, float]]:
-        """Give every live combination a register of its own; the multiples of the state are returned instead."""
-        alive = [register for ref in self._alive if (register := ref()) is not None]
-        self._alive = [weakref.ref(register) for register in alive]
-        multiples: list[tuple[Register, float]] = []
-        kept: list[tuple[Mapping[Atom, float], Lin]] = []
-        for register in alive:
-            terms = register.lin.terms
-            if register is state or not terms:
-                continue
-            factor = _multiple(terms, state.lin.terms)
-            if factor is not None:
-                multiples.append((register, factor))
-            elif len(terms) > 1:
-                register.lin = self._kept(register.lin, kept)
-        return multiples
-
-    def _kept(self, value: Lin, kept: list[tuple[Mapping[Atom, float], Lin]]) -> Lin:
-        for terms, lin in kept:
-            factor = _multiple(value.terms, terms)
-            if factor is not None:
-                return lin * factor
-        lin = self.run.keep(value)
-        kept.append((value.terms, lin))
-        return lin
 
 
 class _Draws(TorchFunctionMode):
@@ -349,16 +321,6 @@ def _name(func: Any) -> str:
     """The function's name; of an attribute (Tensor.shape), the attribute's."""
     name: str = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name in ("__get__", "__set__") else name
-
-
-def _multiple(terms: Mapping[Atom, float], of: Mapping[Atom, float]) -> float | None:
-    """c with terms = c * of, or None."""
-    if terms.keys() != of.keys() or not terms:
-        return None
-    pivot = max(of, key=lambda atom: abs(of[atom]))
-    factor = terms[pivot] / of[pivot]
-    same = all(abs(c - factor * of[atom]) <= PARALLEL * abs(c) for atom, c in terms.items())
-    return factor if same else None
 
 
 def _sigmas(levels: Sequence[float] | Sequence[Level]) -> list[float]:
