@@ -37,8 +37,8 @@ class Row:
     x: the register evaluated (in the opening row: the one that holds a given start).
     slots: other registers read. noise: (id, stream) of every unit normal drawn.
     gain: how much of the guidance applies here, w_row = 1 + gain * (w - 1).
-    reading: how this row calls the network and reads its output, D = P x + Q F, where the plan itself knows it (captured
-    from a scheduler); None: from the network's prediction type. clamp: bounds of D, None for none.
+    reading: how this row calls the network and reads its output, D = P x + Q F, where the plan itself knows it
+    (captured from a scheduler); None: from the network's prediction type. clamp: bounds of D, None for none.
     """
 
     level: Level | None
@@ -134,5 +134,6 @@ def _check_size(solver: str, row: int, slots: tuple[int, ...], outputs: list[Out
     if len(outputs) > at.MAX_OUTPUTS or len(slots) >= at.MAX_SLOTS:
         raise ValueError(
             f"solver {solver!r}, row {row}: writes {len(outputs)} registers and reads {len(slots) + 1}, the row kernel "
-            f"writes at most {at.MAX_OUTPUTS} and reads at most {at.MAX_SLOTS}; record combinations with run.keep(...)"
+            f"writes at most {at.MAX_OUTPUTS} and reads at most {at.MAX_SLOTS}; carry fewer values from row to row, "
+            "or combinations of them (run.keep)"
         )

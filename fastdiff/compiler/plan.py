@@ -94,8 +94,8 @@ class Plan:
         captured = self.options.get("prediction") if self.rows[1].reading is not None else None
         if captured is not None and prediction not in (captured, "x0"):
             raise ValueError(
-                f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that predicts "
-                f"{prediction!r}; give the scheduler its prediction_type and capture it again"
+                f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
+                f"predicts {prediction!r}; give the scheduler its prediction_type and capture it again"
             )
         terms = max(len(row.noise) for row in self.rows) + 1
         coef = np.zeros((len(self.rows), at.COEF_FIXED + at.NOISE_STRIDE * terms))

@@ -13,7 +13,6 @@ from fastdiff.compiler.layout import STREAM_STEP
 from fastdiff.compiler.lin import Atom, Lin
 from fastdiff.process.schedules import Level, Schedule
 
-
 PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
 
 
@@ -87,14 +86,16 @@ class Run:
             if factor is not None:
                 value.terms = {Atom("x", len(self.segments) - 1): factor}
             elif len(terms) > 1:
-                for known, register in kept:
-                    factor = multiple(terms, known)
-                    if factor is not None:
-                        break
-                else:
-                    factor, register = 1.0, self.keep(value)
-                    kept.append((terms, register))
-                value.terms = {atom: factor * c for atom, c in register.terms.items()}
+                value.terms = self._kept_as(value, kept)
+
+    def _kept_as(self, value: Lin, kept: list[tuple[dict[Atom, float], Lin]]) -> dict[Atom, float]:
+        """The value over a kept combination: one of `kept` if it is a multiple of that, else a new one."""
+        for terms, register in kept:
+            factor = multiple(value.terms, terms)
+            if factor is not None:
+                return {atom: factor * c for atom, c in register.terms.items()}
+        kept.append((value.terms, self.keep(value)))
+        return dict(kept[-1][1].terms)
 
     def finish(self, x: Lin) -> list[Segment]:
         """Close the run with its result."""

@@ -100,5 +100,5 @@ def _level_of_bar(bar: float, time: float) -> Level:
 
 
 def _config(scheduler: Any, key: str) -> Any:
-    config = getattr(scheduler, "config", None)
+    config: Any = getattr(scheduler, "config", {})
     return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
