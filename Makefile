@@ -41,6 +41,7 @@ else
 endif
 	$(PIP) install -c $(PINS) setuptools wheel ninja numpy
 	FASTDIFF_NO_EXTENSION=1 $(PIP) install -c $(PINS) --no-build-isolation -e '.[dev]'
+	$(PIP) install -c $(PINS) --no-deps k-diffusion  # the tests read its sampling.py; the rest of it wants torchvision
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,9 +91,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("CosineDPMSolverMultistep", {}, {}),
     ("CMStochasticIterative", {}, {}),
     ("UnCLIP", {}, {}),
+    ("Helios", {"stages": 1}, {}),
+    ("MiniMaxH3", {}, {}),
 ]
 # Steps at which diffusers itself raises or gives nan: fewer than its start-up needs, or a division by a zero sigma.
-UNABLE = {("PNDM", 1), ("PNDM", 2), ("PNDM", 3), ("UnCLIP", 1)}
+UNABLE = {("PNDM", 1), ("PNDM", 2), ("PNDM", 3), ("UnCLIP", 1), ("MiniMaxH3", 1)}
 IDS = ["-".join(map(str, (name, *config.values(), *options.values()))) for name, config, options in CASES]
 
 
@@ -432,11 +436,73 @@ def test_what_is_no_table_is_refused_with_its_step(kind: type[Own], words: str) 
     assert kind.__name__ in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["DDIM", "UniPCMultistep", "SASolver", "DPMSolverMultistep", "HeunDiscrete"])
-def test_a_capture_is_quick(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("DDIM", 50),
+        ("UniPCMultistep", 50),
+        ("SASolver", 50),
+        ("HeunDiscrete", 50),
+        ("DPMSolverSDE", 50),
+        ("LMSDiscrete", 20),
+    ],
+)
+def test_a_capture_takes_less_than_a_second(name: str, steps: int) -> None:
     scheduler = make(name, {"clip_sample": False} if name == "DDIM" else {})
-    before = time.perf_counter()
-    fd.capture(scheduler, 50)
-    seconds = time.perf_counter() - before
-    print(f"{name}, 50 steps: {1e3 * seconds:.0f} ms")
-    assert seconds < 1.0
+    times = []
+    for _ in range(2):
+        before = time.perf_counter()
+        fd.capture(scheduler, steps)
+        times.append(time.perf_counter() - before)
+    print(f"{name}, {steps} steps: {1e3 * min(times):.0f} ms")
+    assert min(times) < 1.0
+
+
+def test_laws_need_levels() -> None:
+    plan = fd.capture(make("IPNDM", {}), 5)
+    with pytest.raises(ValueError, match="IPNDMScheduler does not say at what level"):
+        plan.verify()
+
+
+def test_a_network_of_diffusers_in_its_own_loop() -> None:
+    """UNet2DModel, DDPM with its default clipping, draws from one generator: the loop of diffusers' pipeline."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).eval()
+    scheduler = make("DDPM", {})
+    plan = fd.capture(scheduler, 8)
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(2, 1, 8, 8, generator=generator)
+    x = start
+    scheduler.set_timesteps(8)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x, generator=generator).prev_sample
+    generator.manual_seed(5)
+    torch.randn(2, 1, 8, 8, generator=generator)
+    draws = torch.stack([torch.randn(2, 1, 8, 8, generator=generator) for _ in range(plan.draws)])
+    model = fd.Denoiser(unet, "linear", "eps")
+    for backend in ("reference", "auto"):
+        ours = fd.Sampler(plan, model, backend=backend).sample((2, 1, 8, 8), init=start, noise=draws)
+        assert float((ours - x).abs().max() / x.abs().max()) < 1e-5
+
+
+def test_every_scheduler_of_diffusers_is_in_the_table(root: Path) -> None:
+    folder = Path(diffusers.__file__).parent / "schedulers"
+    text = (root / "docs" / "capture.md").read_text()
+    names = {
+        name
+        for path in folder.glob("scheduling_*.py")
+        for name in re.findall(r"^class (\w+Scheduler)\(", path.read_text(), re.MULTILINE)
+    }
+    assert len(names) > 40
+    missing = sorted(name for name in names if f"| {name} |" not in text)
+    assert not missing, f"run python docs/capture_table.py: {missing}"

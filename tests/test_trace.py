@@ -164,17 +164,17 @@ def test_brownian_trees_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fd.trace(module.sample_dpmpp_2m_sde, LEVELS).draws == len(LEVELS) - 2
 
 
-def test_fifty_steps_are_quick() -> None:
-    module = k_diffusion()
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
+    function = getattr(k_diffusion(), f"sample_{name}")
     levels = np.append(np.geomspace(14.6, 0.03, 50), 0.0)
-    fd.trace(module.sample_dpmpp_2m, levels)
-    times = {}
-    for name in ("euler", "dpmpp_2m", "dpmpp_2m_sde"):
+    times = []
+    for _ in range(5):
         before = time.perf_counter()
-        fd.trace(getattr(module, f"sample_{name}"), levels)
-        times[name] = 1e3 * (time.perf_counter() - before)
-    print({name: f"{ms:.0f} ms" for name, ms in times.items()})
-    assert min(times.values()) < 50
+        fd.trace(function, levels)
+        times.append(1e3 * (time.perf_counter() - before))
+    print(f"{name}, 50 steps: {min(times):.0f} ms")
+    assert min(times) < 50
 
 
 def every_way(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None) -> torch.Tensor:

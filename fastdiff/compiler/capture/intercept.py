@@ -37,7 +37,9 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kw = dict(kwargs or {})
+        kw: Mapping[str, Any] = kwargs or {}
+        if func not in _WATCHED:
+            return func(*args, **kw)
         if func is torch.randn:
             shape = kw.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
             if math.prod(shape) == self.numel:
@@ -66,6 +68,7 @@ class Intercept(TorchFunctionMode):
 
 _CASTS = (Tensor.to, Tensor.float, Tensor.type, Tensor.type_as)
 _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
+_WATCHED = frozenset((torch.randn, torch.randn_like, Tensor.normal_, torch.quantile, *_CASTS, *_CLAMPS))
 
 
 def _moments(mean: Any = 0.0, std: Any = 1.0, **_: Any) -> tuple[Any, Any]:

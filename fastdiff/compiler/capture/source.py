@@ -40,8 +40,10 @@ class Source:
 
     def times(self, scheduler: Any) -> list[Any]:
         """The timesteps it evaluates."""
-        times = list(scheduler.timesteps)
-        return times[:-1] if self.name in LISTS_THE_END else times
+        times = list(scheduler.timesteps)[: -1 if self.name in LISTS_THE_END else None]
+        if not times:
+            raise TypeError(f"{self.name} has no timesteps after set_timesteps; expected at least one evaluation")
+        return times
 
     def scaled(self, scheduler: Any, i: int, x: Tensor, time: Any) -> Tensor:
         """The network's input for state x."""
