@@ -62,6 +62,13 @@ HEADER = """# Schedulers that `fd.capture` compiles
 Made by `python docs/capture_table.py` with diffusers {version}: every scheduler class, {steps} steps where the
 configuration does not say otherwise.
 
+```python
+plan = fd.capture(scheduler, steps=20)                     # any object with set_timesteps, timesteps and step
+plan = fd.capture(scheduler, 20, step_options={{"eta": 1.0}})
+model = fd.Denoiser(unet, "linear", prediction="eps")      # the prediction the scheduler's config names
+images = fd.Sampler(plan, model).sample((4, 3, 32, 32))
+```
+
 `fd.capture(scheduler, steps)` runs a scheduler object, unmodified, on basis vectors and gives its table; a second run
 on random tensors is compared with the table, state by state. *Mismatch* is the largest relative difference there: about
 1e-15 where the scheduler computes in the dtype it is given, about 1e-7 where it casts or draws in float32.

@@ -28,6 +28,7 @@ diffusers = pytest.importorskip("diffusers")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 STEPS = (1, 2, 3, 10, 20)
+VP_KINDS = ("epsilon", "v_prediction", "sample")
 SIZE = (2, 3, 4, 4)
 EXACT = {"float64": 1e-10, "float32": 5e-6}  # by what the scheduler computes in
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -238,27 +239,39 @@ def test_latents_and_input_are_scaled_as_the_scheduler_does(monkeypatch: pytest.
     assert [t for _, t in seen] == pytest.approx(scheduler.timesteps.tolist())
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "DEISMultistep", "UniPCMultistep"])
-def test_d_is_the_denoised_estimate(name: str, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *((name, {"prediction_type": kind}) for name in ("DPMSolverMultistep", "EulerDiscrete") for kind in VP_KINDS),
+        *((name, {"prediction_type": kind}) for name in ("DEISMultistep", "UniPCMultistep") for kind in VP_KINDS),
+        *(("DDIM", {"prediction_type": kind, "clip_sample": False}) for kind in VP_KINDS),
+        ("DPMSolverMultistep", FLOW),
+        ("UniPCMultistep", FLOW),
+        ("FlowMatchEulerDiscrete", {}),
+        ("FlowMatchHeunDiscrete", {}),
+    ],
+)
+def test_d_is_the_denoised_estimate(name: str, config: dict[str, Any]) -> None:
     """A callback sees x0 at the right level: exact data x0 = 0.3 gives D = 0.3 in every row."""
-    config = {"prediction_type": prediction, **({"clip_sample": False} if name == "DDIM" else {})}
-    scheduler = make(name, config)
-    plan = fd.capture(scheduler, 6)
-    levels = {round(level.time, 3): level for level in plan.levels[:-1]}
+    plan = fd.capture(make(name, config), 6)
+    prediction = config.get("prediction_type", "flow_prediction")
+    levels = iter(plan.levels)
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        level = levels[round(float(t[0]), 3)]
-        unit = (level.alpha**2 + level.sigma**2) ** 0.5
+        level = next(levels)
+        assert float(t[0]) == pytest.approx(level.time)
+        flow = prediction == "flow_prediction"
+        unit = 1.0 if flow else (level.alpha**2 + level.sigma**2) ** 0.5
         alpha, sigma = level.alpha / unit, level.sigma / unit
         n = (x - alpha * 0.3) / sigma
-        return {"epsilon": n, "v_prediction": alpha * n - sigma * 0.3, "sample": torch.full_like(x, 0.3)}[prediction]
+        forms = {"epsilon": n, "v_prediction": alpha * n - sigma * 0.3, "flow_prediction": n - 0.3}
+        return forms.get(prediction, torch.full_like(x, 0.3))
 
     seen: list[float] = []
     model = fd.Denoiser(net, "linear", KINDS[prediction])
     sampler = fd.Sampler(plan, model)
     result = sampler.sample(SIZE, seed=0, callback=lambda info: seen.append(float((info.denoised - 0.3).abs().max())))
-    assert len(seen) == 6 and max(seen) < 1e-3
+    assert len(seen) == plan.nfe and max(seen) < 1e-3
     if plan.levels[-1].sigma == 0.0:
         assert float((result - plan.levels[-1].alpha * 0.3).abs().max()) < 1e-3
 
@@ -413,6 +426,31 @@ def test_state_is_found_wherever_it_is_kept() -> None:
     plan = fd.capture(Kept(), 6)
     assert plan.options["mismatch"] < 1e-12
     assert plan.draws == 12 and plan.registers <= 4
+
+
+class Carrying:
+    """What the pipeline does around CogVideoXDPMScheduler: carries the last estimate and the last timestep."""
+
+    def __init__(self) -> None:
+        self.scheduler = make("CogVideoXDPM", {"prediction_type": "v_prediction"})
+        self.config = self.scheduler.config
+        self.timesteps: Any = None
+
+    def set_timesteps(self, steps: int) -> None:
+        self.scheduler.set_timesteps(steps)
+        self.timesteps = self.scheduler.timesteps
+        self.estimate, self.back = None, None
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        state, self.estimate = self.scheduler.step(model_output, self.estimate, timestep, self.back, sample)
+        self.back = timestep
+        return state
+
+
+def test_what_the_caller_carries_can_be_kept_in_an_object_around_it() -> None:
+    plan = fd.capture(Carrying(), 10)
+    assert plan.options["mismatch"] < 1e-6 and plan.options["prediction"] == "v"
+    assert plan.registers == 2 and plan.draws == 18
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
 def every_way(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None) -> torch.Tensor:
     """A sampler that does what such code does, in as many spellings as it has."""
     ones = x.new_ones([x.shape[0]])
+    sigmas = sigmas.to(x)
     total = torch.zeros_like(x)
     previous = None
     for i in range(len(sigmas) - 1):
@@ -196,7 +197,9 @@ def every_way(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any
         x.add_(d, alpha=0.01).mul_(0.99).sub_(torch.zeros(x.shape, dtype=x.dtype))
         if previous is not None:
             x = x.addcmul(previous, t, value=0.02) - 0.03 * previous.neg() + torch.as_tensor(0.5).sqrt() * d
+        view = total.detach()
         total.add_(d)
+        x = x + 0.001 * view + 0.001 * torch.full_like(x, 0.5) * d - 0.001 * t.expand_as(x) * d
         previous = d
     return (x + 0.001 * total).to(x.dtype).contiguous()
 

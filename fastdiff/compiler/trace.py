@@ -50,7 +50,7 @@ def trace(
     """
     if not callable(fn):
         raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
-    name = getattr(fn, "__name__", type(fn).__name__)
+    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
     sigmas = _sigmas(levels)
     points = [_level(sigma, schedule) for sigma in sigmas]
     run = Run(name, points, schedule)
@@ -102,9 +102,14 @@ class Register(Tensor):
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
+        if name in _ALIASES:
+            return args[0]
+        if name == "expand_as" and not isinstance(args[0], Register):
+            return args[0].expand(SHAPE)
         tracer = _tracer_in((*args, *options.values()))
-        if name.startswith("new_"):
-            return getattr(torch.empty(0, dtype=torch.float64), name)(*args[1:], **options)
+        if name.startswith("new_") or name in ("ones_like", "full_like"):
+            like = torch.empty(SHAPE, dtype=torch.float64)
+            return getattr(like, name)(*args[1:], **options) if name[0] == "n" else func(like, *args[1:], **options)
         operation = None if name in _READS else _OPERATIONS.get(name.strip("_"))
         out = options.pop("out", None)
         in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
@@ -246,8 +251,8 @@ def _addcdiv(tracer: _Tracer, base: Any, a: Any, b: Any, *, value: float = 1) ->
     return _term(tracer, base) + _div(tracer, a, b) * tracer.number(value)
 
 
-def _same(tracer: _Tracer, value: Any, *_: Any, **__: Any) -> Lin:
-    return value.lin
+def _clone(tracer: _Tracer, value: Any, **_: Any) -> Lin:
+    return tracer.run.linear(value.lin.terms)
 
 
 def _copy(tracer: _Tracer, target: Any, source: Any, *_: Any) -> Lin:
@@ -291,9 +296,12 @@ _OPERATIONS: dict[str, Callable[..., Lin]] = {
     "zero": _nothing,
     "randn_like": _draw,
     "copy": _copy,
-    **dict.fromkeys(
-        ("clone", "detach", "contiguous", "to", "type_as", "float", "double", "cpu", "requires_grad", "pos"), _same
-    ),
+    "empty_like": _nothing,
+    "clone": _clone,
+}
+# These give their argument itself, or another view of its storage: writing into one writes into the other.
+_ALIASES = {
+    *("detach", "contiguous", "to", "type_as", "float", "double", "cpu", "requires_grad_", "positive", "data", "type"),
 }
 _METADATA = {
     *("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_sparse", "names"),

@@ -115,6 +115,6 @@ def check_interface(scheduler: Any, name: str, options: Mapping[str, Any]) -> No
     ]
     if needed:
         raise TypeError(
-            f"{name}.step also needs {', '.join(needed)}, which its caller would have to carry from step to step; "
-            "give constants in step_options, or run it with its own loop"
+            f"{name}.step also needs {', '.join(needed)}; give constants in step_options, or capture an object around "
+            "it that has step(model_output, timestep, sample) and keeps in its attributes what a step hands to the next"
         )
