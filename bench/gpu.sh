@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything there is to do on a machine with a GPU, in one command: build, GPU tests, benchmarks.
 #
-#   OUT=folder PYTHON=python3 bench/gpu.sh
+#   OUT=folder PYTHON=python3 bench/gpu.sh [PART...]
 #
+# Parts, all of them unless some are named: machine info verify gpu-tests conformance sample bench-ops bench-loop.
 # Works offline with the Python that has torch; makes no virtual environment. A part that fails does not stop the next
 # one. Leaves $OUT/results.txt (all output, ending in a summary of the parts) and $OUT/results.csv. The status is the
 # number of parts that failed. A part that takes longer than $LIMIT seconds is ended and counted as failed.
@@ -16,6 +17,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 RESULTS=$OUT/results.txt
 : > "$RESULTS"
+wanted=$*
 summary=()
 failed=0
 export PYTHONUNBUFFERED=1
@@ -23,6 +25,9 @@ export PYTHONUNBUFFERED=1
 part() { # part NAME COMMAND...: run it, record what it prints and how it ended
     local name=$1 started=$SECONDS status
     shift
+    if [ "$name" != build ] && [ "$name" != by-hand ] && [[ -n "$wanted" && " $wanted " != *" $name "* ]]; then
+        return 0
+    fi
     printf '\n=== %s: %s\n' "$name" "$*" | tee -a "$RESULTS"
     timeout --kill-after=10 "$LIMIT" "$@" 2>&1 | tee -a "$RESULTS"
     status=${PIPESTATUS[0]}
@@ -53,7 +58,7 @@ by_hand() {
     cp -r kernels build/by_hand/fastdiff/
     (
         cd build/by_hand
-        printf '[tool.setuptools]\npackages = []\n' > pyproject.toml
+        printf '[project]\nname = "fastdiff"\nversion = "0"\n[tool.setuptools]\npackages = []\n' > pyproject.toml
         "$PYTHON" setup.py build_ext --inplace
     )
 }
@@ -70,6 +75,7 @@ fi
 part info "$PYTHON" -P -m fastdiff.cli info
 part verify "$PYTHON" -P -m fastdiff.cli verify
 part gpu-tests "$PYTHON" -P -m pytest -q -m gpu
+part conformance "$PYTHON" -P -m pytest -q -m "not gpu and not slow" -k "triton or cuda"
 part sample "$PYTHON" -P -m fastdiff.cli sample --out "$OUT/samples.png"
 rm -f "$OUT/results.csv"
 part bench-ops "$PYTHON" "$bench" ops --device cuda --csv "$OUT/results.csv"

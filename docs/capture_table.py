@@ -63,9 +63,9 @@ Made by `python docs/capture_table.py` with diffusers {version}: every scheduler
 configuration does not say otherwise.
 
 ```python
-plan = fd.capture(scheduler, steps=20)                     # any object with set_timesteps, timesteps and step
+plan = fd.capture(scheduler, steps=20)  # any object with set_timesteps, timesteps and step
 plan = fd.capture(scheduler, 20, step_options={{"eta": 1.0}})
-model = fd.Denoiser(unet, "linear", prediction="eps")      # the prediction the scheduler's config names
+model = fd.Denoiser(unet, "linear", prediction="eps")  # the prediction the scheduler's config names
 images = fd.Sampler(plan, model).sample((4, 3, 32, 32))
 ```
 

@@ -489,9 +489,9 @@ def test_a_capture_takes_less_than_a_second(name: str, steps: int) -> None:
     scheduler = make(name, {"clip_sample": False} if name == "DDIM" else {})
     times = []
     for _ in range(2):
-        before = time.perf_counter()
+        before = time.process_time()
         fd.capture(scheduler, steps)
-        times.append(time.perf_counter() - before)
+        times.append(time.process_time() - before)
     print(f"{name}, {steps} steps: {1e3 * min(times):.0f} ms")
     assert min(times) < 1.0
 

@@ -38,7 +38,9 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> str:
 def report(site: Path, cwd: Path) -> list[str]:
     """What the package in `site` says of itself: -S and the paths by hand keep this environment's own copy out."""
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    code = f"import sys, site; sys.path += {packages}; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})"
+    code = (
+        f"import sys, site; sys.path += {packages}; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})"
+    )
     lines = run("-P", "-S", "-c", f"{code}\n{REPORT}", cwd=cwd).splitlines()
     assert lines[-2:] == ["(1, 32, 32)", "torch.Size([2, 5])"]
     return lines[:-2]
@@ -154,6 +156,8 @@ def test_nothing_is_compiled_for_this_machine_only() -> None:
 def test_tested_versions_are_pinned_and_allowed() -> None:
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
     assert pins["torch"] in (ROOT / "Makefile").read_text()
-    named = re.findall(r'"([\w-]+)(?:[>=;].*?)?"', (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0])
+    named = re.findall(
+        r'"([\w-]+)(?:[>=;].*?)?"', (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0]
+    )
     packages = {name for name in named if name in pins}
     assert {"torch", "triton", "numpy", "safetensors", "pillow", "tqdm", "pytest", "diffusers", "ninja"} <= packages

@@ -109,6 +109,7 @@ def test_registers_are_shared() -> None:
     """One register where the old state dies, one more per value that must outlive its row."""
     assert build("ddim", "vp", 10, "logsnr").registers == 1
     assert build("dpmpp_2m", "vp", 10, "logsnr").registers == 2
+    assert build("heun", "vp", 10, "logsnr").registers == 2
 
     def adams(run: Run, x: Lin) -> Lin:
         old: list[Lin] = []
@@ -323,7 +324,7 @@ def uses_delta(plan: Plan) -> bool:
     return bool(packed.coef[1:, at.OUTPUT + at.OUT_DELTA].mean() > 0.5)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "ddpm"])
 def test_the_delta_form_rounds_less(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 error after 50 steps, delta against plain form, where pack() chooses it for most rows.
 
@@ -384,6 +385,37 @@ def test_bad_input_is_one_clear_error(arguments: dict[str, Any], message: str) -
 def test_an_unknown_option_lists_the_known_ones() -> None:
     with pytest.raises(TypeError, match="'ddim' has no option 'etta'; its options: eta"):
         build("ddim", "linear", 10, etta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        ("ddim", {"eta": "0.5"}, "'eta' must be a number, got '0.5'"),
+        ("ddim", {"eta": None}, "'eta' must be a number, got None"),
+        ("ddim", {"eta": True}, "'eta' must be a number, got True"),
+        ("annealed_langevin", {"inner": 2.5}, "'inner' must be an integer, got 2.5"),
+        ("annealed_langevin", {"denoise": 1}, "'denoise' must be True or False, got 1"),
+        ("ddpm", {"variance": 2}, "'variance' must be a name, got 2"),
+    ],
+)
+def test_an_option_of_the_wrong_kind(solver: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        build(solver, "linear", 10, **options)
+
+
+def test_options_of_numpy_are_numbers() -> None:
+    plan = build("ddim", "linear", 10, eta=np.float32(0.5))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert build("annealed_langevin", "linear", 2, inner=np.int64(3)).nfe == 7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("solver", "option"), [("ddim", "eta"), ("dpmpp_2m_sde", "s_noise"), ("random_walk", "epsilon")]
+)
+def test_a_table_is_never_made_of_nan(solver: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=solver):
+        build(solver, "linear", 10, **{option: value})
 
 
 def test_eps_at_zero_snr_is_refused_and_v_is_not() -> None:

@@ -72,7 +72,10 @@ def test_make_targets_exist():
 def test_files_named_exist():
     root = README.parent
     text = README.read_text()
-    named = set(re.findall(r"`((?:bench|recipes|fastdiff|docs|\.ci)/[\w./]*)`", text)) | set(re.findall(r"\]\(([\w./]+)\)", text))
+    named = {
+        *re.findall(r"`((?:bench|recipes|fastdiff|docs|\.ci)/[\w./]*)`", text),
+        *re.findall(r"\]\(([\w./]+)\)", text),
+    }
     made_later = {"bench/results.csv"}  # by the command beside it
     missing = [name for name in named - made_later if not (root / name).exists()]
     assert not missing

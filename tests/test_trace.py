@@ -37,7 +37,7 @@ def k_diffusion() -> Any:
         return sys.modules["k_diffusion.sampling"]
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("k_diffusion is not installed")
+        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion")
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(spec.submodule_search_locations)
     added = {"k_diffusion": package}
@@ -170,9 +170,9 @@ def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
     levels = np.append(np.geomspace(14.6, 0.03, 50), 0.0)
     times = []
     for _ in range(5):
-        before = time.perf_counter()
+        before = time.process_time()
         fd.trace(function, levels)
-        times.append(1e3 * (time.perf_counter() - before))
+        times.append(1e3 * (time.process_time() - before))
     print(f"{name}, 50 steps: {min(times):.0f} ms")
     assert min(times) < 50
 

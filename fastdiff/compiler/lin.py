@@ -6,10 +6,11 @@ running sampler will hold: a state, a denoised estimate, a recorded combination,
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 
 class Atom(NamedTuple):
@@ -34,7 +35,7 @@ class Lin:
         self.terms: dict[Atom, float] = {atom: c for atom, c in terms.items() if c != 0.0}
         self.where = where
 
-    def __add__(self, other: Union[Lin, float]) -> Lin:
+    def __add__(self, other: Lin | float) -> Lin:
         if isinstance(other, Lin):
             total = dict(self.terms)
             for atom, c in other.terms.items():
@@ -46,10 +47,10 @@ class Lin:
 
     __radd__ = __add__
 
-    def __sub__(self, other: Union[Lin, float]) -> Lin:
+    def __sub__(self, other: Lin | float) -> Lin:
         return self + (-other)
 
-    def __rsub__(self, other: Union[Lin, float]) -> Lin:
+    def __rsub__(self, other: Lin | float) -> Lin:
         return -self + other
 
     def __mul__(self, factor: float) -> Lin:
@@ -57,6 +58,10 @@ class Lin:
             what = "multiplies two registers" if isinstance(factor, Lin) else f"multiplies a register by {factor!r}"
             raise self.refuse(what)
         value = float(factor)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.where()} multiplies a register by {value}; check its options and the ends of the grid"
+            )
         return Lin({atom: value * c for atom, c in self.terms.items()}, self.where)
 
     __rmul__ = __mul__

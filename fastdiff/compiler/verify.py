@@ -265,8 +265,9 @@ def _finite(plan: Plan) -> Check:
     if plan.schedule is not None:
         packed = plan.pack("x0").coef
         rounded = np.delete(packed, [at.CLAMP_LO, at.CLAMP_HI], axis=1).ravel()
-    bad = int(np.sum(~np.isfinite(exact)) + np.sum(~np.isfinite(rounded)))
-    return Check("finite", bad == 0, bad, 0, f"{bad} of {len(exact)} scalars are not finite in float64 or fp32")
+    bad = [int(np.sum(~np.isfinite(numbers))) for numbers in (exact, rounded)]
+    sentence = f"of {len(exact)} scalars {bad[0]} are not finite in float64, and {bad[1]} of the table in fp32"
+    return Check("finite", not any(bad), sum(bad), 0, sentence)
 
 
 def _scalars(plan: Plan) -> list[float]:
