@@ -365,6 +365,17 @@ class Kept(Own):
         return step + 0.1 * torch.randn_like(sample)
 
 
+class InPlace(Own):
+    """Writes into its arguments, as torch code does to save memory."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        model_output.mul_(0.5).add_(sample, alpha=0.1)
+        if self.old is not None:
+            model_output -= 0.2 * self.old
+        self.old = model_output
+        return sample.mul_(0.9).add_(model_output)
+
+
 class Hidden(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -451,6 +462,25 @@ def test_what_the_caller_carries_can_be_kept_in_an_object_around_it() -> None:
     plan = fd.capture(Carrying(), 10)
     assert plan.options["mismatch"] < 1e-6 and plan.options["prediction"] == "v"
     assert plan.registers == 2 and plan.draws == 18
+
+
+def test_a_scheduler_may_work_in_place() -> None:
+    plan = fd.capture(InPlace(), 6)
+    assert plan.options["mismatch"] < 1e-12 and plan.registers == 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "words"),
+    [
+        (Own, 5, "got the class Own, expected an object"),
+        (3, 5, "int has no set_timesteps"),
+        (InPlace(), 0, "InPlace has no timesteps"),
+        (InPlace(), "five", "InPlace itself fails in set_timesteps"),
+    ],
+)
+def test_bad_arguments(scheduler: Any, steps: Any, words: str) -> None:
+    with pytest.raises((TypeError, RuntimeError), match=words):
+        fd.capture(scheduler, steps)
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,14 @@ def witness_of(source: Source, precision: str) -> Witness:
     times = source.times(scheduler)
     outputs = torch.from_numpy(generator.standard_normal((len(times), *SHAPE)))
     x = torch.from_numpy(generator.standard_normal(SHAPE)) * latent_scale(scheduler)
-    states, inputs = [x.numpy()], []
+    states, inputs = [x.numpy().copy()], []  # copies: a scheduler may write into what it is given
     for i, time in enumerate(times):
         following = times[i + 1] if i + 1 < len(times) else None
         with random:
             x = x.double()
-            inputs.append(source.scaled(scheduler, i, x, time).double().numpy())
-            x, _ = source.step(scheduler, i, outputs[i], time, x, following)
-        states.append(x.double().numpy())
+            inputs.append(source.scaled(scheduler, i, x, time).double().numpy().copy())
+            x, _ = source.step(scheduler, i, outputs[i].clone(), time, x, following)
+        states.append(x.double().numpy().copy())
     return Witness(outputs.numpy(), random.normals, inputs, states, precision, random.quantile)
 
 

@@ -95,6 +95,10 @@ def latent_scale(scheduler: Any) -> float:
 
 def check_interface(scheduler: Any, name: str, options: Mapping[str, Any]) -> None:
     """Refuse, with a TypeError, what cannot be stepped with a model output, a timestep and a sample alone."""
+    if isinstance(scheduler, type):
+        raise TypeError(
+            f"capture: got the class {scheduler.__name__}, expected an object of it; write its name with ()"
+        )
     for attribute in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, attribute, None)):
             raise TypeError(
