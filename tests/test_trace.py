@@ -144,6 +144,7 @@ def test_k_diffusion(name: str, options: dict[str, Any], steps: int) -> None:
     peer = Peer(function, levels, options)
     assert peer.compare(plan) < TOLERANCE
     assert plan.draws in (0, peer.drawn)
+    assert plan.options["mismatch"] < TOLERANCE
     restored = fd.Plan.from_json(plan.to_json())
     assert restored == plan
 
@@ -280,6 +281,42 @@ def test_what_is_no_weighted_sum_is_refused(action: Callable[[Any, Any], Any], w
     with pytest.raises(TypeError, match=words) as error:
         fd.trace(bad(action), LEVELS)
     assert "sampler" in str(error.value) and "row 2" in str(error.value)
+
+
+def test_a_function_that_remembers_is_refused() -> None:
+    calls = []
+
+    def remembers(model: Any, x: Any, sigmas: Any) -> Any:
+        calls.append(1)
+        for i in range(len(sigmas) - 1):
+            x = x - (0.1 * len(calls) if i == 2 else 0.1) * model(x, sigmas[i])
+        return x
+
+    with pytest.raises(TypeError, match=r"remembers.*row 2.*differs .*by \d.*keeps state"):
+        fd.trace(remembers, LEVELS)
+
+
+def test_two_views_of_one_storage_are_refused_or_right() -> None:
+    def views(model: Any, x: Any, sigmas: Any) -> Any:
+        for i in range(len(sigmas) - 1):
+            old = x.view(x.shape) if i == 3 else x.detach()
+            x -= 0.1 * model(x, sigmas[i])
+            x = x + 0.5 * old
+        return x
+
+    with pytest.raises(TypeError, match=r"views.*row 2.*torch.view"):
+        fd.trace(views, LEVELS)
+    assert fd.trace(views, LEVELS[-3:]).options["mismatch"] < TOLERANCE
+
+
+def test_scalars_that_depend_on_the_shape_are_refused() -> None:
+    def shaped(model: Any, x: Any, sigmas: Any) -> Any:
+        for i in range(len(sigmas) - 1):
+            x = x - model(x, sigmas[i]) / x.numel() ** 0.5
+        return x
+
+    with pytest.raises(TypeError, match=r"shaped.*row 0.*depends on the shape"):
+        fd.trace(shaped, LEVELS)
 
 
 def test_too_many_values_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""What a capture sees of the torch calls a scheduler makes: draws, clamps, casts and quantiles.
+"""What is seen of the torch calls of foreign code: draws, clamps, casts and quantiles.
 
 May import: torch.
 """
@@ -9,9 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Intercept(TorchFunctionMode):
@@ -66,6 +69,20 @@ class Intercept(TorchFunctionMode):
         return self.draw(shape, dtype or torch.float32)
 
 
+class Random(Intercept):
+    """Draws for a run on random tensors; `normals` are they."""
+
+    def __init__(self, generator: np.random.Generator, shape: tuple[int, ...]) -> None:
+        super().__init__(math.prod(shape))
+        self._generator = generator
+        self.normals: list[Tensor] = []
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        normal = torch.from_numpy(self._generator.standard_normal(shape)).to(dtype)
+        self.normals.append(normal)
+        return normal
+
+
 _CASTS = (Tensor.to, Tensor.float, Tensor.type, Tensor.type_as)
 _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
 _WATCHED = frozenset((torch.randn, torch.randn_like, Tensor.normal_, torch.quantile, *_CASTS, *_CLAMPS))
@@ -88,3 +105,10 @@ def _constant(bound: Any) -> float | None:
         values = bound.detach().reshape(-1)
         return float(values[0]) if bool((values == values[0]).all()) else None
     return None if bound is None else float(bound)
+
+
+def relative(ours: Array, theirs: Array) -> float:
+    """The largest difference, over the largest element."""
+    size = float(np.abs(theirs).max())
+    off = float(np.abs(ours - theirs).max())
+    return off / size if size > 0 and math.isfinite(off) else off if math.isfinite(off) else math.inf

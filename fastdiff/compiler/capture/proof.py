@@ -5,38 +5,20 @@ May import: torch, plan, verify, and the files of this folder that call the sche
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.capture.intercept import Intercept
+from fastdiff.compiler.capture.intercept import Array, Random, relative
 from fastdiff.compiler.capture.source import Source, latent_scale
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.verify import execute
 from fastdiff.process.schedules import Level
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
 SHAPE = (2, 3, 4, 4)
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}  # relative mismatch, by what the scheduler computes in
-
-
-class _Random(Intercept):
-    """Draws for the scheduler on random tensors; `normals` are they."""
-
-    def __init__(self, generator: np.random.Generator, shape: tuple[int, ...]) -> None:
-        super().__init__(math.prod(shape))
-        self._generator = generator
-        self.normals: list[Tensor] = []
-
-    def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        normal = torch.from_numpy(self._generator.standard_normal(shape)).to(dtype)
-        self.normals.append(normal)
-        return normal
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Witness:
 def witness_of(source: Source, precision: str) -> Witness:
     """Run the scheduler on random tensors, normal and of the size it expects."""
     generator = np.random.default_rng(20)
-    random = _Random(generator, SHAPE)
+    random = Random(generator, SHAPE)
     scheduler = source.fresh(lambda *_: random.draw(SHAPE, torch.float64))
     times = source.times(scheduler)
     outputs = torch.from_numpy(generator.standard_normal((len(times), *SHAPE)))
@@ -79,15 +61,15 @@ def prove(source: Source, plan: Plan, witness: Witness) -> float:
         row, reading = plan.rows[i + 1], plan.rows[i + 1].reading
         assert reading is not None
         if i:
-            _check(source, i - 1, _relative(state, witness.states[i]), witness, "its next state")
-        _check(source, i, _relative(reading.c_in * state, witness.inputs[i]), witness, "the network's input")
+            _check(source, i - 1, relative(state, witness.states[i]), witness, "its next state")
+        _check(source, i, relative(reading.c_in * state, witness.inputs[i]), witness, "the network's input")
         reached.append(state)
         estimate = reading.P * state + reading.Q * witness.outputs[i]
         return estimate if row.clamp is None else estimate.clip(*row.clamp)
 
     result = execute(plan, denoise, witness.states[0], lambda index, _: witness.normals[index].double().numpy())
-    _check(source, plan.nfe - 1, _relative(result, witness.states[-1]), witness, "its result")
-    return max(_relative(ours, theirs) for ours, theirs in zip([*reached, result], witness.states, strict=True))
+    _check(source, plan.nfe - 1, relative(result, witness.states[-1]), witness, "its result")
+    return max(relative(ours, theirs) for ours, theirs in zip([*reached, result], witness.states, strict=True))
 
 
 def _check(source: Source, i: int, mismatch: float, witness: Witness, what: str) -> None:
@@ -102,9 +84,3 @@ def _check(source: Source, i: int, mismatch: float, witness: Witness, what: str)
         f"{source.name}, step {i}: is not affine: on random tensors {what} differs from the table by {mismatch:.1e} "
         f"(relative; allowed {allowed:.0e}); {why}. Otherwise run it with its own loop"
     )
-
-
-def _relative(ours: Array, theirs: Array) -> float:
-    size = float(np.abs(theirs).max())
-    off = float(np.abs(ours - theirs).max())
-    return off / size if size > 0 and math.isfinite(off) else off if math.isfinite(off) else math.inf

@@ -1,21 +1,10 @@
-"""Somebody's own sampling function to a Plan: run it once, unmodified, on symbolic registers.
+"""What a traced function works on: registers that look like tensors, and the model that ends a row.
 
-May import: torch, run, lin, assemble, plan, process. `Register` looks like a tensor to the function and holds a
-`Lin`; the model handed to the function ends a row; normals it draws become noise ids in draw order.
-
-What crosses a row. The function keeps values between model calls in its own variables, so when it calls the model,
-every register that is still alive and is a combination of several values becomes a register of the table
-("kept"), once per direction: two live values that are multiples of each other share one. An expression therefore
-never grows with the history, and a row stays as wide as the number of values the function itself carries. Python
-frees a value with its last reference, so what is alive is known exactly; a variable that lingers without being read
-again costs nothing, because rows drop what nobody reads.
+May import: torch, run, lin, process.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,71 +13,21 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.lin import Lin
-from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
 from fastdiff.process.schedules import Level, Schedule
 
 SHAPE = (1, 4, 8, 8)  # what the function believes the state looks like; no element of it exists
 
 
-def trace(
-    fn: Callable[..., Any], levels: Sequence[float] | Sequence[Level], schedule: Schedule | None = None, **kw: Any
-) -> Plan:
-    """Compile a k-diffusion style function `fn(model, x, sigmas, ...)` to a table, by running it once.
-
-    fn: called with `model(x, sigma, **extra_args)` -> D, the state x = x0 + sigma n, and sigmas as float64; a function
-    of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
-    levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
-    was trained on; without it the network is called with sigma itself. kw: further arguments of fn. A
-    `noise_sampler` argument of fn is filled with independent unit normals, so Brownian trees are not built.
-    Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
-    Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything
-    else that is not a weighted sum; ValueError when a row carries more values than the row kernel has registers.
-    Deterministic.
-    """
-    if not callable(fn):
-        raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
-    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
-    sigmas = _sigmas(levels)
-    points = [_level(sigma, schedule) for sigma in sigmas]
-    run = Run(name, points, schedule)
-    tracer = _Tracer(run, schedule)
-    arguments = _arguments(fn, name, sigmas, tracer, kw)
-    try:
-        with torch.no_grad(), _Draws(tracer):
-            result = fn(tracer.evaluate, tracer.register(run.start), **arguments)
-    except _Refused as refused:
-        raise refused.error from None
-    result = result[0] if isinstance(result, tuple | list) and result else result
-    if not isinstance(result, Register):
-        raise TypeError(
-            f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
-        )
-    rows, registers, home = assemble(name, run.finish(result.lin))
-    drawn = any(row.noise for row in rows)
-    return Plan(
-        solver=f"trace:{name}",
-        options={key: _plain(value) for key, value in kw.items()},
-        schedule=schedule,
-        grid="traced",
-        levels=tuple(points),
-        rows=rows,
-        registers=registers,
-        result=home,
-        draws=run.draws if drawn else 0,
-    )
-
-
 class Register(Tensor):
     """A tensor without elements: its shape is `SHAPE`, its value a `Lin`. Weighted sums work, the rest is refused."""
 
     lin: Lin
-    tracer: _Tracer
+    tracer: Tracer
 
     @staticmethod
-    def __new__(cls, lin: Lin, tracer: _Tracer) -> Register:
+    def __new__(cls, lin: Lin, tracer: Tracer) -> Register:
         self = Tensor._make_wrapper_subclass(cls, SHAPE, dtype=torch.float64)
         self.lin, self.tracer = lin, tracer
         return self
@@ -121,7 +60,7 @@ class Register(Tensor):
                 raise tracer.refuse("writes a register into a tensor that holds numbers")
             lin = operation(tracer, *args, **options)
         except TypeError as error:
-            raise _Refused(error) from None
+            raise Refused(error) from None
         if target is None:
             return tracer.register(lin)
         target.lin = lin
@@ -135,7 +74,7 @@ class Register(Tensor):
         return f"Register({self.lin!r})"
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Carries a TypeError past torch's operators, which swallow it to try the other operand."""
 
     def __init__(self, error: TypeError) -> None:
@@ -143,7 +82,7 @@ class _Refused(Exception):
         self.error = error
 
 
-class _Tracer:
+class Tracer:
     """What the function talks to: the model, and the registers that are alive."""
 
     def __init__(self, run: Run, schedule: Schedule | None) -> None:
@@ -165,7 +104,7 @@ class _Tracer:
         """The model as the function sees it: D(x; sigma), the end of a row."""
         if not isinstance(x, Register):
             raise self.refuse(f"calls the model on {type(x).__name__} instead of a state")
-        level = _level(self.number(sigma, "calls the model at"), self.schedule)
+        level = level_of(self.number(sigma, "calls the model at"), self.schedule)
         alive = [register for ref in self._alive if (register := ref()) is not None]
         self._alive = [weakref.ref(register) for register in alive]
         self.run.carry(x.lin, [register.lin for register in alive])
@@ -185,10 +124,10 @@ class _Tracer:
         return self.run.start.refuse(what)
 
 
-class _Draws(TorchFunctionMode):
+class Draws(TorchFunctionMode):
     """Turns the normals a function draws by shape alone (torch.randn(x.shape)) into noise ids."""
 
-    def __init__(self, tracer: _Tracer) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
 
@@ -205,65 +144,72 @@ class _Draws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _term(tracer: _Tracer, value: Any) -> Lin | float:
+def level_of(sigma: float, schedule: Schedule | None) -> Level:
+    """alpha = 1 and this sigma: the coordinates of k-diffusion functions. Its time: the schedule's, or sigma itself."""
+    if schedule is None or sigma == 0.0:
+        return Level(1.0, sigma, sigma)
+    return Level(1.0, sigma, float(schedule.time_from_rho(sigma, clip=True)))
+
+
+def _term(tracer: Tracer, value: Any) -> Lin | float:
     """What may be added to a register: a register, or zeros."""
     return value.lin if isinstance(value, Register) else tracer.number(value, "adds to a register")
 
 
-def _factor(tracer: _Tracer, value: Any) -> Any:
+def _factor(tracer: Tracer, value: Any) -> Any:
     """What a register may be multiplied by; a register is left for `Lin` to refuse."""
     return value.lin if isinstance(value, Register) else tracer.number(value)
 
 
-def _add(tracer: _Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
+def _add(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
     return _term(tracer, a) + _scaled(tracer, b, alpha)
 
 
-def _sub(tracer: _Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
+def _sub(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Lin:
     return _term(tracer, a) - _scaled(tracer, b, alpha)
 
 
-def _scaled(tracer: _Tracer, value: Any, factor: Any) -> Any:
+def _scaled(tracer: Tracer, value: Any, factor: Any) -> Any:
     term = _term(tracer, value)
     return term if isinstance(factor, int) and factor == 1 else term * tracer.number(factor)
 
 
-def _mul(tracer: _Tracer, a: Any, b: Any) -> Lin:
+def _mul(tracer: Tracer, a: Any, b: Any) -> Lin:
     return _factor(tracer, a) * _factor(tracer, b)
 
 
-def _div(tracer: _Tracer, a: Any, b: Any, *, rounding_mode: str | None = None) -> Lin:
+def _div(tracer: Tracer, a: Any, b: Any, *, rounding_mode: str | None = None) -> Lin:
     if rounding_mode is not None:
         raise tracer.refuse(f"divides with rounding_mode={rounding_mode!r}")
     return _factor(tracer, a) / _factor(tracer, b)
 
 
-def _lerp(tracer: _Tracer, start: Any, end: Any, weight: Any) -> Lin:
+def _lerp(tracer: Tracer, start: Any, end: Any, weight: Any) -> Lin:
     w = _factor(tracer, weight)
     return _term(tracer, start) * (1.0 - w) + _term(tracer, end) * w
 
 
-def _addcmul(tracer: _Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
+def _addcmul(tracer: Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
     return _term(tracer, base) + _mul(tracer, a, b) * tracer.number(value)
 
 
-def _addcdiv(tracer: _Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
+def _addcdiv(tracer: Tracer, base: Any, a: Any, b: Any, *, value: float = 1) -> Lin:
     return _term(tracer, base) + _div(tracer, a, b) * tracer.number(value)
 
 
-def _clone(tracer: _Tracer, value: Any, **_: Any) -> Lin:
+def _clone(tracer: Tracer, value: Any, **_: Any) -> Lin:
     return tracer.run.linear(value.lin.terms)
 
 
-def _copy(tracer: _Tracer, target: Any, source: Any, *_: Any) -> Lin:
+def _copy(tracer: Tracer, target: Any, source: Any, *_: Any) -> Lin:
     return _term(tracer, source) + tracer.run.start * 0.0
 
 
-def _nothing(tracer: _Tracer, *_: Any, **__: Any) -> Lin:
+def _nothing(tracer: Tracer, *_: Any, **__: Any) -> Lin:
     return tracer.run.start * 0.0
 
 
-def _draw(tracer: _Tracer, *_: Any, **__: Any) -> Lin:
+def _draw(tracer: Tracer, *_: Any, **__: Any) -> Lin:
     return tracer.run.noise()
 
 
@@ -313,7 +259,7 @@ _METADATA = {
 _READS = {"__float__", "__int__", "__bool__", "__index__", "__complex__", "__contains__", "__iter__"}
 
 
-def _tracer_in(values: Iterable[Any]) -> _Tracer:
+def _tracer_in(values: Iterable[Any]) -> Tracer:
     """The tracer of the first register among the values, or in a list among them."""
     for value in values:
         if isinstance(value, Register):
@@ -329,53 +275,3 @@ def _name(func: Any) -> str:
     """The function's name; of an attribute (Tensor.shape), the attribute's."""
     name: str = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name in ("__get__", "__set__") else name
-
-
-def _sigmas(levels: Sequence[float] | Sequence[Level]) -> list[float]:
-    sigmas = [level.rho if isinstance(level, Level) else float(level) for level in levels]
-    descending = all(a > b for a, b in itertools.pairwise(sigmas))
-    if len(sigmas) < 2 or not descending or sigmas[-1] < 0 or not math.isfinite(sigmas[0]):
-        raise ValueError(
-            f"levels must be at least two finite sigmas >= 0, descending (0 last to end clean), got {sigmas[:8]}"
-        )
-    return sigmas
-
-
-def _level(sigma: float, schedule: Schedule | None) -> Level:
-    """alpha = 1 and this sigma: the coordinates of k-diffusion functions. Its time: the schedule's, or sigma itself."""
-    if schedule is None or sigma == 0.0:
-        return Level(1.0, sigma, sigma)
-    return Level(1.0, sigma, float(schedule.time_from_rho(sigma, clip=True)))
-
-
-def _arguments(
-    fn: Callable[..., Any], name: str, sigmas: list[float], tracer: _Tracer, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """fn's arguments after model and x: the levels in the form it asks for, and what it must not make itself."""
-    known = inspect.signature(fn).parameters
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    arguments: dict[str, Any] = {}
-    if "sigmas" in known:
-        arguments["sigmas"] = torch.tensor(sigmas, dtype=torch.float64)
-    elif {"sigma_min", "sigma_max"} <= known.keys():
-        noisy = [sigma for sigma in sigmas if sigma > 0]
-        arguments |= {"sigma_min": noisy[-1], "sigma_max": noisy[0]}
-        arguments |= {"n": len(sigmas) - 1} if "n" in known else {}
-    else:
-        raise TypeError(
-            f"{name} takes ({', '.join(known)}), expected fn(model, x, sigmas, ...) or "
-            "fn(model, x, sigma_min, sigma_max, n, ...); wrap it in a function of that form"
-        )
-    defaults: dict[str, Any] = {"extra_args": {}, "callback": None, "disable": True, "noise_sampler": tracer.noise}
-    arguments |= {key: value for key, value in defaults.items() if key in known}
-    unknown = [key for key in given if key not in known and not open_ended]
-    if unknown:
-        raise TypeError(f"{name} has no argument {', '.join(unknown)}; it takes {', '.join(known)}")
-    return arguments | dict(given)
-
-
-def _plain(value: Any) -> Any:
-    """An option as JSON can hold it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return value if isinstance(value, bool | int | float | str | list | dict | None) else repr(value)
