@@ -3,8 +3,10 @@
 from fastdiff import models
 from fastdiff.compiler import solvers
 from fastdiff.compiler.build import plan
+from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
+from fastdiff.compiler.trace import trace
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -25,6 +27,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "backends",
+    "capture",
     "grids",
     "load",
     "models",
@@ -34,4 +37,5 @@ __all__ = [
     "schedules",
     "solver",
     "solvers",
+    "trace",
 ]

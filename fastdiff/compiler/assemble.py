@@ -1,6 +1,6 @@
 """Segments to rows: which value lives in which register, decided by liveness.
 
-May import: lin, run, layout. A value gets a register in the row that makes it and frees it after the last row
+May import: lin, run, layout, process. A value gets a register in the row that makes it and frees it after the last row
 that reads it; the next state prefers the register of the state it replaces, so one-step samplers run in place.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.lin import Atom
 from fastdiff.compiler.run import Segment
+from fastdiff.process.predictions import Prediction
 from fastdiff.process.schedules import Level
 
 Terms = dict[Atom, float]
@@ -36,6 +37,8 @@ class Row:
     x: the register evaluated (in the opening row: the one that holds a given start).
     slots: other registers read. noise: (id, stream) of every unit normal drawn.
     gain: how much of the guidance applies here, w_row = 1 + gain * (w - 1).
+    reading: how this row calls the network and reads its output, D = P x + Q F, where the plan itself knows it
+    (captured from a scheduler); None: from the network's prediction type. clamp: bounds of D, None for none.
     """
 
     level: Level | None
@@ -44,6 +47,8 @@ class Row:
     outputs: tuple[Output, ...]
     noise: tuple[tuple[int, int], ...]
     gain: float = 1.0
+    reading: Prediction | None = None
+    clamp: tuple[float, float] | None = None
 
 
 def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
@@ -129,5 +134,6 @@ def _check_size(solver: str, row: int, slots: tuple[int, ...], outputs: list[Out
     if len(outputs) > at.MAX_OUTPUTS or len(slots) >= at.MAX_SLOTS:
         raise ValueError(
             f"solver {solver!r}, row {row}: writes {len(outputs)} registers and reads {len(slots) + 1}, the row kernel "
-            f"writes at most {at.MAX_OUTPUTS} and reads at most {at.MAX_SLOTS}; record combinations with run.keep(...)"
+            f"writes at most {at.MAX_OUTPUTS} and reads at most {at.MAX_SLOTS}; carry fewer values from row to row, "
+            "or combinations of them (run.keep)"
         )

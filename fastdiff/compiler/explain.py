@@ -34,6 +34,8 @@ def _row_lines(i: int, row: Row) -> list[str]:
         level = row.level
         where = f"alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
         head = f"row {i - 1:<3d} D = model(r{row.x}) at {where}"
+        if row.clamp is not None:
+            head += f", clamped to [{row.clamp[0]:g}, {row.clamp[1]:g}]"
     return [head, *(f"       r{output.dest} <- {_formula(row, output)}" for output in row.outputs)]
 
 

@@ -43,7 +43,7 @@ class Lin:
             return Lin(total, self.where)
         if _is_number(other) and float(other) == 0.0:
             return self
-        raise self._refuse(f"adds the constant {other!r} to a register")
+        raise self.refuse(f"adds the constant {other!r} to a register")
 
     __radd__ = __add__
 
@@ -56,7 +56,7 @@ class Lin:
     def __mul__(self, factor: float) -> Lin:
         if not _is_number(factor):
             what = "multiplies two registers" if isinstance(factor, Lin) else f"multiplies a register by {factor!r}"
-            raise self._refuse(what)
+            raise self.refuse(what)
         value = float(factor)
         if not math.isfinite(value):
             raise ValueError(
@@ -68,43 +68,43 @@ class Lin:
 
     def __truediv__(self, divisor: float) -> Lin:
         if not _is_number(divisor):
-            raise self._refuse("divides by a register" if isinstance(divisor, Lin) else f"divides by {divisor!r}")
+            raise self.refuse("divides by a register" if isinstance(divisor, Lin) else f"divides by {divisor!r}")
         return self * (1.0 / float(divisor))
 
     def __rtruediv__(self, other: object) -> Lin:
-        raise self._refuse("divides by a register")
+        raise self.refuse("divides by a register")
 
     def __neg__(self) -> Lin:
         return self * -1.0
 
     def __pow__(self, exponent: object) -> Lin:
-        raise self._refuse("raises a register to a power")
+        raise self.refuse("raises a register to a power")
 
     def __abs__(self) -> Lin:
-        raise self._refuse("takes the absolute value of a register")
+        raise self.refuse("takes the absolute value of a register")
 
     def __bool__(self) -> bool:
-        raise self._refuse("branches on the value of a register")
+        raise self.refuse("branches on the value of a register")
 
     def __float__(self) -> float:
-        raise self._refuse("reads the value of a register")
+        raise self.refuse("reads the value of a register")
 
     def __int__(self) -> int:
-        raise self._refuse("reads the value of a register")
+        raise self.refuse("reads the value of a register")
 
     def __eq__(self, other: object) -> bool:
-        raise self._refuse("compares a register")
+        raise self.refuse("compares a register")
 
     __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
     __hash__ = object.__hash__
 
     def __getitem__(self, key: object) -> Lin:
-        raise self._refuse("takes a part of a register")
+        raise self.refuse("takes a part of a register")
 
     def __getattr__(self, name: str) -> Lin:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise self._refuse(f"uses .{name} of a register")
+        raise self.refuse(f"uses .{name} of a register")
 
     def __array_ufunc__(self, ufunc: Callable[..., object], method: str, *inputs: Any, **options: Any) -> Lin:
         """NumPy on the left: scalars take part in sums and products, every other function is refused."""
@@ -113,7 +113,7 @@ class Lin:
         values = [_plain(value) for value in inputs]
         plain = all(isinstance(value, Lin) or _is_number(value) for value in values)
         if operation is None or method != "__call__" or options or not plain:
-            raise self._refuse(f"applies numpy.{name} to a register")
+            raise self.refuse(f"applies numpy.{name} to a register")
         result: Lin = operation(*values)
         return result
 
@@ -124,7 +124,8 @@ class Lin:
         """Turn this value into `atom`: it is being written to a register, so later uses read it from there."""
         self.terms = {atom: 1.0}
 
-    def _refuse(self, what: str) -> TypeError:
+    def refuse(self, what: str) -> TypeError:
+        """The TypeError for something a row cannot do: `what` it is, and which solver and row did it."""
         return TypeError(
             f"{self.where()} {what}: a row must be linear in its registers with scalars known in advance. "
             "Express the update as a weighted sum, or run this sampler with its own loop."

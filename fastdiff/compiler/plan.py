@@ -43,6 +43,7 @@ class Plan:
     rows[0] is the opening row (no model evaluation: it makes the first state); each other row is one evaluation.
     registers: how many state-sized buffers the rows use. result: the register that ends as the sample.
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
+    latent_scale: what multiplies the latents; None: sigma of the first level.
     """
 
     solver: str
@@ -54,6 +55,7 @@ class Plan:
     registers: int
     result: int
     draws: int
+    latent_scale: float | None = None
 
     @property
     def nfe(self) -> int:
@@ -87,18 +89,25 @@ class Plan:
         prediction: what the network returns (fastdiff.process.predictions). sigma_data: for "edm".
         opening: "noise" starts from sigma_0 N(latent), "state" from register 0 as it is, "image" from
         alpha_0 * register 0 + sigma_0 N(latent). latent_id: the noise id of the latents.
+        A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
+        captured = self.options.get("prediction") if self.rows[1].reading is not None else None
+        if captured is not None and prediction not in (captured, "x0"):
+            raise ValueError(
+                f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
+                f"predicts {prediction!r}; give the scheduler its prediction_type and capture it again"
+            )
         terms = max(len(row.noise) for row in self.rows) + 1
         coef = np.zeros((len(self.rows), at.COEF_FIXED + at.NOISE_STRIDE * terms))
         ids = np.zeros((len(self.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms), dtype=np.int32)
-        folds = [predictions.coefficients(prediction, level, self.schedule, sigma_data) for level in self._evaluated()]
+        folds = [self._reading(row, prediction, sigma_data) for row in self.rows[1:]]
         for i, row in enumerate(self.rows):
             if i:
                 coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q
                 ids[i, at.FLAGS] = at.READS_MODEL
             coef[i, at.GAIN] = row.gain
-            coef[i, [at.CLAMP_LO, at.CLAMP_HI]] = -np.inf, np.inf
+            coef[i, [at.CLAMP_LO, at.CLAMP_HI]] = row.clamp or (-np.inf, np.inf)
             following = folds[i] if i < len(folds) else None
             coef[i, [at.EMIT_SCALE, at.EMIT_TIME]] = (following.c_in, following.time) if following else (1.0, 0.0)
             _pack_row(row, coef[i], ids[i])
@@ -118,8 +127,11 @@ class Plan:
             )
         return rounded
 
-    def _evaluated(self) -> list[Level]:
-        return [row.level for row in self.rows if row.level is not None]
+    def _reading(self, row: Row, prediction: str, sigma_data: float | None) -> predictions.Prediction:
+        if row.reading is not None:
+            return row.reading
+        assert row.level is not None
+        return predictions.coefficients(prediction, row.level, self.schedule, sigma_data)
 
     def _pack_opening(self, opening: str, latent_id: int, coef: NDArray[np.float64], ids: NDArray[np.int32]) -> None:
         if opening not in OPENINGS:
@@ -127,6 +139,7 @@ class Plan:
         if opening == "state":
             return
         first = self.levels[0]
+        sigma = first.sigma if opening == "image" or self.latent_scale is None else self.latent_scale
         term = int(ids[at.TERMS])
         ids[at.TERMS] = term + 1
         ids[[at.TERM_IDS + 2 * term, at.TERM_IDS + 2 * term + 1]] = latent_id, at.STREAM_LATENT
@@ -134,7 +147,7 @@ class Plan:
             column = at.OUTPUT + at.OUTPUT_STRIDE * o
             coef[column + at.OUT_DELTA] = 0.0
             coef[column + at.OUT_K] = output.x * first.alpha if opening == "image" else 0.0
-            coef[at.NOISE + at.NOISE_STRIDE * term + o] = output.x * first.sigma
+            coef[at.NOISE + at.NOISE_STRIDE * term + o] = output.x * sigma
 
     def to_json(self) -> str:
         """The plan as JSON text with a digest; `Plan.from_json` gives it back bit for bit."""
@@ -173,6 +186,7 @@ class Plan:
             registers=body["registers"],
             result=body["result"],
             draws=body["draws"],
+            latent_scale=body.get("latent_scale"),
         )
 
 
@@ -213,6 +227,8 @@ def _row(body: dict[str, Any]) -> Row:
         ),
         noise=tuple((index, stream) for index, stream in body["noise"]),
         gain=body["gain"],
+        reading=None if body.get("reading") is None else predictions.Prediction(**body["reading"]),
+        clamp=None if body.get("clamp") is None else (body["clamp"][0], body["clamp"][1]),
     )
 
 

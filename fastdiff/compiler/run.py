@@ -6,12 +6,14 @@ May import: lin, process. A solver sees a `Run`: its levels, `denoise` (one mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastdiff.compiler.layout import STREAM_STEP
 from fastdiff.compiler.lin import Atom, Lin
 from fastdiff.process.schedules import Level, Schedule
+
+PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
 
 
 @dataclass
@@ -69,6 +71,32 @@ class Run:
         self.segments[-1].kept[atom] = dict(value.terms)
         return self._lin(atom)
 
+    def carry(self, state: Lin, values: Iterable[Lin]) -> None:
+        """Before `denoise(state)`: give every combination among `values` that later rows may read a register.
+
+        Multiples of the state are read from the state's register, and multiples of each other share one. The values
+        stay what they are; only how they are written down changes.
+        """
+        kept: list[tuple[dict[Atom, float], Lin]] = []
+        for value in values:
+            terms = value.terms
+            if value is state or not terms:
+                continue
+            factor = multiple(terms, state.terms)
+            if factor is not None:
+                value.terms = {Atom("x", len(self.segments) - 1): factor}
+            elif len(terms) > 1:
+                value.terms = self._kept_as(value, kept)
+
+    def _kept_as(self, value: Lin, kept: list[tuple[dict[Atom, float], Lin]]) -> dict[Atom, float]:
+        """The value over a kept combination: one of `kept` if it is a multiple of that, else a new one."""
+        for terms, register in kept:
+            factor = multiple(value.terms, terms)
+            if factor is not None:
+                return {atom: factor * c for atom, c in register.terms.items()}
+        kept.append((value.terms, self.keep(value)))
+        return dict(kept[-1][1].terms)
+
     def finish(self, x: Lin) -> list[Segment]:
         """Close the run with its result."""
         self.segments[-1].state = dict(x.terms)
@@ -79,6 +107,10 @@ class Run:
         if self.schedule is None:
             return Level(alpha=1.0, sigma=rho, time=float("nan"))
         return self.schedule.level_from_rho(rho, clip=True)
+
+    def linear(self, terms: Mapping[Atom, float]) -> Lin:
+        """A combination of atoms of this run."""
+        return Lin(terms, self._where)
 
     def _lin(self, atom: Atom) -> Lin:
         return Lin({atom: 1.0}, self._where)
@@ -97,3 +129,13 @@ def record(solver: str, function: Callable[..., Lin], run: Run, options: dict[st
             "return x at the end of the function"
         )
     return run.finish(result)
+
+
+def multiple(terms: Mapping[Atom, float], of: Mapping[Atom, float]) -> float | None:
+    """c with terms = c * of, or None."""
+    if terms.keys() != of.keys() or not terms:
+        return None
+    pivot = max(of, key=lambda atom: abs(of[atom]))
+    factor = terms[pivot] / of[pivot]
+    same = all(abs(c - factor * of[atom]) <= PARALLEL * abs(c) for atom, c in terms.items())
+    return factor if same else None

@@ -161,8 +161,13 @@ def verify(plan: Plan) -> Report:
     finite: every scalar, in float64 and rounded to fp32. last row: x' = alpha D and no noise where the last level is
     clean, unless the options ask for a last step that is not a denoise.
     A plan that cannot be compiled again (recorded from foreign code, tables as long as the grid) is held to finite
-    errors instead of shrinking ones, and the report says so.
+    errors instead of shrinking ones, and the report says so. Raises ValueError where the levels are not known.
     """
+    if any(math.isnan(level.alpha) or math.isnan(level.sigma) for level in plan.levels):
+        raise ValueError(
+            f"{plan.solver} does not say at what level it evaluates its network, so no law can be checked; "
+            "what is known of it is in plan.options (for a capture: its mismatch against the scheduler)"
+        )
     with np.errstate(all="ignore"):
         checks = (_point_mass(plan), _gaussian(plan), _finite(plan), _last_row(plan))
     return Report(f"{plan.solver}, {plan.nfe} model evaluations, grid {plan.grid}", checks)

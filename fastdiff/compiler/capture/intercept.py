@@ -1,0 +1,114 @@
+"""What is seen of the torch calls of foreign code: draws, clamps, casts and quantiles.
+
+May import: torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Intercept(TorchFunctionMode):
+    """Sees every torch call of the scheduler; normals of the state's size are ours.
+
+    single: it computes in float32, because it casts or draws so. quantile: it looks at the values of a sample.
+    """
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.quantile = False
+        self.single = False
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next draw of the scheduler."""
+        raise NotImplementedError
+
+    def clamp(self, value: Tensor, low: float, high: float) -> Tensor:
+        """`value` clipped to constant bounds."""
+        return torch.clamp(value, low, high)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kw: Mapping[str, Any] = kwargs or {}
+        if func not in _WATCHED:
+            return func(*args, **kw)
+        if func is torch.randn:
+            shape = kw.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+            if math.prod(shape) == self.numel:
+                return self._drawn(tuple(shape), kw.get("dtype"))
+        elif func is torch.randn_like and args[0].numel() == self.numel:
+            return self._drawn(tuple(args[0].shape), kw.get("dtype") or args[0].dtype)
+        elif func is Tensor.normal_ and args[0].numel() == self.numel:
+            mean, std = _moments(*args[1:], **kw)
+            return args[0].copy_(self._drawn(tuple(args[0].shape), args[0].dtype) * std + mean)
+        elif func in _CLAMPS and isinstance(args[0], Tensor) and args[0].numel() == self.numel:
+            bounds = _bounds(*args[1:], **kw)
+            if bounds is not None:
+                clipped = self.clamp(args[0], *bounds)
+                return args[0].copy_(clipped) if func.__name__.endswith("_") else clipped
+        elif func is torch.quantile and args[0].numel() == self.numel:
+            self.quantile = True
+        result = func(*args, **kw)
+        if func in _CASTS and args[0].dtype == torch.float64 and args[0].numel() == self.numel:
+            self.single = self.single or result.dtype != torch.float64
+        return result
+
+    def _drawn(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        self.single = self.single or dtype != torch.float64
+        return self.draw(shape, dtype or torch.float32)
+
+
+class Random(Intercept):
+    """Draws for a run on random tensors; `normals` are they."""
+
+    def __init__(self, generator: np.random.Generator, shape: tuple[int, ...]) -> None:
+        super().__init__(math.prod(shape))
+        self._generator = generator
+        self.normals: list[Tensor] = []
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        normal = torch.from_numpy(self._generator.standard_normal(shape)).to(dtype)
+        self.normals.append(normal)
+        return normal
+
+
+_CASTS = (Tensor.to, Tensor.float, Tensor.type, Tensor.type_as)
+_CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
+_WATCHED = frozenset((torch.randn, torch.randn_like, Tensor.normal_, torch.quantile, *_CASTS, *_CLAMPS))
+
+
+def _moments(mean: Any = 0.0, std: Any = 1.0, **_: Any) -> tuple[Any, Any]:
+    return mean, std
+
+
+def _bounds(min: Any = None, max: Any = None, **_: Any) -> tuple[float, float] | None:
+    """Constant bounds of a clamp, or None where they are tensors with different elements."""
+    low, high = (_constant(bound) for bound in (min, max))
+    if (low is None and min is not None) or (high is None and max is not None):
+        return None
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def _constant(bound: Any) -> float | None:
+    if isinstance(bound, Tensor):
+        values = bound.detach().reshape(-1)
+        return float(values[0]) if bool((values == values[0]).all()) else None
+    return None if bound is None else float(bound)
+
+
+def relative(ours: Array, theirs: Array) -> float:
+    """The largest difference, over the largest element."""
+    size = float(np.abs(theirs).max())
+    off = float(np.abs(ours - theirs).max())
+    return off / size if size > 0 and math.isfinite(off) else off if math.isfinite(off) else math.inf

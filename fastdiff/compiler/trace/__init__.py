@@ -1,0 +1,128 @@
+"""Somebody's own sampling function to a Plan: run it once, unmodified, on symbolic registers.
+
+May import: torch, the rest of the compiler, process; its files are its own. `Register` looks like a tensor to the
+function and holds a `Lin`; the model handed to the function ends a row; normals it draws become noise ids in order.
+
+What crosses a row. The function keeps values between model calls in its own variables, so when it calls the model,
+every register that is still alive and is a combination of several values becomes a register of the table
+("kept"), once per direction: two live values that are multiples of each other share one. An expression therefore
+never grows with the history, and a row stays as wide as the number of values the function itself carries. Python
+frees a value with its last reference, so what is alive is known exactly; a variable that lingers without being read
+again costs nothing, because rows drop what nobody reads.
+
+A second run on random tensors is compared with the table, state by state: what the registers cannot show (two views of
+one storage, state that the function keeps from call to call, scalars that depend on the shape) differs there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.assemble import assemble
+from fastdiff.compiler.plan import Plan
+from fastdiff.compiler.run import Run
+from fastdiff.compiler.trace.proof import prove
+from fastdiff.compiler.trace.register import Draws, Refused, Register, Tracer, level_of
+from fastdiff.process.schedules import Level, Schedule
+
+
+def trace(
+    fn: Callable[..., Any], levels: Sequence[float] | Sequence[Level], schedule: Schedule | None = None, **kw: Any
+) -> Plan:
+    """Compile a k-diffusion style function `fn(model, x, sigmas, ...)` to a table, by running it on symbolic registers.
+
+    fn: called with `model(x, sigma, **extra_args)` -> D, the state x = x0 + sigma n, and sigmas as float64; a function
+    of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
+    levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
+    was trained on; without it the network is called with sigma itself. kw: further arguments of fn. A
+    `noise_sampler` argument of fn is filled with independent unit normals, so Brownian trees are not built.
+    The plan's `options` hold kw and the largest relative mismatch of a second run, on random tensors.
+    Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
+    Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything
+    else that is not a weighted sum; ValueError when a row carries more values than the row kernel has registers.
+    Deterministic.
+    """
+    if not callable(fn):
+        raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
+    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
+    sigmas = _sigmas(levels)
+    points = [level_of(sigma, schedule) for sigma in sigmas]
+    run = Run(name, points, schedule)
+    tracer = Tracer(run, schedule)
+    arguments = _arguments(fn, name, sigmas, tracer, kw)
+    try:
+        with torch.no_grad(), Draws(tracer):
+            result = fn(tracer.evaluate, tracer.register(run.start), **arguments)
+    except Refused as refused:
+        raise refused.error from None
+    result = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(result, Register):
+        raise TypeError(
+            f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
+        )
+    rows, registers, home = assemble(name, run.finish(result.lin))
+    drawn = any(row.noise for row in rows)
+    plan = Plan(
+        solver=f"trace:{name}",
+        options={key: _plain(value) for key, value in kw.items()},
+        schedule=schedule,
+        grid="traced",
+        levels=tuple(points),
+        rows=rows,
+        registers=registers,
+        result=home,
+        draws=run.draws if drawn else 0,
+    )
+    mismatch = prove(fn, name, plan, arguments)
+    return replace(plan, options={**plan.options, "mismatch": float(f"{mismatch:.1e}")})
+
+
+def _sigmas(levels: Sequence[float] | Sequence[Level]) -> list[float]:
+    sigmas = [level.rho if isinstance(level, Level) else float(level) for level in levels]
+    descending = all(a > b for a, b in itertools.pairwise(sigmas))
+    if len(sigmas) < 2 or not descending or sigmas[-1] < 0 or not math.isfinite(sigmas[0]):
+        raise ValueError(
+            f"levels must be at least two finite sigmas >= 0, descending (0 last to end clean), got {sigmas[:8]}"
+        )
+    return sigmas
+
+
+def _arguments(
+    fn: Callable[..., Any], name: str, sigmas: list[float], tracer: Tracer, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """fn's arguments after model and x: the levels in the form it asks for, and what it must not make itself."""
+    known = inspect.signature(fn).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    arguments: dict[str, Any] = {}
+    if "sigmas" in known:
+        arguments["sigmas"] = torch.tensor(sigmas, dtype=torch.float64)
+    elif {"sigma_min", "sigma_max"} <= known.keys():
+        noisy = [sigma for sigma in sigmas if sigma > 0]
+        arguments |= {"sigma_min": noisy[-1], "sigma_max": noisy[0]}
+        arguments |= {"n": len(sigmas) - 1} if "n" in known else {}
+    else:
+        raise TypeError(
+            f"{name} takes ({', '.join(known)}), expected fn(model, x, sigmas, ...) or "
+            "fn(model, x, sigma_min, sigma_max, n, ...); wrap it in a function of that form"
+        )
+    defaults: dict[str, Any] = {"extra_args": {}, "callback": None, "disable": True, "noise_sampler": tracer.noise}
+    arguments |= {key: value for key, value in defaults.items() if key in known}
+    unknown = [key for key in given if key not in known and not open_ended]
+    if unknown:
+        raise TypeError(f"{name} has no argument {', '.join(unknown)}; it takes {', '.join(known)}")
+    return arguments | dict(given)
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else repr(value)
