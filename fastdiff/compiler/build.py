@@ -48,6 +48,8 @@ def plan(
         name, times = "custom", grids.make("custom", process, None, levels=grid, **dict(grid_options or {}))
     times = _truncated(times, process, strength, start_step)
     levels = [process.level(float(time)) for time in times] + [CLEAN]
+    if chosen.upward:
+        levels.reverse()
     return compile_levels(solver, levels, process, name, options)
 
 
@@ -69,6 +71,7 @@ def compile_levels(
         registers=registers,
         result=result,
         draws=run.draws,
+        notes=tuple(run.notes),
     )
 
 

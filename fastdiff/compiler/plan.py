@@ -42,6 +42,7 @@ class Plan:
     rows[0] is the opening row (no model evaluation: it makes the first state); each other row is one evaluation.
     registers: how many state-sized buffers the rows use. result: the register that ends as the sample.
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
+    notes: what the solver had to say: where it lowered its order, and why.
     """
 
     solver: str
@@ -53,6 +54,7 @@ class Plan:
     registers: int
     result: int
     draws: int
+    notes: tuple[str, ...] = ()
 
     @property
     def nfe(self) -> int:
@@ -155,6 +157,7 @@ class Plan:
             registers=body["registers"],
             result=body["result"],
             draws=body["draws"],
+            notes=tuple(body.get("notes", ())),
         )
 
 

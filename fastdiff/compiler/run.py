@@ -36,6 +36,7 @@ class Run:
         self.schedule = schedule
         self.segments = [Segment(level=None)]
         self.draws = 0
+        self.notes: list[str] = []
         self._kept = 0
         self.start = self._lin(Atom("start", 0))
 
@@ -69,6 +70,10 @@ class Run:
         self.segments[-1].kept[atom] = dict(value.terms)
         return self._lin(atom)
 
+    def note(self, text: str) -> None:
+        """Say something about this plan that its reader should know; `explain()` shows it."""
+        self.notes.append(text)
+
     def finish(self, x: Lin) -> list[Segment]:
         """Close the run with its result."""
         self.segments[-1].state = dict(x.terms)
@@ -79,6 +84,10 @@ class Run:
         if self.schedule is None:
             return Level(alpha=1.0, sigma=rho, time=float("nan"))
         return self.schedule.level_from_rho(rho, clip=True)
+
+    def level_between(self, s: Level, t: Level, r: float) -> Level:
+        """The level at lambda_s + r (lambda_t - lambda_s), lambda = log(alpha/sigma); r = 1 is t itself."""
+        return t if r == 1.0 else self.level_from_rho(s.rho ** (1.0 - r) * t.rho**r)
 
     def _lin(self, atom: Atom) -> Lin:
         return Lin({atom: 1.0}, self._where)

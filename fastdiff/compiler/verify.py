@@ -238,6 +238,9 @@ def _gaussian(plan: Plan) -> Check:
     if plan.levels[-1].sigma == 0.0:
         sample = _worst(*np.abs(propagate(plan).variance[-1] / np.array(DATA_VARIANCES) - 1.0))
         sentence += f" (of the sample's variance {sample:.1e})"
+    if plan.solver in solvers.names() and solvers.get(plan.solver).order == 0:
+        sentence += ", stated and not judged: this solver takes D for a sample"
+        return Check("gaussian data", math.isfinite(error), error, math.inf, sentence)
     return _shrinks("gaussian data", plan, _law_error, SMALL, sentence)
 
 
@@ -280,7 +283,7 @@ def _last_row(plan: Plan) -> Check:
     )
     if final.sigma > 0.0:
         return Check("last row", True, off, math.inf, f"{formula}; the plan ends at sigma = {final.sigma:.6g}")
-    if not plan.options.get("denoise", True) or plan.options.get("tau") is not None:
+    if plan.solver in solvers.names() and not solvers.get(plan.solver).ends_in_denoise(plan.options):
         return Check("last row", True, off, math.inf, f"{formula}; the options ask for a last step without denoising")
     return Check("last row", off <= EXACT, off, EXACT, formula)
 

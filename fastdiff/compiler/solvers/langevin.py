@@ -18,7 +18,7 @@ def walk(run: Run, x: Lin, s: Level, t: Level, tau: float, temperature: float) -
     return ahead + (t.alpha * math.sqrt(2.0 * tau * temperature)) * run.noise() if temperature > 0.0 else ahead
 
 
-@solver("annealed_langevin", order=1, exact_marginal=False)
+@solver("annealed_langevin", order=1, exact_marginal=False, denoises={"denoise": True})
 def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.2, inner: int = 20, denoise: bool = True) -> Lin:
     """Annealed Langevin dynamics (Song and Ermon 2019, Alg. 1), levels from large to small.
 
@@ -36,7 +36,12 @@ def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.2, inner: int = 20, d
     return t.alpha * run.denoise(x, s) if denoise else (t.alpha / s.alpha) * x
 
 
-@solver("random_walk", order=1, exact_marginal={"point": "ddpm_small", "tau": None, "temperatures": None})
+@solver(
+    "random_walk",
+    order=1,
+    exact_marginal={"point": "ddpm_small", "tau": None, "temperatures": None},
+    denoises={"denoise": True, "tau": None},
+)
 def random_walk(
     run: Run,
     x: Lin,

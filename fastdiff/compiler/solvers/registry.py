@@ -15,15 +15,20 @@ from fastdiff.errors import unknown_name
 class Solver:
     """A sampler: `function(run, x, **options)` returns the final state.
 
-    order: global order of convergence in the step (weak order of the variance for stochastic ones).
+    order: global order of convergence in the step (weak order of the variance for stochastic ones); 0 where refining
+    the grid leads nowhere, because D is taken for a sample and not for a mean (consistency samplers).
     exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly; always, never,
     or where these options have these values.
+    denoises: the step to sigma = 0 is x' = D; same values.
+    upward: the solver goes from the data to the noise, so its levels ascend.
     """
 
     name: str
     function: Callable[..., Lin]
     order: int
     exact_marginal: bool | Mapping[str, Any]
+    denoises: bool | Mapping[str, Any] = True
+    upward: bool = False
 
     @property
     def summary(self) -> str:
@@ -37,10 +42,17 @@ class Solver:
 
     def keeps_marginal(self, options: Mapping[str, Any]) -> bool:
         """Whether `exact_marginal` holds with these options, defaults filled in."""
-        if isinstance(self.exact_marginal, bool):
-            return self.exact_marginal
+        return self._holds(self.exact_marginal, options)
+
+    def ends_in_denoise(self, options: Mapping[str, Any]) -> bool:
+        """Whether `denoises` holds with these options, defaults filled in."""
+        return self._holds(self.denoises, options)
+
+    def _holds(self, law: bool | Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        if isinstance(law, bool):
+            return law
         chosen = {**self.options(), **options}
-        return all(chosen[name] == value for name, value in self.exact_marginal.items())
+        return all(chosen[name] == value for name, value in law.items())
 
     def check_options(self, given: dict[str, Any]) -> None:
         """TypeError for an option this solver does not have."""
@@ -56,14 +68,19 @@ _SOLVERS: dict[str, Solver] = {}
 
 
 def solver(
-    name: str, *, order: int, exact_marginal: bool | Mapping[str, Any] = True
+    name: str,
+    *,
+    order: int,
+    exact_marginal: bool | Mapping[str, Any] = True,
+    denoises: bool | Mapping[str, Any] = True,
+    upward: bool = False,
 ) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
     """Register a solver function under `name`; see README, "Add a sampler"."""
 
     def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
         if name in _SOLVERS and _SOLVERS[name].function.__qualname__ != function.__qualname__:
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
-        _SOLVERS[name] = Solver(name, function, order, exact_marginal)
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward)
         return function
 
     return register
