@@ -5,9 +5,12 @@ from fastdiff.compiler.solvers import (
     ancestral,
     ddim,
     dpmpp,
+    er_sde,
     euler,
+    few_step,
     flow,
     langevin,
+    momentum,
     multistep,
     sa_solver,
     sde,
@@ -16,4 +19,24 @@ from fastdiff.compiler.solvers import (
 )
 from fastdiff.compiler.solvers.registry import Solver, get, names, solver
 
-__all__ = ["Solver", "ancestral", "ddim", "dpmpp", "euler", "flow", "get", "langevin", "names", "sde", "solver"]
+__all__ = [
+    "Solver",
+    "adams",
+    "ancestral",
+    "ddim",
+    "dpmpp",
+    "er_sde",
+    "euler",
+    "few_step",
+    "flow",
+    "get",
+    "langevin",
+    "momentum",
+    "multistep",
+    "names",
+    "sa_solver",
+    "sde",
+    "singlestep",
+    "solver",
+    "unipc",
+]

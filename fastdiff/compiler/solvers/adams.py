@@ -14,7 +14,7 @@ from fastdiff.compiler.solvers.steps import half_log_snr_step, noise_estimate, o
 from fastdiff.process.schedules import Level
 
 # the weights of order p on equal steps, newest first
-CONSTANT_STEP = (
+_CONSTANT_STEP = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -72,7 +72,7 @@ def ipndm(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
     """
     check_order("ipndm", order, 4)
     check_choice("ipndm", "flavor", flavor, (None, "diffusers"))
-    return _slopes(run, x, History(run, order, to_zero=flavor is not None), _constant_step, flavor is not None)
+    return _slopes(run, x, History(run, order, to_zero=flavor is not None), _even_in_rho, flavor is not None)
 
 
 @solver("ipndm_v", order=4)
@@ -113,8 +113,8 @@ def pndm(run: Run, x: Lin, warmup: str = "prk", flavor: str | None = None) -> Li
             ahead = slope_step(x, slope, s, t)
             slope, x = 0.5 * (slope + noise_estimate(ahead, run.denoise(ahead, t), t)), base
         else:
-            weights = CONSTANT_STEP[history.order(i, t) - 1]
-            slope = _combine(weights, history.values)
+            weights = constant_step(history.order(i, t))
+            slope = combine_values(weights, history.values)
         x = slope_step(x, slope, s, t)
     return x
 
@@ -147,7 +147,7 @@ def _slopes(
             continue
         order = history.order(i, t)
         weights = weigh(history.levels[:order], t)
-        x = (t.alpha / s.alpha) * x + t.alpha * _combine(weights, history.values)
+        x = (t.alpha / s.alpha) * x + t.alpha * combine_values(weights, history.values)
     return x
 
 
@@ -155,8 +155,8 @@ def _lagrange_in_rho(levels: Sequence[Level], t: Level) -> Sequence[float]:
     return lagrange_weights([level.rho for level in levels], levels[0].rho, t.rho)
 
 
-def _constant_step(levels: Sequence[Level], t: Level) -> Sequence[float]:
-    return [(t.rho - levels[0].rho) * a for a in CONSTANT_STEP[len(levels) - 1]]
+def _even_in_rho(levels: Sequence[Level], t: Level) -> Sequence[float]:
+    return [(t.rho - levels[0].rho) * a for a in constant_step(len(levels))]
 
 
 def _exponential(run: Run, x: Lin, history: History, k: float) -> Lin:
@@ -173,7 +173,7 @@ def _exponential(run: Run, x: Lin, history: History, k: float) -> Lin:
         order = history.order(i, t)
         nodes = [level.lam - t.lam for level in history.levels[:order]]
         weights = exponential_weights(nodes, half_log_snr_step(s, t), k)
-        x = exponential_step(x, _combine(weights, history.values), s, t, k)
+        x = exponential_step(x, combine_values(weights, history.values), s, t, k)
     return x
 
 
@@ -190,7 +190,7 @@ def _velocity(run: Run, x: Lin, order: int) -> Lin:
             run.note(f"step {i} has order {len(values)} instead of {order}: {len(values)} model evaluations are known")
         weights = lagrange_weights([_flow_time(level) for level in levels], _flow_time(s), _flow_time(t))
         total = t.alpha + t.sigma
-        x = (total / (s.alpha + s.sigma)) * x + total * _combine(weights, values)
+        x = (total / (s.alpha + s.sigma)) * x + total * combine_values(weights, values)
     return x
 
 
@@ -198,5 +198,11 @@ def _flow_time(level: Level) -> float:
     return level.sigma / (level.alpha + level.sigma)
 
 
-def _combine(weights: Sequence[float], values: Sequence[Lin]) -> Lin:
+def constant_step(order: int) -> tuple[float, ...]:
+    """Adams-Bashforth weights of equal steps, newest first; they sum to 1."""
+    return _CONSTANT_STEP[order - 1]
+
+
+def combine_values(weights: Sequence[float], values: Sequence[Lin]) -> Lin:
+    """sum_j w_j m_j over as many values as there are weights."""
     return sum((w * value for w, value in zip(weights, values, strict=False)), 0.0 * values[0])

@@ -79,7 +79,7 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     return final.alpha * run.denoise(x, bottom) if denoise else (final.alpha / bottom.alpha) * x
 
 
-@solver("seeds_2", order=1, exact_marginal={"s_noise": 1.0})
+@solver("seeds_2", order=2, exact_marginal={"s_noise": 1.0})
 def seeds_2(
     run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5, weights: str = "phi_1"
 ) -> Lin:
@@ -92,7 +92,7 @@ def seeds_2(
     return _stages(run, x, 2, (_fraction("seeds_2", r),), eta=eta, s_noise=s_noise, exact=weights == "phi_2")
 
 
-@solver("seeds_3", order=1, exact_marginal={"s_noise": 1.0})
+@solver("seeds_3", order=2, exact_marginal={"s_noise": 1.0})
 def seeds_3(
     run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r1: float = 1.0 / 3.0, r2: float = 2.0 / 3.0
 ) -> Lin:
@@ -134,7 +134,7 @@ def dpmpp_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float
     return x
 
 
-@solver("dpmpp_2s_ancestral", order=1, exact_marginal={"s_noise": 1.0})
+@solver("dpmpp_2s_ancestral", order=2, exact_marginal={"s_noise": 1.0})
 def dpmpp_2s_ancestral(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0) -> Lin:
     """DPM-Solver++(2S) to the lower level of an ancestral split, then noise (k-diffusion's sample_dpmpp_2s_ancestral).
 
