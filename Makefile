@@ -1,8 +1,8 @@
 # make demo     set everything up in .venv and draw samples.png
 # make test     the same set-up, then the test suite
 #
-# On a machine with a GPU:  make demo TORCH=own
-# uses the torch (and triton) that PYTHON already has, instead of installing the tested CPU build of constraints.txt.
+# make demo TORCH=own PYTHON=python3
+#   uses the torch and all else that PYTHON already has (a CUDA build, say) instead of the versions in constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,12 +11,12 @@ PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-PINS := $(VENV)/constraints.txt
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+RUN := PYTHONSAFEPATH=1 $(BIN)/python -m
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 ifeq ($(TORCH),own)
-VENV_FLAGS ?= --system-site-packages
+PINS :=
 else
-VENV_FLAGS ?=
+PINS := -c constraints.txt
 endif
 
 .PHONY: demo test setup lint format typecheck bench clean
@@ -25,41 +25,43 @@ demo: setup
 	$(BIN)/fastdiff sample --out samples.png
 
 test: setup
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(RUN) pytest $(PYTEST_FLAGS)
 
 setup: $(VENV)/.built
 
 # torch goes first and alone, pinned: asked for by another package, pip would fetch the newest CUDA build of several GB.
 $(VENV)/.dependencies: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@echo "setting up $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),own)
-	$(BIN)/python -c "import torch" || { echo "TORCH=own needs a PYTHON that has torch already"; exit 1; }
-	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(PINS)
+	$(PYTHON) -c "$(SITE)" > "$$($(BIN)/python -c "$(SITE)")/own_torch.pth"
+	$(BIN)/python -c "import torch" || { echo "TORCH=own needs a PYTHON that has torch"; exit 1; }
 else
-	cp constraints.txt $(PINS)
-	$(PIP) install -c $(PINS) $(TORCH)
+	$(PIP) install $(PINS) $(TORCH)
 endif
-	$(PIP) install -c $(PINS) setuptools wheel ninja numpy
-	FASTDIFF_NO_EXTENSION=1 $(PIP) install -c $(PINS) --no-build-isolation -e '.[dev]'
-	touch $@
+	$(PIP) install $(PINS) 'setuptools>=64' wheel ninja numpy
+	FASTDIFF_NO_EXTENSION=1 $(PIP) install $(PINS) --no-build-isolation -e '.[dev]'
+	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(shell find csrc -type f)
+	@echo "building the extension"
 	$(PIP) install --no-build-isolation --no-deps -e .
-	touch $@
+	@touch $@
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
 
 format: setup
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
 
 typecheck: setup
-	$(BIN)/mypy
+	$(RUN) mypy
 
 bench: setup
 	$(BIN)/python bench/run.py ops
+	$(BIN)/python bench/run.py table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastdiff/_C*.so samples.png

@@ -118,6 +118,7 @@ def main() -> None:
     temporary = args.out.with_suffix(".tmp")
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(tensors, temporary, {"test_accuracy": f"{accuracy:.4f}", "data": "Fashion-MNIST (MIT licence)"})
+    os.chmod(temporary, 0o644)
     os.replace(temporary, args.out)
 
 

@@ -61,7 +61,7 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
         reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
         slots = tuple(home[a] for a in reads)
         x = home[state]
-        noise = tuple(sorted({(a.index, a.stream) for t in values.values() for a in t if a.kind == "z"}))
+        noise = tuple(sorted({(a.number, a.stream) for t in values.values() for a in t if a.kind == "z"}))
         home = {a: r for a, r in home.items() if last_read.get(a, -1) > i}
         free = sorted(set(range(registers)) - set(home.values()), key=lambda r: (r != x, r))
         outputs = []

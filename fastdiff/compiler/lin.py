@@ -6,35 +6,36 @@ running sampler will hold: a state, a denoised estimate, a recorded combination,
 
 from __future__ import annotations
 
+import math
 import numbers
+import operator
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple
 
 
 class Atom(NamedTuple):
     """A value known when its row runs.
 
-    kind "x": the state row `index` evaluates the model at; "D": that row's denoised estimate;
-    "kept": recorded combination number `index`; "start": the state the plan begins with;
-    "z": the unit normal with id `index` on noise stream `stream`.
+    kind "x": the state row `number` evaluates the model at; "D": that row's denoised estimate;
+    "kept": recorded combination `number`; "start": the state the plan begins with;
+    "z": the unit normal with id `number` on noise stream `stream`.
     """
 
     kind: str
-    index: int
+    number: int
     stream: int = 0
 
 
 class Lin:
     """sum_a c_a * a over atoms, closed under +, -, and multiplication by a number; anything else is a TypeError."""
 
-    __array_ufunc__ = None  # NumPy scalars on the left hand over to __rmul__ and __radd__
     __slots__ = ("terms", "where")
 
     def __init__(self, terms: Mapping[Atom, float], where: Callable[[], str]) -> None:
         self.terms: dict[Atom, float] = {atom: c for atom, c in terms.items() if c != 0.0}
         self.where = where
 
-    def __add__(self, other: Union[Lin, float]) -> Lin:
+    def __add__(self, other: Lin | float) -> Lin:
         if isinstance(other, Lin):
             total = dict(self.terms)
             for atom, c in other.terms.items():
@@ -46,10 +47,10 @@ class Lin:
 
     __radd__ = __add__
 
-    def __sub__(self, other: Union[Lin, float]) -> Lin:
+    def __sub__(self, other: Lin | float) -> Lin:
         return self + (-other)
 
-    def __rsub__(self, other: Union[Lin, float]) -> Lin:
+    def __rsub__(self, other: Lin | float) -> Lin:
         return -self + other
 
     def __mul__(self, factor: float) -> Lin:
@@ -57,6 +58,10 @@ class Lin:
             what = "multiplies two registers" if isinstance(factor, Lin) else f"multiplies a register by {factor!r}"
             raise self._refuse(what)
         value = float(factor)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.where()} multiplies a register by {value}; check its options and the ends of the grid"
+            )
         return Lin({atom: value * c for atom, c in self.terms.items()}, self.where)
 
     __rmul__ = __mul__
@@ -84,8 +89,36 @@ class Lin:
     def __float__(self) -> float:
         raise self._refuse("reads the value of a register")
 
+    def __int__(self) -> int:
+        raise self._refuse("reads the value of a register")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._refuse("compares a register")
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, key: object) -> Lin:
+        raise self._refuse("takes a part of a register")
+
+    def __getattr__(self, name: str) -> Lin:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._refuse(f"uses .{name} of a register")
+
+    def __array_ufunc__(self, ufunc: Callable[..., object], method: str, *inputs: Any, **options: Any) -> Lin:
+        """NumPy on the left: scalars take part in sums and products, every other function is refused."""
+        name = ufunc.__name__
+        operation = _NUMPY.get(name)
+        values = [_plain(value) for value in inputs]
+        plain = all(isinstance(value, Lin) or _is_number(value) for value in values)
+        if operation is None or method != "__call__" or options or not plain:
+            raise self._refuse(f"applies numpy.{name} to a register")
+        result: Lin = operation(*values)
+        return result
+
     def __repr__(self) -> str:
-        return " + ".join(f"{c:.6g} {atom.kind}{atom.index}" for atom, c in self.terms.items()) or "0"
+        return " + ".join(f"{c:.6g} {atom.kind}{atom.number}" for atom, c in self.terms.items()) or "0"
 
     def become(self, atom: Atom) -> None:
         """Turn this value into `atom`: it is being written to a register, so later uses read it from there."""
@@ -96,6 +129,21 @@ class Lin:
             f"{self.where()} {what}: a row must be linear in its registers with scalars known in advance. "
             "Express the update as a weighted sum, or run this sampler with its own loop."
         )
+
+
+_NUMPY: dict[str, Callable[..., Lin]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "negative": operator.neg,
+    "positive": lambda value: value,
+}
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as a Python number, anything else as it is."""
+    return value if isinstance(value, Lin) or getattr(value, "shape", None) != () else value.item()
 
 
 def _is_number(value: object) -> bool:

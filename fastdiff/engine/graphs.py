@@ -50,7 +50,7 @@ class StepGraph:
         if buffers.graph is None or not buffers.graph.accepts(cond):
             buffers.graph = StepGraph(buffers, model, cond, executor)
         buffers.graph.load(cond)
-        return buffers.graph  # type: ignore[no-any-return]
+        return buffers.graph
 
     def accepts(self, cond: Condition) -> bool:
         """True when `cond` has the shapes and dtypes this graph was captured with."""

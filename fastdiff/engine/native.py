@@ -20,7 +20,10 @@ from fastdiff.errors import BackendUnavailable
 if TYPE_CHECKING:
     from fastdiff.engine.ops import StepTensors
 
-_FIX = "install a C++17 compiler (g++ or clang++) and reinstall fastdiff from source: pip install -e . --no-build-isolation"
+_FIX = (
+    "install a C++17 compiler (g++ or clang++) and reinstall fastdiff from source: "
+    "pip install -e . --no-build-isolation"
+)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTERS = (
     "state", "model_out", "model_in", "model_time", "coef", "ids", "row",
@@ -98,13 +101,9 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
     """
     library, args = load(), arguments(tensors)
     address = ctypes.addressof(args)
-    if executor == "cpp":
-        run = library.fastdiff_affine_step_cpu
-    else:
-        launch, device = library.fastdiff_affine_step_cuda, tensors.state.device.index or 0
-
-        def run(address: int) -> int:
-            return launch(address, torch._C._cuda_getCurrentRawStream(device))
+    run: Callable[[int], int] = library.fastdiff_affine_step_cpu
+    if executor == "cuda":
+        run = _on_current_stream(library, tensors.state.device)
 
     like = tensors.model_out
     shape, dtype, kind = like.shape, like.dtype, like.device
@@ -124,6 +123,18 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
             raise RuntimeError(f"affine_step on {executor}: {library.fastdiff_error(code).decode()}")
 
     return step
+
+
+def _on_current_stream(library: ctypes.CDLL, device: torch.device) -> Callable[[int], int]:
+    launch, index = library.fastdiff_affine_step_cuda, device.index or 0
+
+    def run(address: int) -> int:
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return launch(address, torch._C._cuda_getCurrentRawStream(index))
+        return launch(address, torch._C._cuda_getCurrentRawStream(index))
+
+    return run
 
 
 def _unlike(got: Tensor, bound: Tensor, memory_format: torch.memory_format) -> ValueError:

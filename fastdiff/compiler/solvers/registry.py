@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,15 +57,26 @@ class Solver:
         return all(chosen[name] == value for name, value in law.items())
 
     def check_options(self, given: dict[str, Any]) -> None:
-        """TypeError for an option this solver does not have."""
+        """TypeError for an option this solver does not have or not of its default's kind, ValueError for nan."""
         known = self.options()
-        for name in given:
+        for name, value in given.items():
             if name not in known:
                 raise TypeError(
                     f"solver {self.name!r} has no option {name!r}; its options: {', '.join(known) or 'none'}"
                 )
+            kind = _KINDS.get(type(known[name]))
+            if kind and (not isinstance(value, kind[0]) or (isinstance(value, bool) and kind[0] is not bool)):
+                raise TypeError(f"solver {self.name!r}: option {name!r} must be {kind[1]}, got {value!r}")
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"solver {self.name!r}: option {name!r} is nan, expected a number")
 
 
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a name"),
+}
 _SOLVERS: dict[str, Solver] = {}
 
 

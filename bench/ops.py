@@ -1,0 +1,328 @@
+"""The step alone: one fused row against diffusers' `scheduler.step` and against the same formula under torch.compile.
+
+All contenders walk the same ten steady steps (6 to 15 of 20) on the same inputs, in turn, in one process. Ours is what
+`ops.bind` returns, its row counters advancing through the real table; diffusers is called as a pipeline calls it;
+the compiled formula writes in place and draws its own noise. Nothing is timed whose result is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from bench import measure, peers
+from bench.measure import Task, Timing
+from fastdiff.engine import noise as counter_noise
+from fastdiff.engine import ops
+
+TIMED = tuple(range(6, 16))  # steps timed; the one before them runs untimed, after the inputs were put back
+SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (16, 4, 64, 64), (64, 4, 128, 128), (64, 4, 256, 256))
+GPU_SHAPES = (*SHAPES[:2], (512, 3, 32, 32), *SHAPES[2:], (8, 4, 1024, 1024))
+
+OURS_TOLERANCE = 2.0**-22  # times the sum of the magnitudes a row adds up: 4 roundings of fp32
+GATE_ELEMENTS = 1 << 22  # a larger batch is checked in its first and last samples
+GRAPH_CYCLES = 5  # on a GPU the ten steps repeat this often inside one CUDA graph
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    solver: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    executor: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Worst absolute differences of one row's results from float64 and from diffusers, and what they may be.
+
+    Without diffusers the second pair is 0.
+    """
+
+    error: float
+    tolerance: float
+    peer_error: float
+    peer_tolerance: float
+
+    @property
+    def green(self) -> bool:
+        """True when both hold; a NaN fails."""
+        return self.error <= self.tolerance and self.peer_error <= self.peer_tolerance
+
+
+class Bound:
+    """A plan's steady rows bound to an executor on random inputs."""
+
+    def __init__(self, case: Case, device: torch.device, cycles: int = 1) -> None:
+        self.case, self.device = case, device
+        self.plan = fd.plan(case.solver, fd.schedules.linear(peers.TRAINED, *peers.BETAS), peers.STEPS, "trailing")
+        packed = self.plan.pack("eps")
+        self.steps = [TIMED[0] - 1, *TIMED] if cycles == 1 else [*TIMED] * cycles
+        rows = [i + 1 for i in self.steps]
+        batch = case.shape[0]
+        self.start = torch.randn(self.plan.registers, *case.shape, device=device)
+        self.model_out = torch.randn(case.shape, device=device).to(case.dtype)
+        self.tensors = ops.StepTensors(
+            state=self.start.clone(),
+            model_out=self.model_out,
+            model_in=None,
+            model_time=None,
+            coef=torch.from_numpy(packed.coef[rows]).to(device),
+            ids=torch.from_numpy(packed.ids[rows]).to(device),
+            row=torch.zeros(batch, dtype=torch.int32, device=device),
+            seed=torch.arange(batch, dtype=torch.int64, device=device),
+            guidance=torch.ones(batch, device=device),
+            noise=None,
+            denoised=None,
+            status=torch.full((batch,), -1, dtype=torch.int32, device=device),
+            ticket=torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+        self.step = ops.bind(self.tensors, case.executor)
+        emitting = dataclasses.replace(
+            self.tensors,
+            model_in=torch.zeros(case.shape, dtype=case.dtype, device=device),
+            model_time=torch.zeros(batch, device=device),
+        )
+        self.step_and_emit = ops.bind(emitting, case.executor)
+
+    def reset(self) -> None:
+        """The inputs as they were, at the first row."""
+        self.tensors.state.copy_(self.start)
+        self.tensors.row.zero_()
+
+    def bytes_per_element(self) -> tuple[int, int]:
+        """What a steady row must move, each register read or written and the model output once; and where it lives.
+
+        The second number counts a register once that is both read and written.
+        """
+        row = self.plan.rows[TIMED[0] + 1]
+        read = {row.x} | {slot for j, slot in enumerate(row.slots) if any(o.slots[j] for o in row.outputs)}
+        written = {o.dest for o in row.outputs}
+        width = self.model_out.element_size()
+        return 4 * (len(read) + len(written)) + width, 4 * len(read | written) + width
+
+
+def check(bound: Bound, device: torch.device) -> Gate:
+    """Run the first and the last timed step on fresh inputs and hold them against float64 and against diffusers."""
+    case, plan, t = bound.case, bound.plan, bound.tensors
+    chosen = _samples(case.shape)
+    worst: list[tuple[float, float, float, float]] = []
+    for index in (bound.steps.index(TIMED[0]), bound.steps.index(TIMED[-1])):
+        i = bound.steps[index]
+        row = plan.rows[i + 1]
+        t.state.copy_(bound.start)
+        t.row.fill_(index)
+        inputs = [bound.start[row.x][chosen], bound.model_out[chosen], *(bound.start[j][chosen] for j in row.slots)]
+        x, f, old = [value.double() for value in (*inputs, torch.zeros_like(inputs[0]))[:3]]
+        z = torch.zeros_like(x)
+        if row.noise:
+            z = _normals(row.noise[0], tuple(chosen), case.shape).to(device).double()
+        for output in row.outputs:
+            if output.dest not in (row.x, *row.slots):
+                t.state[output.dest].fill_(float("nan"))
+        bound.step(bound.model_out)
+
+        wanted = peers.formula(case.solver, plan.levels, i, x, f, old, z)
+        given = [t.state[output.dest][chosen].double() for output in row.outputs]
+        scale = _magnitude(row, plan.levels[i], x, f, old, z)
+        error = max(_difference(a, b) for a, b in zip(given, wanted[: len(given)], strict=True))
+        theirs = given[0]
+        if peers.has_diffusers():
+            single = (value.float() for value in (x, f, old, z))
+            theirs = peers.diffusers_step(case.solver, plan.levels, i, *single)
+        worst.append((error, OURS_TOLERANCE * scale, _difference(given[0], theirs), peers.TOLERANCE * scale))
+    # a NaN is the worst there is, and max() would lose it
+    worst.sort(key=lambda line: (line[0] != line[0] or line[2] != line[2], line[0] / line[1], line[2] / line[3]))
+    bad_row = int(t.status.max())
+    return Gate(*worst[-1]) if bad_row < 0 else Gate(float("nan"), 0.0, float("nan"), 0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b|; NaN anywhere gives NaN."""
+    return float((a - b).abs().max())
+
+
+def _magnitude(row: Any, level: fd.Level, x: Tensor, f: Tensor, old: Tensor, z: Tensor) -> float:
+    """Largest sum of magnitudes any output of the row adds up: what its rounding error is relative to."""
+    top_x, top_f, top_old, top_z = (float(value.abs().max()) for value in (x, f, old, z))
+    denoised = (top_x + level.sigma * top_f) / level.alpha
+    return max(
+        abs(o.x) * top_x
+        + abs(o.denoised) * denoised
+        + sum(map(abs, o.slots), 0.0) * top_old
+        + sum(map(abs, o.noise), 0.0) * top_z
+        for o in row.outputs
+    )
+
+
+def _samples(shape: tuple[int, ...]) -> list[int]:
+    batch, size = shape[0], torch.Size(shape[1:]).numel()
+    count = min(batch, max(1, GATE_ELEMENTS // size))
+    return [*range((count + 1) // 2), *range(batch - count // 2, batch)]
+
+
+@functools.lru_cache(maxsize=32)
+def _normals(term: tuple[int, int], samples: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    size = torch.Size(shape[1:]).numel()
+    drawn = [torch.from_numpy(counter_noise.normal(seed, size, *term)) for seed in samples]
+    return torch.stack(drawn).view(-1, *shape[1:])
+
+
+def _tasks(bound: Bound, device: torch.device) -> Iterator[tuple[str, Task]]:
+    """Everything timed in turn on one case."""
+    case, steps = bound.case, bound.steps
+    gpu = device.type == "cuda"
+    walk = steps if gpu else steps[1:]
+    for name, step in (("us", bound.step), ("emit_us", bound.step_and_emit)):
+        yield name, _ours(bound, step, len(walk), gpu)
+    if not gpu:
+        for name, width in zip(("copy_us", "copy_near_us"), bound.bytes_per_element(), strict=True):
+            yield name, measure.copy_task(width * bound.model_out.numel(), device, len(walk))
+
+    if peers.has_diffusers():
+        yield "diffusers_us", _diffusers(bound, device)
+    update = peers.compiled(case.solver, device)
+    rows = peers.coefficients(case.solver, bound.plan.levels, steps, device)
+    x, old, f = bound.start[0].clone().flatten(), bound.start[-1].clone().flatten(), bound.model_out.flatten()
+    timed = rows if gpu else rows[1:]
+    peers.check_compiled(update, case.solver, bound.plan.levels, steps[0], x, old, f, rows[0])
+
+    def restart() -> None:
+        x.copy_(bound.start[0].flatten())
+        update(x, old, f, rows[0])
+
+    def walk_rows() -> None:
+        for c in timed:
+            update(x, old, f, c)
+
+    restart()
+    yield "compiled_us", Task(walk_rows, len(timed), restart)
+    if gpu:
+        yield "compiled_graph_us", Task(measure.captured(walk_rows), len(timed), restart, "device")
+
+
+def _diffusers(bound: Bound, device: torch.device) -> Task:
+    """`scheduler.step` as a pipeline calls it, its timesteps on the CPU."""
+    case = bound.case
+    scheduler, generator = peers.scheduler_of(case.solver), torch.Generator(device).manual_seed(0)
+    first, times = scheduler.timesteps[TIMED[0] - 1], [scheduler.timesteps[i] for i in TIMED]
+    extra = {"generator": generator} if case.solver in peers.NOISY else {}
+    sample = bound.start[0]
+
+    def seek() -> None:
+        nonlocal sample
+        peers.seek(scheduler, TIMED[0] - 1, bound.start[-1])
+        sample = scheduler.step(bound.model_out, first, bound.start[0], return_dict=False, **extra)[0]
+
+    def eager() -> None:
+        x = sample
+        for time_ in times:
+            x = scheduler.step(bound.model_out, time_, x, return_dict=False, **extra)[0]
+
+    return Task(eager, len(times), seek)
+
+
+def _ours(bound: Bound, step: Callable[[Tensor], None], calls: int, gpu: bool) -> Task:
+    model_out = bound.model_out
+
+    def walk() -> None:
+        for _ in range(calls):
+            step(model_out)
+
+    if gpu:
+        return Task(measure.captured(walk), calls, bound.reset, "device")
+
+    def reset() -> None:
+        bound.reset()
+        step(model_out)
+
+    return Task(walk, calls, reset)
+
+
+def measure_case(case: Case, device: torch.device, budget: float, least: int, copy_gbs: float | None) -> dict[str, Any]:
+    """One line of results; without figures when the gate is red."""
+    watch = measure.Watch()
+    bound = Bound(case, device, GRAPH_CYCLES if device.type == "cuda" else 1)
+    elements, (width, near) = bound.model_out.numel(), bound.bytes_per_element()
+    gate = check(bound, device)
+    line: dict[str, Any] = {
+        "bench": "ops",
+        "solver": case.solver,
+        "shape": "x".join(map(str, case.shape)),
+        "elements": elements,
+        "model_dtype": str(case.dtype).removeprefix("torch."),
+        "executor": case.executor,
+        "gate": "green" if gate.green else "red",
+        "error": gate.error,
+        "tolerance": gate.tolerance,
+        "diffusers_error": gate.peer_error,
+        "diffusers_tolerance": gate.peer_tolerance,
+        "bytes_per_element": width,
+    }
+    if not gate.green:
+        return line
+    tasks = dict(_tasks(bound, device))
+    timings = measure.interleave(tasks, device, budget, least)
+    for name, timing in timings.items():
+        line |= _spread(name, timing)
+    if device.type == "cuda":
+        once = measure.captured(lambda: bound.step(bound.model_out))
+        line |= _spread("cold_us", measure.cold(once, bound.reset))
+        line |= measure.gpu_state()
+    us = timings["us"].median
+    line["gbs"] = width * elements / us / 1e3
+    line["copy_gbs"] = copy_gbs or max(
+        size * elements / timings[name].median / 1e3 for name, size in (("copy_us", width), ("copy_near_us", near))
+    )
+    line["copy_fraction"] = line["gbs"] / line["copy_gbs"]
+    if "diffusers_us" in timings:
+        line["ratio_diffusers"] = timings["diffusers_us"].median / us
+    line["ratio_compiled"] = min(t.median for n, t in timings.items() if n.startswith("compiled")) / us
+    line["repetitions"] = timings["us"].repetitions
+    others = watch.others()
+    return line | ({} if others is None else {"others": round(others, 3)})
+
+
+def _spread(name: str, timing: Timing) -> dict[str, float]:
+    quantiles = {f"{name}_p10": timing.p10, f"{name}_p20": timing.p20, f"{name}_p80": timing.p80}
+    return {name: timing.median} | quantiles
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """The table's cases on a device; quick: one tiny case."""
+    executors = _executors(device)
+    if quick:
+        return [Case("ddim", SHAPES[0], torch.float32, executors[0])]
+    shapes = GPU_SHAPES if device.type == "cuda" else SHAPES
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    return [Case(s, shape, d, e) for s in peers.SOLVERS for shape in shapes for d in dtypes for e in executors]
+
+
+def _executors(device: torch.device) -> list[str]:
+    order = ("triton", "cuda") if device.type == "cuda" else ("cpp",)
+    found = [name for name in order if fd.backends()[name].ok and device.type in fd.backends()[name].devices]
+    return found or ["reference"]
+
+
+def run(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure every case, one line at a time."""
+    warnings.filterwarnings("ignore", module="diffusers")
+    torch.manual_seed(0)
+    gpu = device.type == "cuda"
+    copy_gbs = measure.gpu_copy_bandwidth() if gpu else None
+    budget, least = (0.1, 3) if quick else (0.25, 5) if gpu else (4.0, 8)
+    with torch.no_grad():
+        for case in cases(device, quick):
+            started = time.perf_counter()
+            line = measure_case(case, device, budget, least, copy_gbs)
+            yield line | {"took": round(time.perf_counter() - started, 1)}

@@ -1,0 +1,89 @@
+"""Benchmarks: `python bench/run.py ops | loop | table`; each has --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results.csv"
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from bench import loop, measure, ops, table  # noqa: E402
+
+EPILOG = """examples:
+  python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
+  python bench/run.py loop --threads 2      whole runs, network included
+  python bench/run.py table                 README's tables from bench/results.csv"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark; 1 when a result was wrong or could not be written, else 0."""
+    options = _parser().parse_args(arguments)
+    if options.command == "table":
+        return table.update(options.csv, options.readme)
+    device = torch.device(options.device if options.device != "auto" else _best_device())
+    torch.set_num_threads(options.threads)
+    facts = measure.machine(device, options.threads)
+    print(table.heading(facts))
+    lines = (ops.run if options.command == "ops" else loop.run)(device, options.quick)
+    return _record(lines, facts, options)
+
+
+def _record(lines: Iterator[dict[str, Any]], facts: dict[str, Any], options: argparse.Namespace) -> int:
+    """Print every line as it comes and append the trustworthy ones to the results."""
+    show, limit = table.LINES[options.command], measure.load_limit(torch.device(facts["device"]))
+    print(show(None))
+    kept, wrong, busy = [], 0, 0
+    for line in lines:
+        disturbed = facts["load"] > limit or line.get("others", 0.0) > measure.BUSY_OTHERS
+        print(show(line) + (f"  busy: others took {line.get('others', 0.0):.0%}" if disturbed else ""), flush=True)
+        wrong += line.get("gate") == "red"
+        busy += disturbed
+        if line.get("gate") != "red" and (options.force or not disturbed):
+            kept.append(facts | line)
+    if options.quick:
+        print("quick: nothing recorded")
+    elif kept:
+        table.append(options.csv, kept)
+        print(f"{len(kept)} lines appended to {options.csv}")
+    if busy and not options.force:
+        print(
+            f"{busy} lines not recorded: load average {facts['load']} (at most {limit:g}) or other processes "
+            f"above {measure.BUSY_OTHERS:.0%} of the processors. Stop them and run again, or add --force."
+        )
+    return 1 if wrong else 0
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (
+        ("ops", "the step alone: the fused row against diffusers and the compiled formula"),
+        ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
+    ):
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--quick", action="store_true", help="one tiny case in seconds; records nothing")
+        command.add_argument("--force", action="store_true", help="record even when the machine is busy")
+        command.add_argument("--csv", type=Path, default=RESULTS, help="where lines are appended")
+    command = commands.add_parser("table", help="write README's tables from the results")
+    command.add_argument("--csv", type=Path, default=RESULTS)
+    command.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

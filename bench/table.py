@@ -1,0 +1,244 @@
+"""Results on disk and in README: one CSV line per case, and the tables generated from it.
+
+The tables stand between two markers; what is around them is left alone. The same CSV gives the same text.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+# The spread of a time stands in columns of its own.
+_TIMES = ("us", "emit_us", "cold_us", "copy_us", "copy_near_us", "diffusers_us", "compiled_us", "compiled_graph_us")
+COLUMNS = [
+    *("run", "commit", "device", "machine", "threads", "load", "python", "torch", "diffusers", "triton", "numpy"),
+    *("driver", "sm_mhz", "memory_mhz", "watts", "watts_limit", "celsius", "throttle"),
+    *("bench", "solver", "network", "steps", "batch", "shape", "elements", "model_dtype", "executor"),
+    *("gate", "error", "tolerance", "diffusers_error", "diffusers_tolerance"),
+    *(f"{time}{spread}" for time in _TIMES for spread in ("", "_p10", "_p20", "_p80")),
+    *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "ratio_diffusers", "ratio_compiled"),
+    *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
+    *("repetitions", "others", "took"),
+]
+
+Line = Mapping[str, Any]
+
+
+def append(path: Path, lines: Sequence[Line]) -> None:
+    """Add lines to the results. Raises ValueError when the file has other columns."""
+    known = path.exists() and path.stat().st_size > 0
+    if known and _header(path) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes; move it away and run again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if not known:
+            writer.writeheader()
+        writer.writerows({key: _plain(value) for key, value in line.items()} for line in lines)
+
+
+def update(results: Path, readme: Path) -> int:
+    """Write the tables into `readme`; 0, or 1 with the reason on stderr and the file untouched."""
+    if not results.exists():
+        return _fail(f"{results} is not there; run: python bench/run.py ops")
+    with results.open(newline="") as file:
+        text = render(list(csv.DictReader(file)))
+    page = readme.read_text() if readme.exists() else ""
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        print(text)
+        return _fail(f"{readme} has no lines {BEGIN} and {END}; put them where the tables belong")
+    temporary = readme.with_name(readme.name + ".part")
+    temporary.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    os.replace(temporary, readme)
+    print(f"{readme}: tables of {len(text.splitlines())} lines")
+    return 0
+
+
+def render(lines: Iterable[Line]) -> str:
+    """The tables as Markdown: the latest run of each benchmark on each machine, CPUs first."""
+    groups: dict[tuple[str, str, str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line["bench"], line["device"], line["machine"], line["threads"]), []).append(line)
+    parts = []
+    for bench, about in (("ops", _OPS_ABOUT), ("loop", _LOOP_ABOUT)):
+        found = sorted(key for key in groups if key[0] == bench)
+        parts += [about] if found else []
+        for key in found:
+            latest = max(line["run"] for line in groups[key])
+            chosen = [line for line in groups[key] if line["run"] == latest]
+            parts += [heading(chosen[0]), (_ops_table if bench == "ops" else _loop_table)(chosen)]
+    return "\n\n".join(parts)
+
+
+def heading(facts: Line) -> str:
+    """Where and with what a run was made, in one line."""
+    where = f"{facts['machine']}, {facts['threads']} threads" if facts["device"] == "cpu" else facts["machine"]
+    driver = f", driver {facts['driver']}" if facts.get("driver") else ""
+    peer = facts["diffusers"] or "not installed"
+    return (
+        f"**{where}**: torch {facts['torch']}, diffusers {peer}{driver}, commit {facts['commit']}, "
+        f"load {facts['load']}, {str(facts['run'])[:10]}"
+    )
+
+
+def show_ops(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'sampler':<16}{'shape':<16}{'dtype':<9}{'executor':<10}{'us [p20-p80]':<22}{'+input':>8}"
+            f"{'diffusers us':>24}{'compiled us':>24}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>9}"
+            f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
+        )
+    case = f"{line['solver']:<16}{line['shape']:<16}{line['model_dtype']:<9}{line['executor']:<10}"
+    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'us'):<22}{_short(line['emit_us']):>8}{_spread(line, 'diffusers_us'):>24}"
+        f"{_spread(line, _compiled(line)):>24}{_number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
+        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{line['copy_fraction']:>9.0%}{gate}"
+    )
+
+
+def show_loop(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'network':<14}{'sampler':<16}{'batch':>5}{'ms/image [p20-p80]':>28}{'diffusers':>28}{'ratio':>7}"
+            f"{'outside net':>12}{'diffusers':>11}{'error':>10}{'allowed':>10}"
+        )
+    case = f"{line['network']:<14}{line['solver']:<16}{line['batch']:>5}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'seconds', 1e3):>28}{_spread(line, 'diffusers_seconds', 1e3):>28}"
+        f"{line['ratio_diffusers']:>7.2f}{_share(line, 'seconds_outside'):>12}"
+        f"{_share(line, 'diffusers_seconds_outside'):>11}{gate}"
+    )
+
+
+LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop}
+
+_OPS_ABOUT = (
+    "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile], ten "
+    "steady steps of 20, all contenders in turn in one process, same threads. *compiled*: the formula under "
+    "`torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where that is faster). *of copy*: "
+    "GB/s, bytes read plus bytes written, over torch's `copy_` counted the same way: on a GPU of 2 GiB; on a CPU, in "
+    "the same turn, the faster of a copy that moves as many bytes and one that occupies as much memory (a step works "
+    "in place, so it can beat both). *error*: largest difference from float64 / what is allowed; a wrong result "
+    "prints no figure."
+)
+_LOOP_ABOUT = (
+    "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
+    "the time not spent in the network; the rest is the network's, and no sampler makes that faster. *tiny*: three "
+    "3x3 convolutions of 16 channels."
+)
+
+
+def _ops_table(lines: Sequence[Line]) -> str:
+    gpu = lines[0]["device"] == "cuda"
+    kind = ["network output", "kernel"] if gpu else []
+    cold = ["µs, cold cache"] if gpu else []
+    head = ["sampler", "shape", *kind, "fastdiff µs", *cold, "diffusers µs", "compiled µs", "× diffusers", "× compiled"]
+    head += ["B/element", "GB/s", "of copy", "with next input, µs", "error / allowed"]
+    body = []
+    for line in lines:
+        body.append(
+            [
+                line["solver"],
+                line["shape"].replace("x", "×"),
+                *([line["model_dtype"], line["executor"]] if gpu else []),
+                _spread(line, "us"),
+                *([_short(float(line["cold_us"]))] if gpu else []),
+                _spread(line, "diffusers_us"),
+                _spread(line, _compiled(line)),
+                _number(line, "ratio_diffusers", 1),
+                _number(line, "ratio_compiled", 2),
+                str(line["bytes_per_element"]),
+                _short(float(line["gbs"])),
+                f"{float(line['copy_fraction']):.0%}",
+                _short(float(line["emit_us"])),
+                f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            ]
+        )
+    return _markdown(head, body, 4 if gpu else 2)
+
+
+def _loop_table(lines: Sequence[Line]) -> str:
+    head = ["network", "sampler", "batch", "fastdiff", "diffusers", "ratio", "outside", "outside, diffusers", ""]
+    body = []
+    for line in lines:
+        share = line["diffusers_seconds_outside"]
+        small = share != "" and float(share) < 0.1
+        body.append(
+            [
+                line["network"],
+                line["solver"],
+                str(line["batch"]),
+                _spread(line, "seconds", 1e3),
+                _spread(line, "diffusers_seconds", 1e3),
+                f"{float(line['ratio_diffusers']):.2f}",
+                _share(line, "seconds_outside"),
+                _share(line, "diffusers_seconds_outside"),
+                "the network dominates" if small else "",
+            ]
+        )
+    return _markdown(head, body, 2)
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]], words: int) -> str:
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+
+
+def _compiled(line: Line) -> str:
+    """The column of the compiled formula's better way of being launched."""
+    graph = line.get("compiled_graph_us", "")
+    return "compiled_graph_us" if graph != "" and float(graph) < float(line["compiled_us"]) else "compiled_us"
+
+
+def _number(line: Line, key: str, digits: int) -> str:
+    value = line.get(key, "")
+    return "–" if value == "" else f"{float(value):.{digits}f}"
+
+
+def _spread(line: Line, key: str, scale: float = 1.0) -> str:
+    if line.get(key, "") == "":
+        return "–"
+    median, low, high = (float(line[k]) * scale for k in (key, f"{key}_p20", f"{key}_p80"))
+    return f"{_short(median)} [{_short(low)}–{_short(high)}]"
+
+
+def _share(line: Line, key: str) -> str:
+    value = line.get(key, "")
+    return "" if value == "" else f"{float(value):.1%}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits, no exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _fail(why: str) -> int:
+    print(why, file=sys.stderr)
+    return 1

@@ -1,0 +1,289 @@
+// affine_step on the CPU: checks, choice of instruction set, blocks, threads.
+// Threads are torch's own pool: a second pool would fight it for the cores. The only symbol wanted of torch is a C
+// function of its stable interface, so one binary serves every torch from 2.11 on and every Python.
+#include <torch/csrc/stable/c/shim.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../check.h"
+#include "../export.h"
+#include "../scalar.h"
+#include "plan_row.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+// Below this many element operations a second thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
+// Drawing a normal takes about as long as this many plain elements held in cache.
+constexpr int64_t kNormalCost = 6;
+
+const Executor* const kExecutors[] = {
+    &scalar_executor,
+#if defined(__x86_64__)
+    &avx2_executor,
+    &avx512_executor,
+#endif
+};
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+std::atomic<int> chosen_isa{-1};
+
+int isa() {
+  int current = chosen_isa.load(std::memory_order_relaxed);
+  if (current < 0) {
+    current = best_isa();
+    chosen_isa.store(current, std::memory_order_relaxed);
+  }
+  return current;
+}
+
+// How a sample is cut: blocks of whole pixels, so that a block of channels_last noise is complete in itself.
+struct Cut {
+  int64_t channels, plane, block, blocks;
+
+  explicit Cut(const AffineArgs& args)
+      : channels(args.channels), plane(args.N / args.channels), block(kBlock) {
+    if (channels > 1) {
+      // A multiple of 64 pixels keeps blocks of few channels whole registers long; 4 is what a counter needs.
+      const int64_t unit = channels < 16 ? 64 : 4;
+      const int64_t units = kBlock / (unit * channels);
+      block = unit * channels * (units > 0 ? units : 1);
+    }
+    blocks = (args.N + block - 1) / block;
+  }
+};
+
+// Per-thread storage for the noise of a block, grown once.
+struct Scratch {
+  Decoder decoder;
+  std::vector<float> normals;
+  std::vector<const float*> z;
+};
+
+Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
+struct Call {
+  const AffineArgs& args;
+  const Executor& executor;
+  const Cut cut;
+};
+
+int64_t width_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Where an image stack of the given element width holds element `at` of sample b.
+template <class T>
+T* locate(T* base, int64_t width, int64_t sample, const AffineArgs& args, int64_t at) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<Byte*>(base) + width * (sample * args.N + at);
+}
+
+void run_blocks(const Call& call, int64_t begin, int64_t end) {
+  const AffineArgs& args = call.args;
+  const Cut& cut = call.cut;
+  Scratch& own = scratch();
+  Row& row = own.decoder.row;
+  int64_t decoded = -1, sample = -1;
+  PhiloxSchedule key{};
+  Stretch s{};
+  s.row = &row;
+  s.model_out_dtype = args.model_out_dtype;
+  s.model_in_dtype = args.model_in_dtype;
+  const int64_t out_width = width_of(args.model_out_dtype), in_width = width_of(args.model_in_dtype);
+
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t b = index / cut.blocks, first = index % cut.blocks * cut.block;
+    const int64_t i = args.row[b];
+    if (i < 0 || i >= args.R) {
+      index = (b + 1) * cut.blocks - 1;
+      continue;
+    }
+    if (i != decoded) {
+      own.decoder.decode(args, i);  // was found sound before the threads started
+      decoded = i;
+      sample = -1;
+    }
+    if (b != sample) {
+      sample = b;
+      s.w = guidance_weight(row.gain, args.guidance[b]);
+      if (row.terms) {
+        key = philox_schedule(static_cast<uint64_t>(args.seed[b]));
+        own.z.resize(static_cast<size_t>(row.terms));
+        const size_t want = static_cast<size_t>(row.terms) * static_cast<size_t>(cut.block + kFillSlack);
+        if (!args.noise && own.normals.size() < want) own.normals.resize(want);
+      }
+    }
+
+    s.count = args.N - first < cut.block ? args.N - first : cut.block;
+    const auto cell = [&](float* base, int64_t r) { return base + (r * args.B + b) * args.N + first; };
+    s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
+    for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
+    for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    if (row.reads_model) {
+      const bool guided = args.model_out_batch == 2 && s.w != 1.0f;
+      s.conditional = locate(args.model_out, out_width, b, args, first);
+      s.unconditional = guided ? locate(args.model_out, out_width, args.B + b, args, first) : nullptr;
+    }
+    s.denoised = args.denoised && row.reads_model ? cell(args.denoised, 0) : nullptr;
+    for (int64_t copy = 0; copy < args.model_in_batch; ++copy)
+      s.emit[copy] = locate(args.model_in, in_width, copy * args.B + b, args, first);
+
+    for (int t = 0; t < row.terms; ++t) {
+      const Term& term = row.term[t];
+      if (args.noise) {
+        own.z[static_cast<size_t>(t)] = args.noise + (term.id * args.B + b) * args.N + first;
+        continue;
+      }
+      float* z = own.normals.data() + t * (cut.block + kFillSlack);
+      own.z[static_cast<size_t>(t)] = z;
+      if (cut.channels > 1) {
+        const Patch patch{first / cut.channels, s.count / cut.channels, cut.channels, cut.plane};
+        call.executor.normals_channels_last(z, key, term.id, term.stream, patch);
+      } else {
+        call.executor.normals(z, key, term.id, term.stream, first, s.count);
+      }
+    }
+    s.z = own.z.data();
+
+    // Every thread that finds the sample bad writes the same number.
+    if (call.executor.step(s) && __atomic_load_n(args.status + b, __ATOMIC_RELAXED) < 0)
+      __atomic_store_n(args.status + b, static_cast<int32_t>(i), __ATOMIC_RELAXED);
+  }
+}
+
+// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements.
+Error survey(const AffineArgs& args, int64_t& work) {
+  Decoder& decoder = scratch().decoder;
+  int64_t decoded = -1, elements = 0;
+  for (int64_t b = 0; b < args.B; ++b) {
+    const int64_t i = args.row[b];
+    if (i < 0 || i >= args.R) continue;
+    if (i != decoded) {
+      if (const Error error = decoder.decode(args, i); error != kOk) return error;
+      if (decoder.row.reads_model && (!args.model_out || args.model_out_batch == 0)) return kNullPointer;
+      decoded = i;
+      elements = args.N * (1 + (args.noise ? 0 : kNormalCost * decoder.row.terms));
+    }
+    work += elements;
+  }
+  return kOk;
+}
+
+// After all elements are done: the next model time, and on to the next row.
+void finish(const AffineArgs& args) {
+  for (int64_t b = 0; b < args.B; ++b) {
+    const int64_t i = args.row[b];
+    if (i < 0 || i >= args.R) continue;
+    for (int64_t copy = 0; copy < args.model_time_batch; ++copy)
+      args.model_time[copy * args.B + b] = args.coef[i * args.coef_width + kEmitTime];
+    args.row[b] = static_cast<int32_t>(i + 1);
+  }
+}
+
+Error affine_step(const AffineArgs& args) {
+  if (const Error error = check(args); error != kOk) return error;
+  int64_t work = 0;
+  if (const Error error = survey(args, work); error != kOk) return error;
+  if (work > 0) {
+    const Call call{args, *kExecutors[isa()], Cut(args)};
+    const int64_t blocks = args.B * call.cut.blocks;
+    if (work < 2 * kGrain) {
+      run_blocks(call, 0, blocks);
+    } else {
+      const int64_t grain = blocks * kGrain / work;
+      const auto body = [](int64_t begin, int64_t end, void* context) {
+        run_blocks(*static_cast<const Call*>(context), begin, end);
+      };
+      if (torch_parallel_for(0, blocks, grain > 0 ? grain : 1, body, const_cast<Call*>(&call)) != AOTI_TORCH_SUCCESS)
+        return kThreads;
+    }
+  }
+  finish(args);
+  return kOk;
+}
+
+}  // namespace
+}  // namespace fastdiff::cpu
+
+using namespace fastdiff;
+
+FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
+  return args ? cpu::affine_step(*args) : kNullPointer;
+}
+
+FASTDIFF_EXPORT int64_t fastdiff_args_size() { return sizeof(AffineArgs); }
+
+FASTDIFF_EXPORT const char* fastdiff_error(int code) {
+  switch (code) {
+    case kOk: return "ok";
+    case kNullPointer: return "a buffer the row needs was not given";
+    case kBadShape: return "a size, batch factor or table width does not fit";
+    case kBadDtype: return "the model's dtype is none of float32, float16, bfloat16";
+    case kBadRegister: return "a row names a register the state does not hold, or has no output";
+    case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
+    case kThreads: return "torch's thread pool reported a failure";
+    case kCuda: return "the CUDA launch failed";
+    default: return "unknown error";
+  }
+}
+
+// 0 scalar, 1 AVX2, 2 AVX-512: use it if this machine has it (for tests). -1: as it stands. Returns what is in use.
+FASTDIFF_EXPORT int fastdiff_cpu_isa(int wanted) {
+  if (wanted >= 0 && wanted <= cpu::best_isa()) cpu::chosen_isa.store(wanted, std::memory_order_relaxed);
+  return cpu::isa();
+}
+
+FASTDIFF_EXPORT const char* fastdiff_cpu_isa_name(int which) {
+  constexpr int count = sizeof cpu::kExecutors / sizeof *cpu::kExecutors;
+  return which >= 0 && which < count ? cpu::kExecutors[which]->name : "";
+}
+
+FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint32_t stream, uint32_t* words) {
+  const PhiloxSchedule key = philox_schedule(seed);
+  for (int64_t i = 0; i < n; i += 4) {
+    const uint64_t q = static_cast<uint64_t>(i / 4);
+    uint64_t c[1][4] = {{q, q >> 32, id, stream}};
+    philox<Scalar>(c, key);
+    for (int64_t w = 0; w < 4 && i + w < n; ++w) words[i + w] = static_cast<uint32_t>(c[0][w]);
+  }
+}
+
+// One block of any counter and key: for known-answer vectors.
+FASTDIFF_EXPORT void fastdiff_philox_block(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
+  uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};
+  philox<Scalar>(c, PhiloxKey{key[0], key[1]});
+  for (int w = 0; w < 4; ++w) words[w] = static_cast<uint32_t>(c[0][w]);
+}
+
+// Normals of elements first .. first + n of a sample; first is a multiple of 4.
+FASTDIFF_EXPORT void fastdiff_normal_from(int64_t first, int64_t n, uint64_t seed, uint32_t id, uint32_t stream,
+                                          float* out) {
+  const PhiloxSchedule key = philox_schedule(seed);
+  float block[cpu::kBlock + cpu::kFillSlack];
+  for (int64_t i = 0; i < n; i += cpu::kBlock) {
+    const int64_t count = n - i < cpu::kBlock ? n - i : cpu::kBlock;
+    cpu::kExecutors[cpu::isa()]->normals(block, key, id, stream, first + i, count);
+    std::memcpy(out + i, block, static_cast<size_t>(count) * sizeof *out);
+  }
+}
+
+FASTDIFF_EXPORT void fastdiff_normal(int64_t n, uint64_t seed, uint32_t id, uint32_t stream, float* out) {
+  fastdiff_normal_from(0, n, seed, id, stream, out);
+}

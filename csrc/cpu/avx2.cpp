@@ -1,0 +1,10 @@
+// The executor for AVX2, FMA and F16C (compiled with their flags).
+#include "lanes_avx2.h"
+#include "noise.h"
+#include "step.h"
+
+namespace fastdiff::cpu {
+
+const Executor avx2_executor = {Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>};
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,10 @@
+// The executor for AVX-512 F, BW, DQ, VL (compiled with their flags).
+#include "lanes_avx512.h"
+#include "noise.h"
+#include "step.h"
+
+namespace fastdiff::cpu {
+
+const Executor avx512_executor = {Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>};
+
+}  // namespace fastdiff::cpu

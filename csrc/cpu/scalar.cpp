@@ -1,0 +1,10 @@
+// The executor for any machine.
+#include "lanes_scalar.h"
+#include "noise.h"
+#include "step.h"
+
+namespace fastdiff::cpu {
+
+const Executor scalar_executor = {Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>};
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,65 @@
+// Two uniform words to two unit normals: Box and Muller 1958, with polynomials instead of libm so that every executor
+// rounds alike. log(u): error 1.2 ulp; sin and cos of pi*(k/2 + s), |s| <= 1/4: error 1 ulp, no range reduction.
+#pragma once
+
+#include "philox.h"
+
+namespace fastdiff {
+
+// Natural logarithm of u in (0, 1].
+template <class L>
+FASTDIFF_INLINE typename L::F log_unit(typename L::F u) {
+  const typename L::I bits = L::bits(u);
+  const typename L::I e = L::template shift_right<23>(L::sub(bits, L::iset(0x3f3504f3)));
+  const typename L::F f = L::from_bits(L::sub(bits, L::template shift_left<23>(e))) - L::set(1.0f);
+  const typename L::F ef = L::to_float(e);
+  typename L::F q = L::set(0.06915578246116638f);
+  q = L::fma(q, f, L::set(-0.11788799613714218f));
+  q = L::fma(q, f, L::set(0.11872309446334839f));
+  q = L::fma(q, f, L::set(-0.1238449439406395f));
+  q = L::fma(q, f, L::set(0.14218780398368835f));
+  q = L::fma(q, f, L::set(-0.16669245064258575f));
+  q = L::fma(q, f, L::set(0.20002219080924988f));
+  q = L::fma(q, f, L::set(-0.24999986588954926f));
+  q = L::fma(q, f, L::set(0.3333331048488617f));
+  const typename L::F f2 = f * f;
+  typename L::F y = (f2 * f) * q;
+  y = L::fma(ef, L::set(-2.12194440e-4f), y);
+  y = L::fma(L::set(-0.5f), f2, y);
+  return L::fma(ef, L::set(0.693359375f), f + y);
+}
+
+template <class L>
+FASTDIFF_INLINE void box_muller(typename L::I w0, typename L::I w1, typename L::F& n0, typename L::F& n1) {
+  const typename L::F u = L::fma(L::to_float_unsigned(w0), L::set(0x1p-32f), L::set(0x1p-33f));
+  const typename L::F r = L::sqrt(L::set(-2.0f) * log_unit<L>(u));
+  const typename L::I k = L::template shift_right<30>(L::add(w1, L::iset(1 << 29)));
+  const typename L::F s = L::to_float(L::sub(w1, L::template shift_left<30>(k))) * L::set(0x1p-31f);
+  const typename L::F s2 = s * s;
+  typename L::F sp = L::set(-0.5890786647796631f);
+  sp = L::fma(sp, s2, L::set(2.549767255783081f));
+  sp = L::fma(sp, s2, L::set(-5.167707920074463f));
+  sp = L::fma(sp, s2, L::set(3.1415927410125732f));
+  const typename L::F sn = s * sp;
+  typename L::F cp = L::set(0.23146937787532806f);
+  cp = L::fma(cp, s2, L::set(-1.3350635766983032f));
+  cp = L::fma(cp, s2, L::set(4.058708190917969f));
+  cp = L::fma(cp, s2, L::set(-4.934802055358887f));
+  const typename L::F cs = L::fma(s2, cp, L::set(1.0f));
+  // Rotation by k quarter turns: odd k swaps, the sign bits come straight from k.
+  const typename L::F c = L::select_odd(k, sn, cs);
+  const typename L::F d = L::select_odd(k, cs, sn);
+  n0 = r * L::flip_sign(c, L::template shift_left<30>(L::add(k, L::iset(1))));
+  n1 = r * L::flip_sign(d, L::template shift_left<30>(k));
+}
+
+// The four normals of the counters q, as n[word][lane].
+template <class L, class Key>
+FASTDIFF_INLINE void normals(typename L::U q, uint32_t id, uint32_t stream, const Key& key, typename L::F (&n)[4]) {
+  typename L::U c[1][4] = {{q, L::high(q), L::uset(id), L::uset(stream)}};
+  philox<L>(c, key);
+  box_muller<L>(L::words(c[0][0]), L::words(c[0][1]), n[0], n[1]);
+  box_muller<L>(L::words(c[0][2]), L::words(c[0][3]), n[2], n[3]);
+}
+
+}  // namespace fastdiff

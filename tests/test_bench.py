@@ -1,0 +1,218 @@
+"""The benchmark's own conduct: no figure without a right result, tables that depend on the results alone."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import measure, ops, peers, run, table
+from bench.measure import Task, Timing
+
+pytest.importorskip("diffusers")
+
+CPU = torch.device("cpu")
+
+
+def small(solver: str) -> ops.Case:
+    return ops.Case(solver, (2, 3, 8, 8), torch.float32, "reference")
+
+
+def fact_line(**changes: object) -> dict[str, object]:
+    facts = dict.fromkeys(table.COLUMNS, "") | {
+        "run": "2026-01-02T03:04:05Z",
+        "commit": "abc1234",
+        "device": "cpu",
+        "machine": "A CPU (2 cores)",
+        "threads": "2",
+        "load": "0.1",
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+        "bench": "ops",
+        "solver": "ddim",
+        "shape": "1x3x32x32",
+        "model_dtype": "float32",
+        "executor": "cpp",
+        "bytes_per_element": 12,
+        "gbs": 30,
+        "copy_fraction": 1.01,
+        "ratio_diffusers": 50,
+        "ratio_compiled": 10,
+        "error": 1e-7,
+        "tolerance": 1e-6,
+    }
+    for time in ("us", "emit_us", "diffusers_us", "compiled_us"):
+        facts |= {time: 2.5, f"{time}_p20": 2.0, f"{time}_p80": 3.0}
+    return facts | changes
+
+
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_gate_is_green_for_the_real_row(solver: str) -> None:
+    gate = ops.check(ops.Bound(small(solver), CPU), CPU)
+    assert gate.green
+    assert 0 < gate.error <= gate.tolerance
+
+
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_gate_refuses_a_row_that_is_slightly_off(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = ops.Bound(small(solver), CPU)
+    step = bound.step
+
+    def wrong(model_out: torch.Tensor) -> None:
+        step(model_out)
+        bound.tensors.state.mul_(1 + 1e-5)
+
+    monkeypatch.setattr(bound, "step", wrong)
+    assert not ops.check(bound, CPU).green
+
+
+def test_gate_refuses_other_noise() -> None:
+    bound = ops.Bound(small("ddpm"), CPU)
+    bound.tensors.seed.add_(1)
+    assert not ops.check(bound, CPU).green
+
+
+def test_gate_refuses_a_step_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = ops.Bound(small("dpmpp_2m"), CPU)
+    monkeypatch.setattr(bound, "step", lambda model_out: None)
+    assert not ops.check(bound, CPU).green
+
+
+def test_gate_refuses_nan() -> None:
+    assert not ops.Gate(float("nan"), 1.0, 0.0, 1.0).green
+    assert not ops.Gate(0.0, 1.0, float("nan"), 1.0).green
+
+
+def test_red_gate_prints_and_records_no_figure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = peers.formula
+
+    def wrong(*arguments: object) -> tuple[object, object]:
+        x, denoised = real(*arguments)  # type: ignore[arg-type]
+        return x * 1.001, denoised
+
+    monkeypatch.setattr(peers, "formula", wrong)
+    line = ops.measure_case(small("ddim"), CPU, 0.01, 1, None)
+    assert line["gate"] == "red"
+    assert not [key for key in line if key == "us" or key.endswith("_us") or key.startswith("ratio")]
+
+    monkeypatch.setattr(ops, "run", lambda device, quick: iter([line]))
+    results = tmp_path / "results.csv"
+    assert run.main(["ops", "--device", "cpu", "--threads", "1", "--force", "--csv", str(results)]) == 1
+    assert "WRONG: no figure" in capsys.readouterr().out
+    assert not results.exists()
+
+
+def test_compiled_formula_is_checked() -> None:
+    case = small("ddim")
+    bound = ops.Bound(case, CPU)
+    c = peers.coefficients(case.solver, bound.plan.levels, [10], CPU)[0]
+    x = bound.start[0].flatten()
+
+    def right(x: torch.Tensor, old: torch.Tensor, f: torch.Tensor, c: torch.Tensor) -> None:
+        x.copy_(c[0] * x + c[1] * f)
+
+    arguments = (case.solver, bound.plan.levels, 10, x, x, bound.model_out.flatten(), c)
+    peers.check_compiled(right, *arguments)
+    with pytest.raises(RuntimeError, match="off by"):
+        peers.check_compiled(lambda x, old, f, c: right(x, old, f, c * 1.01), *arguments)
+
+
+def test_bytes_are_counted_from_the_row() -> None:
+    widths = {solver: ops.Bound(small(solver), CPU).bytes_per_element() for solver in peers.SOLVERS}
+    assert widths == {"ddim": (12, 8), "euler_ancestral": (12, 8), "ddpm": (12, 8), "dpmpp_2m": (20, 12)}
+
+
+def test_quantiles_and_interleaving() -> None:
+    timing = Timing.of([float(i) for i in range(101)])
+    assert (timing.p10, timing.p20, timing.median, timing.p80, timing.repetitions) == (10, 20, 50, 80, 101)
+    order: list[str] = []
+    tasks = {name: Task(lambda name=name: order.append(name)) for name in "ab"}  # type: ignore[misc]
+    timings = measure.interleave(tasks, CPU, budget=0.0, least=4, warm_up=1)
+    assert "".join(order[2:]) == "abbaabba"
+    assert timings["a"].repetitions == timings["b"].repetitions == 4
+
+
+def test_table_depends_on_the_results_alone() -> None:
+    lines = [
+        fact_line(run="2026-01-01T00:00:00Z", us=999.0),
+        fact_line(),
+        fact_line(solver="ddpm", ratio_diffusers="", diffusers_us=""),
+        fact_line(machine="Another CPU"),
+    ]
+    text = table.render(lines)
+    assert text == table.render(lines)
+    assert "999" not in text, "an older run of the same machine"
+    assert text.count("| ddim |") == 2
+    assert "2.50 [2.00–3.00]" in text
+    assert "Another CPU" in text
+
+
+def test_table_goes_between_the_markers(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results.csv", tmp_path / "README.md"
+    table.append(results, [fact_line()])
+    table.append(results, [fact_line(solver="ddpm")])
+    with results.open(newline="") as file:
+        assert [line["solver"] for line in csv.DictReader(file)] == ["ddim", "ddpm"]
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 0
+    once = readme.read_text()
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once and "| ddpm |" in once
+    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 0
+    assert readme.read_text() == once
+
+
+def test_table_leaves_a_readme_without_markers_alone(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results.csv", tmp_path / "README.md"
+    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 1
+    table.append(results, [fact_line()])
+    readme.write_text("text\n")
+    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 1
+    assert readme.read_text() == "text\n"
+
+
+def test_results_of_another_version_are_not_mixed(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    results.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        table.append(results, [fact_line()])
+
+
+@pytest.mark.parametrize("command", ["ops", "loop"])
+def test_quick_mode_runs_one_tiny_case(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the formula is run as it is: compiling it takes longer than everything else here
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers.compiled.cache_clear()
+    results, threads = tmp_path / "results.csv", torch.get_num_threads()
+    try:
+        assert run.main([command, "--quick", "--device", "cpu", "--threads", "1", "--csv", str(results)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        peers.compiled.cache_clear()
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed and "%" in printed
+    assert not results.exists(), "quick figures are not worth keeping"
+
+
+@pytest.mark.parametrize(("load", "others"), [(5.0, 0.0), (0.1, 0.9)])
+def test_a_busy_machine_records_nothing(
+    load: float, others: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = fact_line(gate="green", others=others, diffusers_error=0.0, diffusers_tolerance=1.0)
+    monkeypatch.setattr(ops, "run", lambda device, quick: iter([line]))
+    monkeypatch.setattr(measure, "load", lambda: load)
+    results = tmp_path / "results.csv"
+    command = ["ops", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--csv", str(results)]
+    assert run.main(command) == 0
+    assert "busy" in capsys.readouterr().out
+    assert not results.exists()
+    assert run.main([*command, "--force"]) == 0
+    assert results.exists()

@@ -1,0 +1,358 @@
+"""The C++ executor: its noise, its rows against float64, and what must not change a bit of a picture."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.engine import native, ops, reference
+from fastdiff.engine import noise as counter_noise
+from fastdiff.errors import BackendUnavailable
+
+# pytest's importlib mode puts no folder of tests on the path
+_spec = importlib.util.spec_from_file_location("row_cases", Path(__file__).with_name("row_cases.py"))
+assert _spec is not None and _spec.loader is not None
+sys.modules["row_cases"] = row_cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(row_cases)
+Case, expected = row_cases.Case, row_cases.expected
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SHAPES = [(1, 1, 1), (3, 5, 7), (3, 8, 8), (4, 9, 9), (2, 33, 31), (17, 5, 3), (20, 6, 6), (33, 7, 11), (3, 32, 32), (4, 37, 41)]
+
+
+def instruction_sets() -> list[int]:
+    try:
+        library = native.load()
+    except BackendUnavailable:
+        return []
+    return [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
+
+
+INSTRUCTION_SETS = instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def best_instruction_set() -> Iterator[None]:
+    """Every test starts, and leaves the process, with the fastest set this machine has."""
+    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
+    yield
+    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
+
+
+def run(tensors: ops.StepTensors, instruction_set: int | None = None) -> ops.StepTensors:
+    if instruction_set is not None:
+        assert native.load().fastdiff_cpu_isa(instruction_set) == instruction_set
+    ops.bind(tensors, "cpp")(tensors.model_out)
+    return tensors
+
+
+def c_array(call: str, n: int, seed: int, noise_id: int, stream: int, dtype: type) -> np.ndarray:
+    out = np.zeros(n, dtype)
+    getattr(native.load(), call)(
+        ctypes.c_int64(n), ctypes.c_uint64(seed), ctypes.c_uint32(noise_id), ctypes.c_uint32(stream),
+        out.ctypes.data_as(ctypes.c_void_p),
+    )  # fmt: skip
+    return out
+
+
+# -- noise
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),  # Random123's known-answer vectors for philox4x32-10
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter: str, key: str, words: str) -> None:
+    def array(text: str) -> ctypes.Array[ctypes.c_uint32]:
+        return (ctypes.c_uint32 * len(text.split()))(*(int(word, 16) for word in text.split()))
+
+    out = array("0 0 0 0")
+    native.load().fastdiff_philox_block(array(counter), array(key), out)
+    assert list(out) == list(array(words))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345, 2**64 - 1])
+def test_philox_words_equal_the_reference(seed: int) -> None:
+    words = c_array("fastdiff_philox", 4000, seed, 2**32 - 1, 3, np.uint32)
+    assert np.array_equal(words, counter_noise.philox(seed, np.arange(1000), 2**32 - 1, 3).reshape(-1))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("n", [1, 5, 64, 1023, 1024, 1025, 100_003])
+def test_normals_equal_the_reference(instruction_set: int, n: int) -> None:
+    native.load().fastdiff_cpu_isa(instruction_set)
+    got = c_array("fastdiff_normal", n, 77, 9, 1, np.float32)
+    want = counter_noise.normal(77, n, 9, 1)
+    assert np.max(np.abs(got - want)) <= 2 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("first", [2**34 - 64, 2**34 - 4, 2**35 + 8, 2**40 + 4])
+def test_counters_beyond_32_bits(instruction_set: int, first: int) -> None:
+    library = native.load()
+    library.fastdiff_cpu_isa(instruction_set)
+    got = np.zeros(300, np.float32)
+    library.fastdiff_normal_from(
+        ctypes.c_int64(first), ctypes.c_int64(300), ctypes.c_uint64(5), ctypes.c_uint32(1), ctypes.c_uint32(0),
+        got.ctypes.data_as(ctypes.c_void_p),
+    )  # fmt: skip
+    words = counter_noise.philox(5, first // 4 + np.arange(75), 1, 0).reshape(-1, 2)
+    want = counter_noise.box_muller(words[:, 0], words[:, 1]).reshape(-1)
+    assert np.max(np.abs(got - want)) <= 2 * np.finfo(np.float32).eps
+
+
+# -- rows
+
+
+def random_cases() -> list[row_cases.Case]:
+    rng = np.random.default_rng(2024)
+    cases = []
+    for seed in range(160):
+        cases.append(
+            Case(
+                shape=SHAPES[seed % len(SHAPES)],
+                batch=int(rng.integers(1, 6)),
+                layout=LAYOUTS[seed % 2],
+                model_dtype=(torch.float32, *HALF_TYPES)[int(rng.integers(3))],
+                emit_dtype=(None, torch.float32, *HALF_TYPES)[int(rng.integers(4))],
+                guided=bool(rng.integers(2)),
+                terms=int(rng.integers(0, 5)),
+                injected=bool(rng.random() < 0.2),
+                idle=bool(rng.random() < 0.2),
+                seed=seed,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("case", random_cases(), ids=lambda case: f"{case.seed}")
+def test_random_rows_against_float64(case: row_cases.Case) -> None:
+    tensors = case.tensors()
+    before, want = copy.deepcopy(tensors), expected(tensors)
+    torch_own = copy.deepcopy(tensors)
+    reference.affine_step(*torch_own.arguments())  # type: ignore[arg-type]
+    run(tensors)
+
+    for b in range(case.batch):
+        i = int(before.row[b])
+        active = 0 <= i < case.rows
+        written = [int(r) for r in before.ids[i][6:9] if r >= 0] if active else []
+        for register in range(case.registers):
+            if register in written:
+                error = (tensors.state[register, b].double() - want["state"][register, b]).abs().max()
+                own = (torch_own.state[register, b].double() - want["state"][register, b]).abs().max()
+                assert error <= 2 * own + 4e-7, f"register {register} of sample {b}: {error} against torch's {own}"
+            else:
+                assert same_bits(tensors.state[register, b], before.state[register, b])
+        assert tensors.row[b] == (i + 1 if active else i)
+        assert tensors.status[b] == -1
+
+        reads_model = active and bool(before.ids[i, 9])
+        if reads_model:
+            torch.testing.assert_close(tensors.denoised[b].double(), want["denoised"][b], rtol=1e-6, atol=3e-6)
+        else:
+            assert tensors.denoised[b].isnan().all()
+        for half in range(len(tensors.model_time) // case.batch):
+            time = tensors.model_time[half * case.batch + b]
+            assert time == before.coef[i, 6] if active else time.isnan()
+        if tensors.model_in is None:
+            continue
+        for half in range(len(tensors.model_in) // case.batch):
+            image = tensors.model_in[half * case.batch + b]
+            if active:
+                scaled = before.coef[i, 5] * tensors.state[written[0], b]
+                assert same_bits(image, scaled.to(image.dtype))
+                tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[image.dtype]
+                torch.testing.assert_close(image.double(), want["emitted"][b], rtol=tolerance, atol=tolerance)
+            else:
+                assert image.isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_instruction_sets_agree_to_the_bit(seed: int) -> None:
+    case = Case(
+        shape=SHAPES[seed % len(SHAPES)],
+        layout=LAYOUTS[seed % 2],
+        model_dtype=(torch.float32, *HALF_TYPES)[seed % 3],
+        emit_dtype=(*HALF_TYPES, torch.float32)[seed % 3],
+        seed=100 + seed,
+    )
+    first, *others = (run(case.tensors(), n) for n in INSTRUCTION_SETS)
+    for other in others:
+        for name in ("state", "model_in", "model_time", "denoised"):
+            assert same_bits(getattr(first, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_every_half_precision_value_loads_and_stores(instruction_set: int, dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    edges = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    exact = torch.cat([values.float(), edges.view(torch.float32), values.float() * (1 + 2**-11), values.float() * 0.75])
+    exact = exact[~exact.isnan()]
+    case = Case(shape=(len(values),), batch=1, guided=False, terms=0, rows=1, registers=1, emit_dtype=dtype)
+    passing_on(tensors := case.tensors())
+    tensors.model_out = values[None].clone()
+    run(tensors, instruction_set)
+    finite = ~values.isnan()
+    assert torch.equal(tensors.state[0, 0][finite], values.float()[finite])
+    assert tensors.state[0, 0][~finite].isnan().all()
+    assert torch.equal(tensors.model_in[0][finite], values[finite])
+
+    case = Case(shape=(len(exact),), batch=1, guided=False, terms=0, rows=1, registers=1, emit_dtype=dtype)
+    passing_on(tensors := case.tensors())
+    tensors.model_out = exact[None].clone()
+    run(tensors, instruction_set)
+    assert same_bits(tensors.model_in[0], exact.to(dtype))
+
+
+def passing_on(tensors: ops.StepTensors) -> None:
+    """Turn row 0 into: register 0 = next input = F."""
+    tensors.coef.zero_()
+    tensors.coef[0, [1, 5, 10]] = 1.0
+    tensors.coef[0, 3:5] = torch.tensor([-float("inf"), float("inf")])
+    tensors.ids[0] = torch.tensor([0, -1, -1, -1, -1, -1, 0, -1, -1, 1, 0, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 63, 64, 70, -1])
+def test_a_value_that_is_not_finite_names_its_row(
+    instruction_set: int, dtype: torch.dtype, bad: float, place: int
+) -> None:
+    case = Case(shape=(197,), batch=4, guided=True, rows=3, registers=1, terms=0, model_dtype=dtype)
+    tensors = case.tensors()
+    passing_on(tensors)
+    tensors.coef[:] = tensors.coef[0].clone()
+    tensors.ids[:] = tensors.ids[0].clone()
+    tensors.coef[:, 2] = 1.0
+    tensors.row[:] = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
+    tensors.guidance[:] = torch.tensor([3.0, 1.0, 3.0, 3.0])
+    tensors.status[3] = 0
+    tensors.model_out[4, place] = bad  # unconditional half of sample 0
+    tensors.model_out[5, place] = bad  # of sample 1, which is not guided and so does not read it
+    tensors.model_out[3, place] = bad  # sample 3, whose status is taken
+    run(tensors, instruction_set)
+    assert tensors.status.tolist() == [0, -1, -1, 0]
+    assert tensors.row.tolist() == [1, 2, 3, 3]
+
+
+def one_row(batch: int, layout: torch.memory_format, shape: tuple[int, ...]) -> ops.StepTensors:
+    """A row that reads everything, the same for each sample; sample b's data depend on its seed alone."""
+    case = Case(shape=shape, batch=batch, layout=layout, rows=1, registers=3, terms=3, emit_dtype=torch.bfloat16)
+    tensors = case.tensors()
+    tensors.row.zero_()
+    tensors.seed[:] = torch.arange(100, 100 + batch)
+    tensors.guidance.fill_(2.0)
+    generator = np.random.default_rng(7)
+    tensors.coef[0, :32] = torch.from_numpy(generator.normal(size=32).astype(np.float32))
+    tensors.coef[0, 32:] = 0.5
+    tensors.coef[0, 3:5] = torch.tensor([-1.0, 1.0])
+    tensors.coef[0, [9, 17, 25]] = torch.tensor([1.0, 0.0, 1.0])
+    tensors.ids[0] = torch.tensor([0, 1, 2, -1, -1, -1, 0, 2, 1, 1, 3, 2, 0, 0, 0, 0, 4, 1, 9, 2, 4, 1])
+    for b in range(batch):
+        own = torch.Generator().manual_seed(int(tensors.seed[b]))
+        tensors.state[:, b] = torch.randn(3, *shape, generator=own)
+        tensors.model_out[b] = torch.randn(*shape, generator=own)
+        tensors.model_out[batch + b] = torch.randn(*shape, generator=own)
+    return tensors
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (4, 9, 11), (19, 7, 5)])
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_either_layout(shape: tuple[int, ...]) -> None:
+    batches = [run(one_row(64, layout, shape)) for layout in LAYOUTS]
+    for layout in LAYOUTS:
+        for b in (0, 1, 31, 63):
+            alone = one_row(64, layout, shape)
+            for name in ("row", "seed", "guidance", "status", "ticket"):
+                setattr(alone, name, getattr(alone, name)[b : b + 1].clone())
+            alone.state = alone.state[:, b : b + 1].flatten(0, 1).contiguous(memory_format=layout).unflatten(0, (3, 1))
+            for name in ("model_out", "model_in"):
+                stack = getattr(alone, name)[b::64]
+                setattr(alone, name, stack.contiguous(memory_format=layout))
+            alone.model_time, alone.denoised = alone.model_time[b::64].clone(), None
+            run(alone)
+            for batch in batches:
+                assert same_bits(alone.state[:, 0], batch.state[:, b])
+                assert same_bits(alone.model_in, batch.model_in[b::64])
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(one_row(64, torch.channels_last, (5, 24, 24))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(results[0].state, other.state) for other in results[1:])
+
+
+def test_a_large_batch_on_all_threads() -> None:
+    large = one_row(96, LAYOUTS[0], (3, 64, 64))
+    want = expected(large)["state"]
+    run(large)
+    torch.testing.assert_close(large.state.double(), want, rtol=1e-5, atol=1e-5)
+    scaled = large.coef[0, 5] * large.state[0]
+    assert same_bits(large.model_in, torch.cat([scaled, scaled]).to(torch.bfloat16))
+
+
+# -- refusals
+
+
+def test_a_register_that_is_not_there_is_refused_and_nothing_written() -> None:
+    tensors = one_row(2, LAYOUTS[0], (3, 4, 4))
+    before = copy.deepcopy(tensors)
+    for column, value in ((1, 3), (6, 3), (6, -1), (0, 9)):
+        tensors.ids[0, column], kept = value, int(tensors.ids[0, column])
+        with pytest.raises(RuntimeError, match="names a register the state does not hold"):
+            run(tensors)
+        tensors.ids[0, column] = kept
+    tensors.ids[0, 10] = 4
+    with pytest.raises(RuntimeError, match="more noise terms"):
+        run(tensors)
+    assert same_bits(tensors.state, before.state)
+    assert torch.equal(tensors.row, before.row)
+
+
+def test_an_unlike_model_output_is_refused() -> None:
+    tensors = one_row(2, LAYOUTS[1], (3, 4, 4))
+    step = ops.bind(tensors, "cpp")
+    for other in (tensors.model_out[:2], tensors.model_out.double(), tensors.model_out.contiguous()):
+        with pytest.raises(ValueError, match="the model output is .* the one bound was"):
+            step(other)
+
+
+def test_a_missing_extension_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "fastdiff" / "engine" / "native.py"))
+    native.load.cache_clear()
+    with pytest.raises(BackendUnavailable, match="is not in .*install a C\\+\\+17 compiler"):
+        native.load()
+    (tmp_path / "fastdiff").mkdir()
+    (tmp_path / "fastdiff" / "_C.abi3.so").write_bytes(b"not a shared object")
+    with pytest.raises(BackendUnavailable, match="does not load"):
+        native.load()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, any NaN equal to any NaN."""
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.nan_to_num(1234.5), b.nan_to_num(1234.5))
+        and torch.equal(a.isnan(), b.isnan())
+    )

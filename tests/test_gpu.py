@@ -1,0 +1,104 @@
+"""The loop on a CUDA device: executors against the CPU, graph against eager, replay without recapture, no host sync."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdiff as fd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+EXECUTORS = [name for name in ("triton", "cuda") if fd.backends()[name].ok]
+
+
+class Bumpy(nn.Module):
+    """Treats each element alone, so that only the sampler can make two devices or batches differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        shift = 0.0 if label is None else 0.1 * label.view(-1, 1, 1, 1).to(x.dtype)
+        return self.gain * torch.tanh(x + shift) * (1 + 0.1 * t.cos().view(-1, 1, 1, 1)).to(x.dtype)
+
+
+def denoiser(device: str, dtype: torch.dtype = torch.float32) -> fd.Denoiser:
+    return fd.Denoiser(Bumpy().to(device, dtype).requires_grad_(False), fd.schedules.edm(), "edm", sigma_data=0.5)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(5, 3, 16, 16), (2, 3, 9, 7)])
+def test_executors_agree_with_the_cpu(
+    executor: str, solver: str, layout: torch.memory_format, shape: tuple[int, ...]
+) -> None:
+    draw = {"solver": solver, "steps": 8, "seed": 3, "memory_format": layout}
+    expected = fd.sample(denoiser("cpu"), shape, backend="reference", **draw)
+    for graph in (False, True):
+        got = fd.sample(denoiser("cuda"), shape, backend=executor, graph=graph, **draw).cpu()
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_graph_equals_eager_and_a_seed_is_its_image_in_any_batch(executor: str) -> None:
+    model = denoiser("cuda", torch.bfloat16)
+    draw = {"solver": "dpmpp_2m_sde", "steps": 10, "backend": executor}
+    alone = fd.sample(model, (1, 3, 16, 16), seed=[17], graph=False, **draw)
+    batch = fd.sample(model, (64, 3, 16, 16), seed=[*range(100, 163), 17], graph=True, **draw)
+    assert torch.equal(alone[0], batch[63])
+    assert torch.equal(batch, fd.sample(model, (64, 3, 16, 16), seed=[*range(100, 163), 17], graph=True, **draw))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_one_capture_serves_new_seeds_labels_and_guidance_without_a_sync(executor: str) -> None:
+    model = denoiser("cuda")
+    plan = fd.plan("dpmpp_2m", model.schedule, 12, "karras")
+    sampler, eager = fd.Sampler(plan, model, executor, graph=True), fd.Sampler(plan, model, executor, graph=False)
+    shape, graphs = (4, 3, 16, 16), set()
+    for seed, label, guidance in ((0, 1.0, 2.0), (9, 3.0, 5.0), (9, 0.0, [1.0, 2.0, 3.0, 4.0])):
+        arguments = {
+            "seed": seed,
+            "cond": {"label": torch.full((4,), label, device="cuda")},
+            "uncond": {"label": torch.zeros(4, device="cuda")},
+            "guidance": guidance,
+        }
+        got = sampler.sample(shape, **arguments)
+        graphs.add(id(sampler._buffers.graph))  # type: ignore[union-attr]
+        assert torch.equal(got, eager.sample(shape, **arguments))
+    assert len(graphs) == 1
+
+    graph = sampler._buffers.graph  # type: ignore[union-attr]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(12):
+            graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_non_finite_output_is_found_after_the_graph(executor: str) -> None:
+    broken = fd.Denoiser(
+        lambda x, t: torch.where(t.view(-1, 1, 1, 1) < 0, torch.full_like(x, float("nan")), x),
+        fd.schedules.edm(), "edm", sigma_data=0.5, device="cuda",
+    )  # fmt: skip
+    plan = fd.plan("ddim", broken.schedule, 10, "karras")
+    first = next(i for i, level in enumerate(plan.levels) if level.sigma < 1.0)
+    with pytest.raises(FloatingPointError, match=f"row {first} of 10"):
+        fd.Sampler(plan, broken, executor, graph=True).sample((2, 3, 8, 8))
+
+
+def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning() -> None:
+    def syncs(x: Tensor, t: Tensor) -> Tensor:
+        return x * float(t[0].cos().item())
+
+    model = fd.Denoiser(syncs, fd.schedules.edm(), "edm", sigma_data=0.5, device="cuda")
+    eager = fd.sample(model, (2, 3, 8, 8), steps=3, graph=False)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        assert torch.equal(eager, fd.sample(model, (2, 3, 8, 8), steps=3))

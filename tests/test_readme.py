@@ -1,0 +1,87 @@
+"""README's Python runs as it stands, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff import cli
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[tuple[int, str]]:
+    """(line number, text) of every fenced block of one language ("" for commands)."""
+    found, start, kind, lines = [], 0, None, []
+    for number, line in enumerate(README.read_text().splitlines(), 1):
+        if line.startswith("```") and kind is None:
+            start, kind, lines = number, line[3:].strip(), []
+        elif line.startswith("```"):
+            found += [(start, "\n".join(lines))] if kind == language else []
+            kind = None
+        else:
+            lines.append(line)
+    return found
+
+
+def commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for _, block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("fastdiff ")]
+
+
+def test_python_blocks_run_in_order(tmp_path):
+    page = [""] * len(README.read_text().splitlines())
+    for start, text in blocks("python"):
+        lines = text.splitlines()
+        page[start : start + len(lines)] = lines  # at their own line numbers, so that a traceback points into README
+    assert sum(bool(line) for line in page) > 30
+    script = tmp_path / "README.py"
+    script.write_text("\n".join(page))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dpmpp_2s, 19 model evaluations, grid trailing: ok" in done.stdout
+
+
+def test_first_example_is_short():
+    first = [line for line in blocks("python")[0][1].splitlines() if line.strip()]
+    assert len(first) <= 10, f"README promises a short first example, it has {len(first)} lines"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    arguments = cli._parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.run)
+
+
+def test_commands_are_shown():
+    shown = {command.split()[1] for command in commands()}
+    assert {"sample", "plan", "info", "verify"} <= shown
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", README.with_name("Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)", README.read_text()))
+    assert named <= targets
+
+
+def test_files_named_exist():
+    root = README.parent
+    text = README.read_text()
+    named = {
+        *re.findall(r"`((?:bench|recipes|fastdiff|docs|\.ci)/[\w./]*)`", text),
+        *re.findall(r"\]\(([\w./]+)\)", text),
+    }
+    made_later = {"bench/results.csv"}  # by the command beside it
+    missing = [name for name in named - made_later if not (root / name).exists()]
+    assert not missing
+
+
+def test_table_has_its_place():
+    text = README.read_text()
+    assert text.count("<!-- bench:begin -->") == 1
+    assert text.index("<!-- bench:begin -->") < text.index("<!-- bench:end -->")
