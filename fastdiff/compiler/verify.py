@@ -175,10 +175,13 @@ def _refined(plan: Plan, cut: int) -> Plan:
         raise ValueError("it has one noisy level")
     if plan.nfe * plan.draws * cut**2 > BUDGET:
         raise ValueError("too many rows and draws")
+    upward = noisy[0].rho < noisy[-1].rho
+    noisy = noisy[::-1] if upward else noisy
     levels: list[Level] = []
     for s, t in itertools.pairwise(noisy):
         levels += [s, *(_between(plan.schedule, s, t, i / cut) for i in range(1, cut))]
-    levels += plan.levels[len(noisy) - 1 :]
+    levels += [noisy[-1], *(level for level in plan.levels if level.sigma == 0.0)]
+    levels = levels[::-1] if upward else levels
     return compile_levels(plan.solver, levels, plan.schedule, "refined", plan.options)
 
 

@@ -21,9 +21,10 @@ def sa_solver(
     x: Lin,
     predictor_order: int = 2,
     corrector_order: int = 2,
-    tau: float | Sequence[float] = 1.0,
+    tau: float = 1.0,
     tau_from: float = 0.0,
     tau_to: float = math.inf,
+    taus: Sequence[float] | None = None,
     mode: str = "pec",
     lower_final: bool = True,
     s_noise: float = 1.0,
@@ -33,8 +34,8 @@ def sa_solver(
 
     b_j = alpha_t int k e^(k (lambda - lambda_t)) L_j dlambda, k = 1 + tau^2; noise = sigma_t sqrt(1 - e^(-2 tau^2 h)) z.
     predictor_order 1..4: over the last D. corrector_order 0..4: the step just made again, with the D found at its end
-    and the same z; 0 leaves it out. tau: strength of the noise (0 the ODE, 1 the SDE), one number or one per step, where
-    tau_from <= sigma/alpha <= tau_to and 0 elsewhere. mode: "pec" evaluates once a step, "pece" again after the
+    and the same z; 0 leaves it out. tau: strength of the noise (0 the ODE, 1 the SDE), where tau_from <= sigma/alpha <= tau_to
+    and 0 elsewhere; taus: instead of these, one number per step. mode: "pec" evaluates once a step, "pece" again after the
     correction. lower_final: come down to order 1 over the last steps. flavor "diffusers": order 2 uses its simplified
     weights.
     """
@@ -43,7 +44,7 @@ def sa_solver(
         check_order("sa_solver", corrector_order, 4, "corrector_order")
     check_choice("sa_solver", "mode", mode, ("pec", "pece"))
     check_choice("sa_solver", "flavor", flavor, (None, "diffusers"))
-    strengths = _strengths(run, tau, tau_from, tau_to)
+    strengths = _strengths(run, tau, tau_from, tau_to, taus)
     simple = flavor == "diffusers"
     history = History(run, predictor_order, lower_final=lower_final)
     older = History(run, max(1, corrector_order - 1))
@@ -88,9 +89,10 @@ def _adams(
     return exponential_step(x, combined, s, t, 1.0, tau**2) + noise
 
 
-def _strengths(run: Run, tau: float | Sequence[float], low: float, high: float) -> list[float]:
-    """tau of every step, 0 outside the range of sigma/alpha."""
-    if isinstance(tau, Sequence) and (len(tau) != run.steps or not all(math.isfinite(value) for value in tau)):
-        raise ValueError(f"sa_solver: tau must be a number or {run.steps} of them, one per step, got {list(tau)}")
-    values = tau if isinstance(tau, Sequence) else [tau] * run.steps
-    return [float(v) if low <= s.rho <= high else 0.0 for v, (_, s, _) in zip(values, run.intervals(), strict=True)]
+def _strengths(run: Run, tau: float, low: float, high: float, taus: Sequence[float] | None) -> list[float]:
+    """tau of every step."""
+    if taus is None:
+        return [float(tau) if low <= s.rho <= high else 0.0 for _, s, _ in run.intervals()]
+    if len(taus) != run.steps or not all(math.isfinite(value) for value in taus):
+        raise ValueError(f"sa_solver: taus must hold {run.steps} finite numbers, one per step, got {list(taus)}")
+    return [float(value) for value in taus]

@@ -56,7 +56,7 @@ def dpmsolver(
     return multistep(run, x, order, k=-1.0, correction=correction, curvature=curvature, lower_final=lower_final)
 
 
-@solver("dpm_fast", order=1, denoises={"denoise": True})
+@solver("dpm_fast", order=2, denoises={"denoise": True})
 def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., then what is left, in exactly `steps`.
 
