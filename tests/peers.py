@@ -131,7 +131,7 @@ def stub_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def k_diffusion_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """k-diffusion's module of samplers alone, without what the rest of its package imports; skips where there is none."""
+    """k-diffusion's file of samplers alone, without what the rest of its package imports; skips without it."""
     found = importlib.util.find_spec("k_diffusion")
     if found is None or not found.submodule_search_locations:
         pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion")
@@ -139,7 +139,8 @@ def k_diffusion_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("torchdiffeq", "torchsde", "k_diffusion", "k_diffusion.utils"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["torchdiffeq"].odeint = None
-    sys.modules["k_diffusion"].utils = sys.modules["k_diffusion.utils"]
+    utils = sys.modules["k_diffusion"].utils = sys.modules["k_diffusion.utils"]
+    utils.append_dims = lambda x, count: x.reshape(*x.shape, *(1 for _ in range(count - x.ndim)))
     path = Path(found.submodule_search_locations[0]) / "sampling.py"
     spec = importlib.util.spec_from_file_location("k_diffusion.sampling", path)
     assert spec is not None and spec.loader is not None

@@ -152,7 +152,5 @@ def law_error(plan: Plan) -> float:
 def measured_order(case: Case, schedule: Schedule | str, steps: tuple[int, int]) -> float:
     """log of the ratio of errors over that of steps; from sigma/alpha = 20 to 0.01."""
     ends = {"sigma_min": 0.01, "sigma_max": 20.0}
-    errors = [
-        law_error(build(case.solver, schedule, n, case.grid, grid_options=ends, **case.options)) for n in steps
-    ]
+    errors = [law_error(build(case.solver, schedule, n, case.grid, grid_options=ends, **case.options)) for n in steps]
     return float(np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0]))

@@ -20,7 +20,6 @@ pytest.importorskip("diffusers")
 from peers import (
     NAMES,
     RTOL,
-    SIZE,
     TRAIN,
     Array,
     Peer,
@@ -101,9 +100,7 @@ def test_unipc_on_a_flow(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("correction", ["midpoint", "heun"])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"])
 @every_count
-def test_third_order_multistep(
-    steps: int, algorithm: str, correction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_third_order_multistep(steps: int, algorithm: str, correction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if algorithm == "sde-dpmsolver++" and correction == "heun":
         return  # the second-order step of this flavor is the midpoint one
     options = config(algorithm_type=algorithm, solver_type=correction, solver_order=3)

@@ -54,7 +54,7 @@ def exponential_ab(run: Run, x: Lin, order: int = 3, variable: str = "x0") -> Li
 
 @solver("lms", order=4, denoises={"flavor": None})
 def lms(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
-    """Linear multistep (k-diffusion's sample_lms): x'/alpha_t = x/alpha_s + sum_j E_j int_{rho_s}^{rho_t} L_j(rho) drho.
+    """Linear multistep (k-diffusion's sample_lms): x'/alpha_t = x/alpha_s + sum_j E_j int L_j(rho) drho over the step.
 
     order 1..4. flavor "diffusers" or "k_diffusion": the step to sigma = 0 keeps its order instead of being x' = D.
     """

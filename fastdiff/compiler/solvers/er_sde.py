@@ -15,22 +15,21 @@ from fastdiff.compiler.solvers.registry import solver
 # phi(l) / l: a constant adds no noise, and the faster it grows the more of the noise is drawn anew
 NOISES: dict[str, Callable[[float], float]] = {
     "ode": lambda _: 1.0,
-    "sde": lambda l: l,
-    "power": lambda l: math.sqrt(l),
-    "log": lambda l: l**-0.1 * math.log10(1.0 + 100.0 * l**1.5),
-    "exp": lambda l: math.exp(l**0.3) + 10.0,
+    "sde": lambda rho: rho,
+    "power": lambda rho: math.sqrt(rho),
+    "log": lambda rho: rho**-0.1 * math.log10(1.0 + 100.0 * rho**1.5),
+    "exp": lambda rho: math.exp(rho**0.3) + 10.0,
 }
 POINTS, WEIGHTS = np.polynomial.legendre.leggauss(40)
 
 
 @solver("er_sde", order=2, exact_marginal={"s_noise": 1.0})
-def er_sde(
-    run: Run, x: Lin, order: int = 3, noise: str = "exp", form: str = "published", s_noise: float = 1.0
-) -> Lin:
-    """ER-SDE-Solver of order 1..3 (Cui et al. 2023, Alg. 1-3), l = sigma/alpha from l_s down to l_t, r = phi(l_t)/phi(l_s).
+def er_sde(run: Run, x: Lin, order: int = 3, noise: str = "exp", form: str = "published", s_noise: float = 1.0) -> Lin:
+    """ER-SDE-Solver of order 1..3 (Cui et al. 2023, Alg. 1-3), l = sigma/alpha from l_s down to l_t.
 
     x'/alpha_t = r x/alpha_s + (1 - r) D + (l_t - l_s + phi(l_t) S) D' + ((l_t - l_s)^2/2 + phi(l_t) S_u) D''
-    + sqrt(l_t^2 - l_s^2 r^2) s_noise z, S = int_{l_t}^{l_s} dl/phi, S_u = int (l - l_s)/phi dl; D', D'' backward differences.
+    + sqrt(l_t^2 - l_s^2 r^2) s_noise z with r = phi(l_t)/phi(l_s), S = int_{l_t}^{l_s} dl/phi, S_u = int (l - l_s)/phi dl;
+    D', D'' backward differences.
     noise: phi(l) = l ("ode", no noise), l^2 ("sde", the time reversal), l^1.5 ("power"), l^0.9 log10(1 + 100 l^1.5)
     ("log"), l (e^(l^0.3) + 10) ("exp", the paper's choice). form: "published" takes the backward difference for D' and
     is globally of order 2; "corrected" adds (l_s - l_old) D''/2 to it in the third-order step.
@@ -47,10 +46,8 @@ def er_sde(
             return t.alpha * denoised
         history.add(s, denoised)
         order_here = history.order(i, t)
-        if math.isinf(s.rho):
-            carried = t.rho if noise == "ode" else 0.0
-        else:
-            carried = t.rho * growth(t.rho) / growth(s.rho)
+        fading = growth(t.rho) / growth(s.rho) if math.isfinite(s.rho) else float(noise == "ode")
+        carried = t.rho * fading
         ahead = (t.alpha * carried / s.sigma) * x + t.alpha * (1.0 - carried / s.rho) * denoised
         if order_here > 1:
             linear, curved = _integrals(growth, t.rho, s.rho)
@@ -79,7 +76,7 @@ def _integrals(growth: Callable[[float], float], low: float, high: float) -> tup
     """
     half = 0.5 * math.log(high / low)
     points = low * np.exp(half * (POINTS + 1.0))
-    over_phi = half * WEIGHTS / np.array([growth(float(l)) for l in points])
+    over_phi = half * WEIGHTS / np.array([growth(float(point)) for point in points])
     phi_low = low * growth(low)
     linear = low - high + phi_low * float(over_phi.sum())
     return linear, 0.5 * (low - high) ** 2 + phi_low * float((over_phi * (points - high)).sum())

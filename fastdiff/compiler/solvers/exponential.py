@@ -22,7 +22,8 @@ def model_value(run: Run, x: Lin, denoised: Lin, s: Level, k: float) -> Lin:
 def exponential_step(x: Lin, combined: Lin, s: Level, t: Level, k: float, eta: float = 0.0) -> Lin:
     """The solution at t without its noise, `combined` = sum_j w_j m_j with w = int k' e^{k' u} L_j(u) du.
 
-    k = 1: (sigma_t/sigma_s) e^{-eta h} x + alpha_t combined, k' = 1 + eta. k = -1: (alpha_t/alpha_s) x + sigma_t combined.
+    k = 1: (sigma_t/sigma_s) e^{-eta h} x + alpha_t combined, k' = 1 + eta.
+    k = -1: (alpha_t/alpha_s) x + sigma_t combined, k' = -1.
     """
     if k < 0.0:
         return (t.alpha / s.alpha) * x + t.sigma * combined

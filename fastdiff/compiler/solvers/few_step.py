@@ -42,7 +42,8 @@ def tcd(run: Run, x: Lin, gamma: float = 0.3) -> Lin:
     """Trajectory consistency sampling (Zheng et al. 2024, Alg. 4): down to a level u below t, then noise up to t.
 
     y = alpha_u D + sigma_u E, x' = (alpha_t/alpha_u) y + sqrt(sigma_t^2 - (alpha_t/alpha_u)^2 sigma_u^2) z, u at
-    (1 - gamma) of t's time on the schedule's clock (rounded down on a discrete one). gamma = 0 is ddim, 1 all new noise.
+    (1 - gamma) of t's time on the schedule's clock (rounded down on a discrete one). gamma = 0 is
+    ddim, 1 all new noise.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"tcd: gamma must be in [0, 1], got {gamma}")
@@ -69,9 +70,9 @@ def _below(run: Run, t: Level, gamma: float) -> Level:
 
 @solver("consistency", order=0, exact_marginal=False)
 def consistency(run: Run, x: Lin, epsilon: float = 0.002) -> Lin:
-    """Multistep consistency sampling (Song et al. 2023, Alg. 1): x'/alpha_t = D + sqrt(rho_t^2 - epsilon^2) z, last x' = D.
+    """Multistep consistency sampling (Song et al. 2023, Alg. 1): x'/alpha_t = D + sqrt(rho_t^2 - epsilon^2) z.
 
-    epsilon: the rho at which the model was trained to be the identity.
+    The last step is x' = D. epsilon: the rho at which the model was trained to be the identity.
     """
     if not epsilon >= 0.0:
         raise ValueError(f"consistency: epsilon must be >= 0, got {epsilon}")

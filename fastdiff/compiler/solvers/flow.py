@@ -23,7 +23,7 @@ def flow_euler(run: Run, x: Lin) -> Lin:
 
 @solver("flow_heun", order=2)
 def flow_heun(run: Run, x: Lin) -> Lin:
-    """Heun on dx/ds = u (Lipman et al. 2024, section 2): x' = x + (t - s) (u_s + u_t) / 2; the step to s = 0 is Euler's."""
+    """Heun on dx/ds = u (Lipman et al. 2024, section 2): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
     _check_flow("flow_heun", run)
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
@@ -39,8 +39,8 @@ def flow_heun(run: Run, x: Lin) -> Lin:
 def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: str | None = None) -> Lin:
     """The reverse SDE of a flow model with D held over the step: x' = a x + (alpha_t - alpha_s a) D + c z.
 
-    With h = lambda_t - lambda_s: a = (sigma_t/sigma_s) e^(-eta^2 h), c = sigma_t sqrt(1 - e^(-2 eta^2 h)); eta = 0 is the
-    ODE, 1 the time reversal, and from pure noise (h = inf) x' = alpha_t D + sigma_t z. flavor "diffusers": all noise is
+    With h = lambda_t - lambda_s: a = (sigma_t/sigma_s) e^(-eta^2 h), c = sigma_t sqrt(1 - e^(-2 eta^2 h)); eta = 0 is
+    the ODE, 1 the time reversal, and from pure noise (h = inf) x' = alpha_t D + sigma_t z. flavor "diffusers": all noise is
     drawn anew in every step, x' = (1 - t) D + t z, its stochastic_sampling; a consistency sampler, not an SDE.
     """
     _check_flow("flow_sde", run)

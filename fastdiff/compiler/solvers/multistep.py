@@ -15,6 +15,7 @@ from fastdiff.compiler.solvers.exponential import (
 from fastdiff.compiler.solvers.history import History, check_choice, check_order
 from fastdiff.compiler.solvers.registry import solver
 from fastdiff.compiler.solvers.steps import ancestral_target, half_log_snr_step, ode_step
+from fastdiff.process.schedules import Level
 
 CORRECTIONS = ("midpoint", "heun")
 CURVATURES = ("published", "exact", "diffusers")
@@ -32,7 +33,9 @@ def dpmpp_3m(
     """
     check_choice("dpmpp_3m", "correction", correction, CORRECTIONS)
     check_choice("dpmpp_3m", "curvature", curvature, CURVATURES[:2])
-    return multistep(run, x, 3, correction=correction, curvature=curvature, lower_final=_lowers("dpmpp_3m", flavor, run))
+    return multistep(
+        run, x, 3, correction=correction, curvature=curvature, lower_final=_lowers("dpmpp_3m", flavor, run)
+    )
 
 
 @solver("dpmpp_3m_sde", order=2, exact_marginal={"s_noise": 1.0})

@@ -67,9 +67,13 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     top, bottom, final = run.levels[0], run.levels[-2], run.levels[-1]
     evaluations = run.steps - 1 if denoise else run.steps
     if top.alpha == 0.0:
-        raise ValueError("dpm_fast is uniform in lambda and cannot start where alpha = 0; use a grid that starts below it")
+        raise ValueError(
+            "dpm_fast is uniform in lambda and cannot start where alpha = 0; use a grid that starts below it"
+        )
     if evaluations > 0 and run.steps == 1:
-        raise ValueError("dpm_fast with denoise=False needs a grid of two levels or more: it goes from one to the other")
+        raise ValueError(
+            "dpm_fast with denoise=False needs a grid of two levels or more: it goes from one to the other"
+        )
     blocks = evaluations // 3 + 1
     orders = [3] * (blocks - 2) + [2, 1] if evaluations % 3 == 0 else [3] * (blocks - 1) + [evaluations % 3]
     orders = orders if evaluations else []
@@ -80,9 +84,7 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
 
 
 @solver("seeds_2", order=2, exact_marginal={"s_noise": 1.0})
-def seeds_2(
-    run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5, weights: str = "phi_1"
-) -> Lin:
+def seeds_2(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5, weights: str = "phi_1") -> Lin:
     """SEEDS-2 (Gonzalez et al. 2023): dpmpp_2s for the SDE of strength eta, one Brownian path through both stages.
 
     The noise of the stage returns at t as e^((r-1) eta h) sqrt(1 - e^(-2 r eta h)) z1 + sqrt(1 - e^(-2(1-r) eta h)) z2,
