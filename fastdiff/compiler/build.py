@@ -59,6 +59,7 @@ def compile_levels(
     """The plan of a solver on exactly these levels, the last one where the sample is wanted."""
     plain = {key: _plain(value) for key, value in options.items()}
     chosen = solvers.get(solver)
+    chosen.check_schedule(schedule)
     run = Run(solver, levels, schedule)
     rows, registers, result = assemble(solver, record(solver, chosen.function, run, plain))
     return Plan(

@@ -12,19 +12,17 @@ from fastdiff.compiler.solvers.steps import half_log_snr_step, noise_estimate, o
 from fastdiff.process.schedules import Level
 
 
-@solver("flow_euler", order=1)
+@solver("flow_euler", flow_only=True, order=1)
 def flow_euler(run: Run, x: Lin) -> Lin:
     """Euler on dx/ds = u with u = E[n - x0 | x] (Liu et al. 2023; Lipman et al. 2023): x' = x + (t - s) u, u = (x - D) / s."""
-    _check_flow("flow_euler", run)
     for _, s, t in run.intervals():
         x = ode_step(x, run.denoise(x, s), s, t)
     return x
 
 
-@solver("flow_heun", order=2)
+@solver("flow_heun", flow_only=True, order=2)
 def flow_heun(run: Run, x: Lin) -> Lin:
     """Heun on dx/ds = u (Lipman et al. 2024, section 2): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
-    _check_flow("flow_heun", run)
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
         ahead = ode_step(x, denoised, s, t)
@@ -35,7 +33,7 @@ def flow_heun(run: Run, x: Lin) -> Lin:
     return x
 
 
-@solver("flow_sde", order=1, exact_marginal={"s_noise": 1.0})
+@solver("flow_sde", flow_only=True, order=1, exact_marginal={"s_noise": 1.0})
 def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: str | None = None) -> Lin:
     """The reverse SDE of a flow model with D held over the step: x' = a x + (alpha_t - alpha_s a) D + c z.
 
@@ -43,7 +41,6 @@ def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: s
     the ODE, 1 the time reversal, and from pure noise (h = inf) x' = alpha_t D + sigma_t z. flavor "diffusers": all noise is
     drawn anew in every step, x' = (1 - t) D + t z, its stochastic_sampling; a consistency sampler, not an SDE.
     """
-    _check_flow("flow_sde", run)
     check_choice("flow_sde", "flavor", flavor, (None, "diffusers"))
     if not eta >= 0.0:
         raise ValueError(f"flow_sde: eta must be >= 0, got {eta}")
@@ -59,14 +56,13 @@ def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: s
     return x
 
 
-@solver("overshoot", order=1, exact_marginal=True)
+@solver("overshoot", flow_only=True, order=1, exact_marginal=True)
 def overshoot(run: Run, x: Lin, c: float = 1.0) -> Lin:
     """Overshooting (Hu et al. 2024, AMO sampler): Euler past the next level, then noise back to it.
 
     In signal alpha = 1 - s: o = min(1, alpha_t + c (alpha_t - alpha_s)(1 - alpha_t)), x_o by Euler, a = alpha_t/o,
     x' = a x_o + sqrt(sigma_t^2 - a^2 (1 - o)^2) z. c = 0 is Euler.
     """
-    _check_flow("overshoot", run)
     if not c >= 0.0:
         raise ValueError(f"overshoot: c must be >= 0, got {c}")
     for _, s, t in run.intervals():
@@ -79,24 +75,22 @@ def overshoot(run: Run, x: Lin, c: float = 1.0) -> Lin:
     return x
 
 
-@solver("iadb", order=1)
+@solver("iadb", flow_only=True, order=1)
 def iadb(run: Run, x: Lin) -> Lin:
     """Iterative alpha-deblending (Heitz et al. 2023, Alg. 4): x' = x + (alpha_t - alpha_s) (D - E), E the other end."""
-    _check_flow("iadb", run)
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
         x = x + (t.alpha - s.alpha) * (denoised - noise_estimate(x, denoised, s))
     return x
 
 
-@solver("interpolant", order=1, exact_marginal=False)
+@solver("interpolant", flow_only=True, order=1, exact_marginal=False)
 def interpolant(run: Run, x: Lin, epsilon: float = 0.0, profile: str = "sigma") -> Lin:
     """Stochastic interpolants (Albergo et al. 2023, section 2.2): dX = (b + e(t) score) dt + sqrt(2 e(t)) dW, Euler's.
 
     b = D - E and score = -E/sigma of the straight path; dt = s_s - s_t. e(t) = epsilon times 1 ("constant"), sigma
     ("sigma") or alpha sigma ("bridge"); epsilon = 0 is the ODE. The step to sigma = 0 is x' = D.
     """
-    _check_flow("interpolant", run)
     check_choice("interpolant", "profile", profile, ("constant", "sigma", "bridge"))
     if not epsilon >= 0.0:
         raise ValueError(f"interpolant: epsilon must be >= 0, got {epsilon}")
@@ -111,9 +105,3 @@ def interpolant(run: Run, x: Lin, epsilon: float = 0.0, profile: str = "sigma") 
         if strength > 0.0:
             x = x + math.sqrt(2.0 * strength * dt) * run.noise()
     return x
-
-
-def _check_flow(name: str, run: Run) -> None:
-    if run.schedule is None or run.schedule.kind != "flow":
-        given = "custom levels" if run.schedule is None else f"schedule {run.schedule.name!r}"
-        raise ValueError(f"{name} needs a flow schedule (rectified_flow), got {given}; use 'euler' or 'ddim' there")

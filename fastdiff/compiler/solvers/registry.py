@@ -1,4 +1,4 @@
-"""Solver functions by name, with what is known of each. May import: run, lin, errors."""
+"""Solver functions by name, with what is known of each. May import: run, lin, process, errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.errors import unknown_name
+from fastdiff.process.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Solver:
     or where these options have these values.
     denoises: the step to sigma = 0 is x' = D; same values.
     upward: the solver goes from the data to the noise, so its levels ascend.
+    flow_only: it is defined on flow schedules only.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Solver:
     exact_marginal: bool | Mapping[str, Any]
     denoises: bool | Mapping[str, Any] = True
     upward: bool = False
+    flow_only: bool = False
 
     @property
     def summary(self) -> str:
@@ -55,6 +58,14 @@ class Solver:
             return law
         chosen = {**self.options(), **options}
         return all(chosen[name] == value for name, value in law.items())
+
+    def check_schedule(self, schedule: Schedule | None) -> None:
+        """ValueError for a schedule this solver is not defined on."""
+        if self.flow_only and (schedule is None or schedule.kind != "flow"):
+            given = "custom levels" if schedule is None else f"schedule {schedule.name!r}"
+            raise ValueError(
+                f"{self.name} needs a flow schedule (rectified_flow), got {given}; use 'euler' or 'ddim' there"
+            )
 
     def check_options(self, given: dict[str, Any]) -> None:
         """TypeError for an option this solver does not have or not of its default's kind, ValueError for nan."""
@@ -87,13 +98,14 @@ def solver(
     exact_marginal: bool | Mapping[str, Any] = True,
     denoises: bool | Mapping[str, Any] = True,
     upward: bool = False,
+    flow_only: bool = False,
 ) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
     """Register a solver function under `name`; see README, "Add a sampler"."""
 
     def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
         if name in _SOLVERS and _SOLVERS[name].function.__qualname__ != function.__qualname__:
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
-        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward)
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only)
         return function
 
     return register
