@@ -1,7 +1,8 @@
 """Builds the compiled extension, fastdiff/_C; everything else about the package is in pyproject.toml.
 
 The extension is a plain shared object with C functions (no Python or torch C++ interface), called through ctypes.
-It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked.
+It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked;
+FASTDIFF_REQUIRE_EXTENSION=1 makes a failed build an error.
 CUDA code is built when torch is a CUDA build and a toolkit is found, whether or not this machine has a GPU.
 """
 
@@ -50,8 +51,16 @@ def build_command():
                 warnings.warn(f"fastdiff: installed without its extension, it did not build: {error}", stacklevel=1)
 
         def build_extension(self, ext):
-            ext.extra_objects = self._isa_objects(ext) + self._cuda_objects(ext)
-            super().build_extension(ext)
+            plain = ext.extra_objects = self._isa_objects(ext)
+            try:
+                ext.extra_objects = plain + self._cuda_objects()
+                super().build_extension(ext)
+            except Exception as error:
+                if ext.extra_objects == plain:
+                    raise
+                warnings.warn(f"fastdiff: built without CUDA, it did not link: {error}", stacklevel=1)
+                ext.extra_objects = plain
+                super().build_extension(ext)
 
         def _isa_objects(self, ext):
             if platform.machine() not in ("x86_64", "AMD64"):
@@ -71,18 +80,18 @@ def build_command():
                 depends=ext.depends,
             )
 
-        def _cuda_objects(self, ext):
+        def _cuda_objects(self):
             if torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
                 return []
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
             try:
-                objects = self._objects(ext, CUDA_SOURCE, CXX_FLAGS)
+                objects = self._objects(self.extensions[0], CUDA_SOURCE, CXX_FLAGS)
             except Exception as error:
                 warnings.warn(f"fastdiff: built without CUDA, its kernel did not compile: {error}", stacklevel=1)
                 return []
-            ext.libraries.append("cudart")
-            ext.library_dirs += cpp_extension.library_paths("cuda")
-            return objects
+            # The static runtime, its symbols kept inside: any torch's own runtime may be loaded beside it.
+            folders = [f"-L{folder}" for folder in cpp_extension.library_paths("cuda")]
+            return [*objects, *folders, "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
 
     return Build
 

@@ -139,7 +139,7 @@ def _case(
         return Task(timed, 1)
 
     tasks = {"seconds": task("seconds", ours), "diffusers_seconds": task("diffusers_seconds", theirs)}
-    timings = measure.interleave(tasks, device, 0.3 if quick else 6.0, 3 if quick else 5, 200)
+    timings = measure.interleave(tasks, device, 0.3 if quick else 6.0, least=3, most=200, warm_up=1)
     for key, timing in timings.items():
         line |= {key: timing.median / 1e6 / shape[0]}
         line |= {f"{key}_p20": timing.p20 / 1e6 / shape[0], f"{key}_p80": timing.p80 / 1e6 / shape[0]}

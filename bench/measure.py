@@ -158,6 +158,16 @@ class Watch:
         return time.perf_counter(), busy, sum(os.times()[:4])
 
 
+def page_faults(task: Task) -> float:
+    """Pages the operating system hands out during one call: what fresh temporaries cost beside their traffic."""
+    import resource
+
+    task.prepare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    task.run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / task.calls
+
+
 def load() -> float:
     """The load average of the last minute."""
     return os.getloadavg()[0]
@@ -166,6 +176,16 @@ def load() -> float:
 def load_limit(device: torch.device) -> float:
     """The highest load average at which results are recorded."""
     return BUSY_LOAD * (max(1.0, (os.cpu_count() or 1) / 4) if device.type == "cuda" else 1.0)
+
+
+def settle(limit: float, patience: float = 150.0) -> None:
+    """Wait while the load average is above `limit` and only remembers what has ended, an earlier benchmark say."""
+    end = time.perf_counter() + patience
+    while load() > limit and time.perf_counter() < end:
+        watch = Watch()
+        time.sleep(3.0)
+        if (watch.others() or 0.0) > BUSY_OTHERS:
+            return
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:

@@ -281,12 +281,13 @@ def measure_case(case: Case, device: torch.device, budget: float, least: int, co
         line |= measure.gpu_state()
     us = timings["us"].median
     line["gbs"] = width * elements / us / 1e3
-    line["copy_gbs"] = copy_gbs or max(
-        size * elements / timings[name].median / 1e3 for name, size in (("copy_us", width), ("copy_near_us", near))
-    )
+    line["copy_gbs"] = copy_gbs or width * elements / timings["copy_us"].median / 1e3
     line["copy_fraction"] = line["gbs"] / line["copy_gbs"]
+    if "copy_near_us" in timings:
+        line["copy_near_fraction"] = line["gbs"] / (near * elements / timings["copy_near_us"].median / 1e3)
     if "diffusers_us" in timings:
         line["ratio_diffusers"] = timings["diffusers_us"].median / us
+        line["diffusers_page_faults"] = round(measure.page_faults(tasks["diffusers_us"]))
     line["ratio_compiled"] = min(t.median for n, t in timings.items() if n.startswith("compiled")) / us
     line["repetitions"] = timings["us"].repetitions
     others = watch.others()

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         return table.update(options.csv, options.readme)
     device = torch.device(options.device if options.device != "auto" else _best_device())
     torch.set_num_threads(options.threads)
+    if not (options.quick or options.force):
+        measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
     lines = (ops.run if options.command == "ops" else loop.run)(device, options.quick)

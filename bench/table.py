@@ -22,7 +22,8 @@ COLUMNS = [
     *("bench", "solver", "network", "steps", "batch", "shape", "elements", "model_dtype", "executor"),
     *("gate", "error", "tolerance", "diffusers_error", "diffusers_tolerance"),
     *(f"{time}{spread}" for time in _TIMES for spread in ("", "_p10", "_p20", "_p80")),
-    *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "ratio_diffusers", "ratio_compiled"),
+    *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "copy_near_fraction"),
+    *("ratio_diffusers", "ratio_compiled", "diffusers_page_faults"),
     *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
     *("repetitions", "others", "took"),
 ]
@@ -94,7 +95,7 @@ def show_ops(line: Line | None) -> str:
     if line is None:
         return (
             f"{'sampler':<16}{'shape':<16}{'dtype':<9}{'executor':<10}{'us [p20-p80]':<22}{'+input':>8}"
-            f"{'diffusers us':>24}{'compiled us':>24}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>9}"
+            f"{'diffusers us':>24}{'compiled us':>24}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>12}"
             f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
         )
     case = f"{line['solver']:<16}{line['shape']:<16}{line['model_dtype']:<9}{line['executor']:<10}"
@@ -104,7 +105,7 @@ def show_ops(line: Line | None) -> str:
     return (
         f"{case}{_spread(line, 'us'):<22}{_short(line['emit_us']):>8}{_spread(line, 'diffusers_us'):>24}"
         f"{_spread(line, _compiled(line)):>24}{_number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
-        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{line['copy_fraction']:>9.0%}{gate}"
+        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{_of_copy(line):>12}{gate}"
     )
 
 
@@ -133,9 +134,11 @@ _OPS_ABOUT = (
     "steady steps of 20, all contenders in turn in one process, same threads. *compiled*: the formula under "
     "`torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where that is faster). *of copy*: "
     "GB/s, bytes read plus bytes written, over torch's `copy_` counted the same way: on a GPU of 2 GiB; on a CPU, in "
-    "the same turn, the faster of a copy that moves as many bytes and one that occupies as much memory (a step works "
-    "in place, so it can beat both). *error*: largest difference from float64 / what is allowed; a wrong result "
-    "prints no figure."
+    "the same turn, of a copy that moves as many bytes / of one that occupies as much memory (a step works in place, "
+    "so it may fit a cache that the first copy does not). With noise, while the tensors fit in cache, the limit is "
+    "the arithmetic of the normals. On a CPU the large temporaries of eager code are fresh pages every step; handing "
+    "those out can take most of its time (`diffusers_page_faults` in `bench/results.csv`). *error*: largest "
+    "difference from float64 / what is allowed; a wrong result prints no figure."
 )
 _LOOP_ABOUT = (
     "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
@@ -165,7 +168,7 @@ def _ops_table(lines: Sequence[Line]) -> str:
                 _number(line, "ratio_compiled", 2),
                 str(line["bytes_per_element"]),
                 _short(float(line["gbs"])),
-                f"{float(line['copy_fraction']):.0%}",
+                _of_copy(line),
                 _short(float(line["emit_us"])),
                 f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
             ]
@@ -198,6 +201,11 @@ def _loop_table(lines: Sequence[Line]) -> str:
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]], words: int) -> str:
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+
+
+def _of_copy(line: Line) -> str:
+    both = (line.get(key, "") for key in ("copy_fraction", "copy_near_fraction"))
+    return " / ".join(f"{float(value):.0%}" for value in both if value != "")
 
 
 def _compiled(line: Line) -> str:

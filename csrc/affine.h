@@ -56,7 +56,7 @@ enum Error : int {
   kBadRegister = 4,
   kBadNoise = 5,
   kThreads = 6,
-  kCuda = 7,
+  kCuda = 100,  // plus the cudaError_t
 };
 
 constexpr int kMaxOutputs = 3;

@@ -75,12 +75,20 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--model", default="fashion", help="'fashion' or a .safetensors file (default fashion)")
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale; 1 is off (default 2)")
     parser.add_argument(
-        "--class", dest="classes", action="append", metavar="CLASS", help="a class name or index, repeatable (default: all)"
+        "--guidance", type=float, default=2.0, help="classifier-free guidance scale; 1 is off (default 2)"
+    )
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="CLASS",
+        help="a class name or index, repeatable (default: all)",
     )
     parser.add_argument("--count", type=int, default=8, help="samples per class (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i (default 0)"
+    )
     parser.add_argument("--batch", type=int, default=128, help="samples per network call (default 128)")
     parser.add_argument("--backend", default="auto", help="auto, reference, cpp, triton or cuda")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +102,9 @@ def _add_plan(commands: Any) -> None:
     )
     parser.add_argument("solver", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
-    parser.add_argument("--schedule", default="linear", help=f"one of {', '.join(fd.schedules.names())} (default linear)")
+    parser.add_argument(
+        "--schedule", default="linear", help=f"one of {', '.join(fd.schedules.names())} (default linear)"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.set_defaults(run=_plan)
 
@@ -107,9 +117,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     labels = [label for label in _labels(arguments.classes, model) for _ in range(arguments.count)]
-    plan = fd.plan(
-        arguments.solver, model.schedule, arguments.steps, arguments.grid, **_options(arguments.option)
-    )
+    plan = fd.plan(arguments.solver, model.schedule, arguments.steps, arguments.grid, **_options(arguments.option))
     sampler = fd.Sampler(plan, model, arguments.backend, memory_format=torch.channels_last)
     batches = [range(i, min(i + arguments.batch, len(labels))) for i in range(0, len(labels), arguments.batch)]
     drawn, seconds, model_seconds = [], 0.0, 0.0
@@ -135,7 +143,10 @@ def _report(
 ) -> None:
     guided = sampler.model.null_label is not None and arguments.guidance != 1.0
     print(f"sampler   {plan.solver}, {arguments.steps} steps on grid {plan.grid}")
-    print(f"NFE       {plan.nfe} per sample" + (f", {2 * plan.nfe} network calls with guidance {arguments.guidance}" if guided else ""))
+    print(
+        f"NFE       {plan.nfe} per sample"
+        + (f", {2 * plan.nfe} network calls with guidance {arguments.guidance}" if guided else "")
+    )
     print(f"samples   {count} in {seconds:.2f} s: {count / seconds:.1f} images/s")
     if model_seconds:
         print(f"time      {model_seconds:.3f} s in the model, {seconds - model_seconds:.3f} s in everything else")
@@ -191,9 +202,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    plan = fd.plan(
-        arguments.solver, arguments.schedule, arguments.steps, arguments.grid, **_options(arguments.option)
-    )
+    plan = fd.plan(arguments.solver, arguments.schedule, arguments.steps, arguments.grid, **_options(arguments.option))
     if arguments.json:
         print(plan.to_json())
         return 0

@@ -27,14 +27,18 @@ def check_writable(out: Path) -> None:
     """Raise OSError now if `out` could not be written later."""
     parent = out.resolve().parent
     if not parent.is_dir():
-        raise FileNotFoundError(f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out")
+        raise FileNotFoundError(
+            f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out"
+        )
     target = out if out.exists() else parent
     if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
         raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
     if out.suffix in (".png", ".npy") and out.is_dir():
         raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
     if out.suffix not in (".png", ".npy") and out.is_file():
-        raise FileExistsError(f"cannot write pictures into {out}: it is a file; choose a folder, or a name ending in .png or .npy")
+        raise FileExistsError(
+            f"cannot write pictures into {out}: it is a file; choose a folder, or a name ending in .png or .npy"
+        )
 
 
 def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: int) -> None:

@@ -49,7 +49,8 @@ PIXELS = tl.constexpr(2)  # the counter, channels_last: tiles of whole groups of
 ELEMENTS = tl.constexpr(3)  # the counter, any channels_last: Philox runs once per element
 
 BLOCK = 1024  # elements of a tile: 4 warps of 32 threads of twice 4 consecutive elements
-OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}  # 4 programs of 128 threads on a multiprocessor
+REGISTERS = 128  # of a thread, so that 4 programs of 128 threads share a multiprocessor
+REGISTERS_CHANNELS_LAST = 168  # 3 programs; where normals are drawn in another order than memory's, 128 spill
 PROGRAMS = 2048  # enough to fill any GPU; beyond that a program walks several tiles, which pays for its preamble
 MAX_TILES = 8
 
@@ -225,10 +226,9 @@ def affine_kernel(
         conditional = _load_float(model_out + sample + start + local, _where(mask, reads_model))
         unconditional = _load_float(model_out + all_samples + sample + start + local, _where(mask, guided))
 
-        # an infinite or NaN branch makes the difference infinite or NaN too, and Fu is 0 when it is not read
-        difference = conditional - unconditional
-        raw = tl.where(guided, tl.math.fma(weight, difference, unconditional), conditional)
-        broken += _sum_quads(difference * 0.0)
+        # Fu is 0 where it is not read; 0 times infinity or NaN is NaN, and stays NaN in a sum
+        broken += _sum_quads(tl.math.fma(unconditional, 0.0, conditional * 0.0))
+        raw = tl.where(guided, tl.math.fma(weight, conditional - unconditional, unconditional), conditional)
 
         x0 = tl.where(q != 0.0, tl.math.fma(q, raw, p * x), p * x)
         low = tl.load(coef + CLAMP_LO, mask=reads_model, other=float("-inf"))
@@ -348,7 +348,9 @@ def affine_step(
         DRAW=draw,
         TILE=tile,
         BLOCK=block,
-        **OPTIONS,
+        num_warps=4,
+        maxnreg=REGISTERS if draw in (GIVEN.value, QUADS.value) else REGISTERS_CHANNELS_LAST,
+        enable_fp_fusion=False,
     )
 
 

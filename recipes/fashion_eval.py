@@ -19,11 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from fashion_classifier import FashionClassifier, classify, load_classifier
 from torch import Tensor
 
 import fastdiff as fd
 from fastdiff import images as pictures
+from fastdiff.models.classifier import FashionClassifier, classify, load_classifier
 from fastdiff.training.data import FASHION_FOLDER, load_idx
 from fastdiff.training.metrics import class_agreement, fit_gaussian, frechet_distance
 

@@ -1,4 +1,4 @@
-"""Every sampler with the options worth telling apart, how many evaluations it makes, and the order it was measured at."""
+"""Samplers with the options worth telling apart, how many evaluations they make, and their measured order."""
 
 from __future__ import annotations
 

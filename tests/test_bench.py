@@ -139,6 +139,20 @@ def test_quantiles_and_interleaving() -> None:
     assert timings["a"].repetitions == timings["b"].repetitions == 4
 
 
+def test_settling_waits_for_what_has_ended_and_not_for_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
+    loads = iter([3.0, 2.0, 0.5])
+    monkeypatch.setattr(measure, "load", lambda: next(loads))
+    monkeypatch.setattr(measure.Watch, "others", lambda self: 0.01)
+    measure.settle(1.0)
+    assert len(slept) == 2
+    monkeypatch.setattr(measure, "load", lambda: 3.0)
+    monkeypatch.setattr(measure.Watch, "others", lambda self: 0.9)
+    measure.settle(1.0)
+    assert len(slept) == 3
+
+
 def test_table_depends_on_the_results_alone() -> None:
     lines = [
         fact_line(run="2026-01-01T00:00:00Z", us=999.0),
@@ -209,6 +223,7 @@ def test_a_busy_machine_records_nothing(
     line = fact_line(gate="green", others=others, diffusers_error=0.0, diffusers_tolerance=1.0)
     monkeypatch.setattr(ops, "run", lambda device, quick: iter([line]))
     monkeypatch.setattr(measure, "load", lambda: load)
+    monkeypatch.setattr(measure, "settle", lambda limit: None)
     results = tmp_path / "results.csv"
     command = ["ops", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--csv", str(results)]
     assert run.main(command) == 0

@@ -26,7 +26,18 @@ Case, expected = row_cases.Case, row_cases.expected
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-SHAPES = [(1, 1, 1), (3, 5, 7), (3, 8, 8), (4, 9, 9), (2, 33, 31), (17, 5, 3), (20, 6, 6), (33, 7, 11), (3, 32, 32), (4, 37, 41)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (3, 8, 8),
+    (4, 9, 9),
+    (2, 33, 31),
+    (17, 5, 3),
+    (20, 6, 6),
+    (33, 7, 11),
+    (3, 32, 32),
+    (4, 37, 41),
+]
 
 
 def instruction_sets() -> list[int]:

@@ -1,4 +1,4 @@
-"""The multistep, few-step and other samplers against diffusers' schedulers: same levels, outputs and noise, every state."""
+"""Multistep, few-step and other samplers against diffusers' schedulers: same levels, outputs, noise, every state."""
 
 from __future__ import annotations
 

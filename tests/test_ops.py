@@ -12,7 +12,9 @@ from fastdiff.engine.buffers import Buffers
 EXECUTORS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 
 
-def step_tensors(solver: str = "dpmpp_2m_sde", layout: torch.memory_format = torch.contiguous_format) -> ops.StepTensors:
+def step_tensors(
+    solver: str = "dpmpp_2m_sde", layout: torch.memory_format = torch.contiguous_format
+) -> ops.StepTensors:
     """A run of `solver` loaded and stopped before row 3, guided, with noise and history."""
     model = fd.Denoiser(lambda x, t: x, fd.schedules.edm(), "edm", sigma_data=0.5)
     plan = fd.plan(solver, model.schedule, 6, "karras")

@@ -169,9 +169,7 @@ def test_init_is_used_as_it_is_and_image_is_noised(model: fd.Denoiser) -> None:
     from_state = sampler.sample(image.shape, seed=4, init=image + np.float32(start.sigma) * latent)
     from_image = sampler.sample(image.shape, seed=4, init=image, opening="image")
     assert torch.allclose(from_state, from_image, rtol=0, atol=1e-6)
-    assert torch.equal(
-        from_image, fd.sample(model, image.shape, "euler", 10, seed=4, init=image, strength=0.01)
-    )
+    assert torch.equal(from_image, fd.sample(model, image.shape, "euler", 10, seed=4, init=image, strength=0.01))
 
 
 def test_half_precision_network_and_fp32_state() -> None:

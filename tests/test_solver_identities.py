@@ -227,42 +227,37 @@ def test_unipc_is_the_papers(order: int, variant: str) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-7)
 
 
-def test_mean_reverting_is_the_published_step() -> None:
-    """MRS-SDE-1 and ODE-1 on x with mu written in, against ours on x - mu."""
-    schedule, mu = schedules.vp(), 0.7
-    for noise in ("ode", "sde"):
-        plan = build("mean_reverting", schedule, 6, "logsnr", order=1, noise=noise)
-        rng = np.random.default_rng(0)
-        clean, normals = rng.standard_normal((plan.nfe, 3)), rng.standard_normal((plan.nfe, 3))
-        x = rng.standard_normal(3)
-        estimates = iter(clean - mu)
-        ours = execute(plan, lambda y, level: next(estimates), x - mu, lambda i, _: normals[i]) + mu
-        for i, (s, t) in enumerate(zip(plan.levels[:-2], plan.levels[1:-1], strict=True)):
-            h = t.lam - s.lam
-            if noise == "ode":
-                drift = t.sigma / s.sigma * s.alpha - t.alpha + 1.0 - t.sigma / s.sigma
-                x = t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * clean[i] + mu * drift
-            else:
-                spread = -math.expm1(-2.0 * h)
-                drift = 1.0 - t.alpha / s.alpha * math.exp(-2.0 * h) - t.alpha * spread
-                x = t.sigma / s.sigma * math.exp(-h) * x + t.alpha * spread * clean[i] + mu * drift
-                x = x + t.sigma * math.sqrt(spread) * normals[i]
-        np.testing.assert_allclose(ours, clean[-1], rtol=1e-12)
-        states: list[Array] = []
-        estimates = iter(clean - mu)
+@pytest.mark.parametrize("noise", ["ode", "sde"])
+def test_mean_reverting_is_the_published_step(noise: str) -> None:
+    """MRS-ODE-1 and MRS-SDE-1 on x with mu written in, against ours on y = x - mu."""
+    plan, mu = build("mean_reverting", "vp", 6, "logsnr", order=1, noise=noise), 0.7
+    rng = np.random.default_rng(0)
+    clean, normals = rng.standard_normal((2, plan.nfe, 3))
+    x = start = rng.standard_normal(3)
+    states: list[Array] = []
 
-        def denoise(y: Array, level: Level) -> Array:
-            states.append(y + mu)
-            return next(estimates)
+    def denoise(y: Array, level: Level) -> Array:
+        states.append(y + mu)
+        return clean[len(states) - 1] - mu
 
-        start = np.random.default_rng(0)
-        start.standard_normal((2 * plan.nfe, 3))
-        execute(plan, denoise, start.standard_normal(3) - mu, lambda i, _: normals[i])
-        np.testing.assert_allclose(states[-1], x, rtol=1e-9)
+    end = execute(plan, denoise, start - mu, lambda i, _: normals[i]) + mu
+    np.testing.assert_allclose(end, clean[-1], rtol=1e-12)
+    for i, (s, t) in enumerate(zip(plan.levels[:-2], plan.levels[1:-1], strict=True)):
+        np.testing.assert_allclose(states[i], x, rtol=1e-9)
+        h = t.lam - s.lam
+        if noise == "ode":
+            drift = t.sigma / s.sigma * s.alpha - t.alpha + 1.0 - t.sigma / s.sigma
+            x = t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * clean[i] + mu * drift
+        else:
+            spread = -math.expm1(-2.0 * h)
+            drift = 1.0 - t.alpha / s.alpha * math.exp(-2.0 * h) - t.alpha * spread
+            x = t.sigma / s.sigma * math.exp(-h) * x + t.alpha * spread * clean[i] + mu * drift
+            x = x + t.sigma * math.sqrt(spread) * normals[i]
+    np.testing.assert_allclose(states[-1], x, rtol=1e-9)
 
 
 def test_heunpp2() -> None:
-    """d' = (1 - w2 - w3) d1 + w2 d2 + w3 d3 with w2 = s1/(3 s0), w3 = s2/(3 s0); the last but one is Heun's with 2 s0."""
+    """d' = (1 - w2 - w3) d1 + w2 d2 + w3 d3, w2 = s1/(3 s0), w3 = s2/(3 s0); in the last but one w2 = s1/(2 s0)."""
     plan = build("heunpp2", "edm", 6, "karras")
     rng = np.random.default_rng(0)
     values = rng.standard_normal((plan.nfe, 4))
@@ -345,7 +340,7 @@ def test_langevin_pc() -> None:
 
 
 def test_sa_solver_reuses_its_draw() -> None:
-    """The corrector repeats a step with the same normal: each id is named in two rows, and one is drawn per noisy step."""
+    """The corrector repeats a step with the same normal: each id is named in two rows, one per noisy step."""
     plan = build("sa_solver", "edm", 6, "karras")
     assert plan.draws == 5
     rows_of = {

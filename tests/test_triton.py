@@ -364,8 +364,10 @@ def test_status_names_the_first_row_that_is_not_finite(bad: float, dtype: torch.
 
 
 def test_large_finite_outputs_are_not_reported() -> None:
-    shape = (5000,)
-    step = simple_step(shape, model_out=torch.full((1, *shape), 3e38))
+    """Not even where the difference of the branches or the guided output overflows."""
+    model_out = torch.full((2, 5000), 3e38) * torch.tensor([[1.0], [-1.0]])
+    step = simple_step((5000,), model_out=model_out, guidance=torch.tensor([2.0]))
+    step.coef[0, at.GAIN] = 1.0
     step.ids[:, at.FLAGS] = at.READS_MODEL
     assert run(step).status.tolist() == [-1]
 

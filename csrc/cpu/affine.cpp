@@ -32,7 +32,8 @@ const Executor* const kExecutors[] = {
 int best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // F16C came before AVX2 on every machine, and older compilers do not know its name here.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? 2 : avx2 ? 1 : 0;
@@ -231,6 +232,7 @@ FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
 FASTDIFF_EXPORT int64_t fastdiff_args_size() { return sizeof(AffineArgs); }
 
 FASTDIFF_EXPORT const char* fastdiff_error(int code) {
+  if (code >= kCuda) return "the CUDA launch failed; its cudaError_t is the code less 100";
   switch (code) {
     case kOk: return "ok";
     case kNullPointer: return "a buffer the row needs was not given";
@@ -239,7 +241,6 @@ FASTDIFF_EXPORT const char* fastdiff_error(int code) {
     case kBadRegister: return "a row names a register the state does not hold, or has no output";
     case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
     case kThreads: return "torch's thread pool reported a failure";
-    case kCuda: return "the CUDA launch failed";
     default: return "unknown error";
   }
 }

@@ -308,19 +308,20 @@ __global__ void __launch_bounds__(kThreads, kResident) affine_step_kernel(const 
 }
 
 template <bool kVector, Source kSource>
-Error launch(const AffineArgs& args, Cut cut, cudaStream_t stream) {
+int launch(const AffineArgs& args, Cut cut, cudaStream_t stream) {
   const auto kernel = affine_step_kernel<kVector, kSource>;
   int device = 0, processors = 0, resident = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0) != cudaSuccess)
-    return kCuda;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
+  if (error != cudaSuccess) return kCuda + error;
   // Two rounds of blocks: enough to even out, few enough that reading the row is paid seldom.
   const int64_t wanted = (2 * int64_t{processors} * resident + args.B - 1) / args.B;
   cut.blocks = static_cast<int>(wanted < 1 ? 1 : wanted < cut.tiles ? wanted : cut.tiles);
   if (args.B * cut.blocks > INT32_MAX) return kBadShape;
   kernel<<<static_cast<unsigned>(args.B * cut.blocks), kThreads, 0, stream>>>(args, cut);
-  return cudaGetLastError() == cudaSuccess ? kOk : kCuda;
+  error = cudaGetLastError();
+  return error == cudaSuccess ? kOk : kCuda + error;
 }
 
 bool aligned(const AffineArgs& args) {
@@ -330,7 +331,7 @@ bool aligned(const AffineArgs& args) {
   return args.N % 4 == 0 && addresses % 16 == 0;
 }
 
-Error affine_step(const AffineArgs& args, cudaStream_t stream) {
+int affine_step(const AffineArgs& args, cudaStream_t stream) {
   if (const Error error = check(args); error != kOk) return error;
   if (!args.ticket || !args.model_out) return kNullPointer;
   if (args.B == 0 || args.N == 0) return kOk;

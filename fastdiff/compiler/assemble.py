@@ -103,7 +103,7 @@ def _last_reads(made: list[dict[Atom, Terms]]) -> dict[Atom, int]:
     """The last row that reads each value; values nobody reads later are dropped from `made`, last row first."""
     last: dict[Atom, int] = {}
     for i in reversed(range(len(made))):
-        state, *others = made[i]
+        _, *others = made[i]
         for atom in others:
             if atom not in last:
                 del made[i][atom]

@@ -76,13 +76,13 @@ def compile_levels(
     )
 
 
-def _truncated(
-    times: NDArray[np.float64], schedule: Schedule, strength: float, start_step: int
-) -> NDArray[np.float64]:
+def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, start_step: int) -> NDArray[np.float64]:
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must be in (0, 1], got {strength}: 1 starts from pure noise, small keeps the image")
     if not 0 <= start_step < len(times):
-        raise ValueError(f"start_step must be in 0..{len(times) - 1} (the grid has {len(times)} levels), got {start_step}")
+        raise ValueError(
+            f"start_step must be in 0..{len(times) - 1} (the grid has {len(times)} levels), got {start_step}"
+        )
     if strength < 1.0 and start_step:
         raise ValueError("give strength (a noise level) or start_step (a number of steps), not both")
     if strength == 1.0:

@@ -33,9 +33,8 @@ def _row_lines(i: int, row: Row) -> list[str]:
         head = "start  x = the latents, or the state given"
     else:
         level = row.level
-        head = (
-            f"row {i - 1:<3d} D = model(r{row.x}) at alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
-        )
+        where = f"alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
+        head = f"row {i - 1:<3d} D = model(r{row.x}) at {where}"
     return [head, *(f"       r{output.dest} <- {_formula(row, output)}" for output in row.outputs)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ class Plan:
         """The plan as JSON text with a digest; `Plan.from_json` gives it back bit for bit."""
         body = asdict(self) | {"options": dict(self.options)}
         body["schedule"] = None if self.schedule is None else self.schedule.to_dict()
-        return json.dumps({"format": _FORMAT, "digest": _digest(body), "plan": body}, indent=1)
+        body = _portable(body)
+        return json.dumps({"format": _FORMAT, "digest": _digest(body), "plan": body}, indent=1, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -140,13 +142,16 @@ class Plan:
                 f"not a complete plan: {error}; the file is truncated or not JSON. Write it again with plan.to_json()"
             ) from None
         if not isinstance(document, dict) or document.get("format") != _FORMAT or "plan" not in document:
-            raise ValueError(f"not a plan: expected a JSON object with format {_FORMAT!r}; write it with plan.to_json()")
+            raise ValueError(
+                f"not a plan: expected a JSON object with format {_FORMAT!r}; write it with plan.to_json()"
+            )
         body = document["plan"]
         if _digest(body) != document.get("digest"):
             raise ValueError(
                 "the plan's digest does not match its rows: the file was edited or damaged. "
                 "Change the solver's options and compile it again instead of editing the table"
             )
+        body = _unported(body)
         return Plan(
             solver=body["solver"],
             options=body["options"],
@@ -199,6 +204,23 @@ def _row(body: dict[str, Any]) -> Row:
         noise=tuple((index, stream) for index, stream in body["noise"]),
         gain=body["gain"],
     )
+
+
+def _portable(value: Any) -> Any:
+    """inf and nan, which JSON does not have, as {"float": "inf"}."""
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unported(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"float"}:
+            return float(value["float"])
+        return {key: _unported(item) for key, item in value.items()}
+    return [_unported(item) for item in value] if isinstance(value, list) else value
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -141,7 +141,9 @@ class Buffers:
         given = torch.stack([noise(i, shape) for i in range(plan.draws)]) if callable(noise) and plan.draws else noise
         expected = (plan.draws, *shape)
         if isinstance(given, Tensor) and tuple(given.shape) != expected:
-            raise ValueError(f"noise must have shape {expected} ([draws, *shape] of this plan), got {tuple(given.shape)}")
+            raise ValueError(
+                f"noise must have shape {expected} ([draws, *shape] of this plan), got {tuple(given.shape)}"
+            )
         device = self.tensors.state.device
         table = self._registers(plan.draws + 1, device)
         if isinstance(given, Tensor):

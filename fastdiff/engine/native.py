@@ -120,7 +120,7 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
         args.model_out = model_out.data_ptr()
         code = run(address)
         if code:
-            raise RuntimeError(f"affine_step on {executor}: {library.fastdiff_error(code).decode()}")
+            raise RuntimeError(f"affine_step on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
 
     return step
 

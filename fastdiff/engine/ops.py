@@ -197,7 +197,8 @@ def _check_table(t: StepTensors) -> None:
     )
     if (tuple(t.coef.shape), tuple(t.ids.shape)) != expected:
         raise ValueError(
-            f"affine_step: coef {tuple(t.coef.shape)} and ids {tuple(t.ids.shape)} are not one packed plan; use plan.pack()"
+            f"affine_step: coef {tuple(t.coef.shape)} and ids {tuple(t.ids.shape)} are not one packed plan; "
+            "use plan.pack()"
         )
     if not (t.coef.is_contiguous() and t.ids.is_contiguous()):
         raise ValueError("affine_step: coef and ids must be contiguous; call .contiguous() when uploading the plan")

@@ -37,17 +37,15 @@ def sample(
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
 
-    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength: an image to start from, noised to
-    the level `strength` of the way up the model's clock. The rest as in `Sampler.sample` and `Sampler`.
+    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength: an image to start from, noised
+    to the level `strength` of the way up the model's clock. The rest as in `Sampler.sample` and `Sampler`.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"sample needs a Denoiser, got {type(model).__name__}; wrap the network: "
             'fd.Denoiser(net, schedule=fd.schedules.linear(), prediction="eps")'
         )
-    plan = build_plan(
-        solver, model.schedule, steps, grid, strength=strength, grid_options=grid_options, **options
-    )
+    plan = build_plan(solver, model.schedule, steps, grid, strength=strength, grid_options=grid_options, **options)
     if init is None and strength != 1.0:
         raise ValueError("strength < 1 needs init=, the image to start from")
     return Sampler(plan, model, backend, graph, memory_format).sample(

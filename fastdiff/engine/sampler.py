@@ -28,7 +28,7 @@ Noise = str | Tensor | Callable[[int, torch.Size], Tensor]
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What a callback receives after each row: the row, its level, D and the new state (both live buffers: clone them)."""
+    """What a callback receives after each row: the row, its level, D and the new state (live buffers: clone them)."""
 
     row: int
     rows: int
@@ -72,7 +72,8 @@ class Sampler:
         captures = model.device.type == "cuda" and self.backend in ("triton", "cuda")
         if graph is True and not captures:
             raise ValueError(
-                f"graph=True needs a CUDA device and executor 'triton' or 'cuda', got {model.device} and {self.backend!r}"
+                "graph=True needs a CUDA device and executor 'triton' or 'cuda', "
+                f"got {model.device} and {self.backend!r}"
             )
         self.graph = captures and graph is not False
         self._insist = graph is True
@@ -200,8 +201,8 @@ class Sampler:
         level = self.plan.rows[row].level
         where = "" if level is None else f", time={level.time:.6g}, sigma/alpha={level.rho:.4g}"
         raise FloatingPointError(
-            f"the network returned inf or nan at row {row - 1} of {self.plan.nfe} (sample {sample}{where}); no image was "
-            "made. Check its weights and dtype (float16 overflows where bfloat16 does not) and its input range"
+            f"the network returned inf or nan at row {row - 1} of {self.plan.nfe} (sample {sample}{where}); "
+            "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
 
 

@@ -67,15 +67,14 @@ class Denoiser:
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
         clock = time if self.time_dtype == time.dtype else self._as_time(time)
-        if isinstance(cond, Tensor):
-            output = self.net(x, clock, cond)
-        else:
-            output = self.net(x, clock, **(cond or {}))
+        output = self.net(x, clock, cond) if isinstance(cond, Tensor) else self.net(x, clock, **(cond or {}))
         if isinstance(output, tuple | list):
             output = output[0]
         output = getattr(output, "sample", output)
         if not isinstance(output, Tensor):
-            raise TypeError(f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample")
+            raise TypeError(
+                f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample"
+            )
         return output
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:

@@ -220,8 +220,8 @@ def flow_shift(
     """Uniform times 1 - i/steps of a flow, shifted: s' = shift s/(1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
 
     tokens: instead of shift, the length of the image sequence: shift = e^mu, mu linear from 0.5 at 256 tokens to 1.15
-    at 4096 (Flux). terminal: stretch 1 - s' so that the last level is this one (LTX-Video); with one step there is nothing
-    to stretch. Raises ValueError unless the schedule is a flow.
+    at 4096 (Flux). terminal: stretch 1 - s' so that the last level is this one (LTX-Video); with one step there is
+    nothing to stretch. Raises ValueError unless the schedule is a flow.
     """
     if schedule.kind != "flow":
         raise ValueError(f"flow_shift is for flow schedules, got {schedule!r}. Use rectified_flow(), or another grid.")

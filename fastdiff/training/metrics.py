@@ -70,7 +70,7 @@ def _checked(cov: Array) -> Array:
 
 def _eigenvalues(matrix: Array) -> Array:
     """Eigenvalues of a symmetric matrix, rounding below zero removed."""
-    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = np.asarray(np.linalg.eigvalsh((matrix + matrix.T) / 2), dtype=np.float64)
     return _clip(values)
 
 
@@ -79,7 +79,7 @@ def _symmetric_root(cov: Array) -> Array:
     return (vectors * np.sqrt(_clip(values))) @ vectors.T
 
 
-def _clip(values: Array) -> Array:
+def _clip(values: NDArray[Any]) -> Array:
     if values.min() < -1e-8 * max(1e-300, float(np.abs(values).max())):
         raise ValueError(
             f"frechet_distance: got a covariance with eigenvalue {values.min():.3g}, expected none below zero; "

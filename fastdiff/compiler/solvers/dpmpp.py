@@ -12,7 +12,7 @@ from fastdiff.compiler.solvers.steps import half_log_snr_step
 
 @solver("dpmpp_2m", order=2)
 def dpmpp_2m(run: Run, x: Lin) -> Lin:
-    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2): x' = (sigma_t/sigma_s) x + alpha_t (1 - e^-h) (D + (D - D_old) / (2 r)).
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2): x' = (sigma_t/sigma_s) x + alpha_t (1 - e^-h) (D + (D - D_old)/(2r)).
 
     h = lambda_t - lambda_s, r = h_old / h. First order in the first step and in the step to sigma = 0.
     """

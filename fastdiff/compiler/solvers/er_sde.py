@@ -28,8 +28,8 @@ def er_sde(run: Run, x: Lin, order: int = 3, noise: str = "exp", form: str = "pu
     """ER-SDE-Solver of order 1..3 (Cui et al. 2023, Alg. 1-3), l = sigma/alpha from l_s down to l_t.
 
     x'/alpha_t = r x/alpha_s + (1 - r) D + (l_t - l_s + phi(l_t) S) D' + ((l_t - l_s)^2/2 + phi(l_t) S_u) D''
-    + sqrt(l_t^2 - l_s^2 r^2) s_noise z with r = phi(l_t)/phi(l_s), S = int_{l_t}^{l_s} dl/phi, S_u = int (l - l_s)/phi dl;
-    D', D'' backward differences.
+    + sqrt(l_t^2 - l_s^2 r^2) s_noise z with r = phi(l_t)/phi(l_s), S = int_{l_t}^{l_s} dl/phi,
+    S_u = int (l - l_s)/phi dl; D', D'' backward differences.
     noise: phi(l) = l ("ode", no noise), l^2 ("sde", the time reversal), l^1.5 ("power"), l^0.9 log10(1 + 100 l^1.5)
     ("log"), l (e^(l^0.3) + 10) ("exp", the paper's choice). form: "published" takes the backward difference for D' and
     is globally of order 2; "corrected" adds (l_s - l_old) D''/2 to it in the third-order step.

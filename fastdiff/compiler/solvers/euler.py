@@ -15,7 +15,7 @@ from fastdiff.process.schedules import CLEAN, Level
 def euler(
     run: Run, x: Lin, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Lin:
-    """Euler with optional churn (Karras et al. 2022, Alg. 2, first order): x' = r x + (1 - r) D with r = rho_t/rho_s."""
+    """Euler with optional churn (Karras et al. 2022, Alg. 2, first order): x' = r x + (1 - r) D, r = rho_t/rho_s."""
     for _, s, t in run.intervals():
         x, s = churn(run, x, s, s_churn, s_tmin, s_tmax, s_noise)
         x = ode_step(x, run.denoise(x, s), s, t)

@@ -12,15 +12,15 @@ from fastdiff.compiler.solvers.steps import half_log_snr_step, noise_estimate, o
 from fastdiff.process.schedules import Level
 
 
-@solver("flow_euler", flow_only=True, order=1)
+@solver("flow_euler", order=1, flow_only=True)
 def flow_euler(run: Run, x: Lin) -> Lin:
-    """Euler on dx/ds = u with u = E[n - x0 | x] (Liu et al. 2023; Lipman et al. 2023): x' = x + (t - s) u, u = (x - D) / s."""
+    """Euler on dx/ds = u = E[n - x0 | x] (Liu et al. 2023, Lipman et al. 2023): x' = x + (t - s) u, u = (x - D)/s."""
     for _, s, t in run.intervals():
         x = ode_step(x, run.denoise(x, s), s, t)
     return x
 
 
-@solver("flow_heun", flow_only=True, order=2)
+@solver("flow_heun", order=2, flow_only=True)
 def flow_heun(run: Run, x: Lin) -> Lin:
     """Heun on dx/ds = u (Lipman et al. 2024, section 2): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
     for _, s, t in run.intervals():
@@ -33,13 +33,13 @@ def flow_heun(run: Run, x: Lin) -> Lin:
     return x
 
 
-@solver("flow_sde", flow_only=True, order=1, exact_marginal={"s_noise": 1.0})
+@solver("flow_sde", order=1, exact_marginal={"s_noise": 1.0}, flow_only=True)
 def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: str | None = None) -> Lin:
     """The reverse SDE of a flow model with D held over the step: x' = a x + (alpha_t - alpha_s a) D + c z.
 
     With h = lambda_t - lambda_s: a = (sigma_t/sigma_s) e^(-eta^2 h), c = sigma_t sqrt(1 - e^(-2 eta^2 h)); eta = 0 is
-    the ODE, 1 the time reversal, and from pure noise (h = inf) x' = alpha_t D + sigma_t z. flavor "diffusers": all noise is
-    drawn anew in every step, x' = (1 - t) D + t z, its stochastic_sampling; a consistency sampler, not an SDE.
+    the ODE, 1 the time reversal, and from pure noise (h = inf) x' = alpha_t D + sigma_t z. flavor "diffusers": all
+    noise is drawn anew in every step, x' = (1 - t) D + t z, its stochastic_sampling; a consistency sampler, not an SDE.
     """
     check_choice("flow_sde", "flavor", flavor, (None, "diffusers"))
     if not eta >= 0.0:
@@ -56,7 +56,7 @@ def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: s
     return x
 
 
-@solver("overshoot", flow_only=True, order=1, exact_marginal=True)
+@solver("overshoot", order=1, exact_marginal=True, flow_only=True)
 def overshoot(run: Run, x: Lin, c: float = 1.0) -> Lin:
     """Overshooting (Hu et al. 2024, AMO sampler): Euler past the next level, then noise back to it.
 
@@ -75,7 +75,7 @@ def overshoot(run: Run, x: Lin, c: float = 1.0) -> Lin:
     return x
 
 
-@solver("iadb", flow_only=True, order=1)
+@solver("iadb", order=1, flow_only=True)
 def iadb(run: Run, x: Lin) -> Lin:
     """Iterative alpha-deblending (Heitz et al. 2023, Alg. 4): x' = x + (alpha_t - alpha_s) (D - E), E the other end."""
     for _, s, t in run.intervals():
@@ -84,7 +84,7 @@ def iadb(run: Run, x: Lin) -> Lin:
     return x
 
 
-@solver("interpolant", flow_only=True, order=1, exact_marginal=False)
+@solver("interpolant", order=1, exact_marginal=False, flow_only=True)
 def interpolant(run: Run, x: Lin, epsilon: float = 0.0, profile: str = "sigma") -> Lin:
     """Stochastic interpolants (Albergo et al. 2023, section 2.2): dX = (b + e(t) score) dt + sqrt(2 e(t)) dW, Euler's.
 

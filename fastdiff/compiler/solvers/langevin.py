@@ -55,7 +55,7 @@ def random_walk(
     temperatures: Sequence[float] | None = None,
     denoise: bool = True,
 ) -> Lin:
-    """Random walk with Tweedie (Park et al. 2024): x/alpha += tau_k score + sqrt(2 tau_k T_k) z, no noise in the last step.
+    """Random walk with Tweedie (Park et al. 2024): x/alpha += tau_k score + sqrt(2 tau_k T_k) z, no noise last.
 
     point: where in the template to stand. "walk": tau_k = epsilon rho_k^2, T_k linear from `temperature` to 1.
     "ddpm_large", "ddpm_small": tau_k = rho_k^2 - rho_{k+1}^2 with T_k = a^2/2, a = alpha_k/alpha_{k+1}, and

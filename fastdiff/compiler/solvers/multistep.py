@@ -25,7 +25,7 @@ CURVATURES = ("published", "exact", "diffusers")
 def dpmpp_3m(
     run: Run, x: Lin, correction: str = "midpoint", curvature: str = "published", flavor: str | None = None
 ) -> Lin:
-    """DPM-Solver++(3M) (the code of Lu et al. 2022): x' = (sigma_t/sigma_s) x + alpha_t (phi_1 D + phi_2 D1 - phi_3 D2).
+    """DPM-Solver++(3M) (code of Lu et al. 2022): x' = (sigma_t/sigma_s) x + alpha_t (phi_1 D + phi_2 D1 - phi_3 D2).
 
     D1, D2: first and second difference of D in units of h. correction: the form of its second-order step, as in
     dpmpp_2m_sde. curvature: "published" weighs D2 by half of what integrates a parabola, and so stays of order 2;
@@ -49,7 +49,8 @@ def dpmpp_3m_sde(
 ) -> Lin:
     """DPM-Solver++(3M) for the SDE (k-diffusion's sample_dpmpp_3m_sde): dpmpp_3m with (1 + eta) h for h, and noise.
 
-    x' = (sigma_t/sigma_s) e^(-eta h) x + alpha_t (phi_1 D + phi_2 D1 - phi_3 D2) + sigma_t sqrt(1 - e^(-2 eta h)) s_noise z.
+    x' = (sigma_t/sigma_s) e^(-eta h) x + alpha_t (phi_1 D + phi_2 D1 - phi_3 D2)
+    + sigma_t sqrt(1 - e^(-2 eta h)) s_noise z.
     curvature: as in dpmpp_3m. flavor "diffusers": D2 has the weight (1 - e^-z - z)/z^2 - 1/2 (its sign of 1/2 is wrong,
     an error of order h^2), the second-order step is "midpoint", and fewer than 15 steps come down to order 1.
     """
@@ -69,11 +70,11 @@ def dpmpp_3m_sde(
 
 @solver("mean_reverting", order=2)
 def mean_reverting(run: Run, x: Lin, order: int = 2, noise: str = "ode") -> Lin:
-    """MRS for mean-reverting diffusion dx = theta (mu - x) dt + g dw (Li et al. 2025): an ordinary solver on y = x - mu.
+    """MRS for mean-reverting diffusion dx = theta (mu - x) dt + g dw (Li et al. 2025): the usual solver on y = x - mu.
 
-    y' = (sigma_t/sigma_s) e^(-eta h) y + alpha_t (phi_1 D + ...) + sigma_t sqrt(1 - e^(-2 eta h)) z, eta = 0 ("ode") or 1
-    ("sde"), order 1..3. The plan's state, its denoised estimate and its sample are y: subtract mu, the image to restore,
-    from what goes in (x0 = y0 + mu) and add it to what comes out.
+    y' = (sigma_t/sigma_s) e^(-eta h) y + alpha_t (phi_1 D + ...) + sigma_t sqrt(1 - e^(-2 eta h)) z, eta = 0 ("ode") or
+    1 ("sde"), order 1..3. The plan's state, its denoised estimate and its sample are y: subtract mu, the image to
+    restore, from what goes in (x0 = y0 + mu) and add it to what comes out.
     """
     check_order("mean_reverting", order, 3)
     check_choice("mean_reverting", "noise", noise, ("ode", "sde"))

@@ -32,12 +32,12 @@ def sa_solver(
 ) -> Lin:
     """SA-Solver (Xue et al. 2023, Alg. 1): x' = (sigma_t/sigma_s) e^(-tau^2 h) x + sum_j b_j D_j + noise.
 
-    b_j = alpha_t int k e^(k (lambda - lambda_t)) L_j dlambda, k = 1 + tau^2; noise = sigma_t sqrt(1 - e^(-2 tau^2 h)) z.
+    b_j = alpha_t int k e^(k (lambda - lambda_t)) L_j dlambda, k = 1 + tau^2; noise sigma_t sqrt(1 - e^(-2 tau^2 h)) z.
     predictor_order 1..4: over the last D. corrector_order 0..4: the step just made again, with the D found at its end
-    and the same z; 0 leaves it out. tau: strength of the noise (0 the ODE, 1 the SDE), where tau_from <= sigma/alpha <= tau_to
-    and 0 elsewhere; taus: instead of these, one number per step. mode: "pec" evaluates once a step, "pece" again after the
-    correction. lower_final: come down to order 1 over the last steps. flavor "diffusers": order 2 uses its simplified
-    weights.
+    and the same z; 0 leaves it out. tau: strength of the noise (0 the ODE, 1 the SDE), where
+    tau_from <= sigma/alpha <= tau_to and 0 elsewhere; taus: instead of these, one number per step. mode: "pec"
+    evaluates once a step, "pece" again after the correction. lower_final: come down to order 1 over the last steps.
+    flavor "diffusers": order 2 uses its simplified weights.
     """
     check_order("sa_solver", predictor_order, 4, "predictor_order")
     if corrector_order != 0:

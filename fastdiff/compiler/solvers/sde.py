@@ -56,8 +56,8 @@ def reverse_step(run: Run, x: Lin, s: Level, t: Level, name: str) -> Lin:
         return t.alpha * denoised
     if s.alpha == 0.0:
         raise ValueError(
-            f"{name}: the forward step that leads to alpha = 0 cannot be reversed to first order; use a grid that starts "
-            "below it, or 'ddpm'"
+            f"{name}: the forward step that leads to alpha = 0 cannot be reversed to first order; use a grid that "
+            "starts below it, or 'ddpm'"
         )
     a = s.alpha / t.alpha
     added = s.sigma**2 - (a * t.sigma) ** 2

@@ -16,7 +16,7 @@ from fastdiff.process.schedules import Level
 
 @solver("dpmpp_2s", order=2)
 def dpmpp_2s(run: Run, x: Lin, r: float = 0.5) -> Lin:
-    """DPM-Solver++(2S) (Lu et al. 2022, Alg. 1): u at lambda_s + r h, then x' with (1 - 1/(2r)) D_s + 1/(2r) D_u for D."""
+    """DPM-Solver++(2S) (Lu et al. 2022, Alg. 1): u at lambda_s + r h, x' with (1 - 1/(2r)) D_s + 1/(2r) D_u for D."""
     return _stages(run, x, 2, (_fraction("dpmpp_2s", r),))
 
 
@@ -58,7 +58,7 @@ def dpmsolver(
 
 @solver("dpm_fast", order=2, denoises={"denoise": True})
 def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
-    """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., then what is left, in exactly `steps`.
+    """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., and what is left, in `steps` calls.
 
     The grid gives the two ends and the number of evaluations; the levels between are uniform in lambda. denoise: the
     last evaluation is x' = D at the last noisy level; False spends all of them on the way there and ends there, as
@@ -104,7 +104,7 @@ def seeds_3(
 
 @solver("exp_heun_2_x0", order=2, exact_marginal={"s_noise": 1.0})
 def exp_heun_2_x0(run: Run, x: Lin, eta: float = 0.0, s_noise: float = 1.0) -> Lin:
-    """Exponential Heun on D (Hochbruck and Ostermann 2010, eq. 2.40 with c2 = 1): seeds_2 with r = 1 and weights "phi_2".
+    """Exponential Heun on D (Hochbruck and Ostermann 2010, eq. 2.40, c2 = 1): seeds_2 with r = 1 and weights "phi_2".
 
     x' = (sigma_t/sigma_s) e^(-eta h) x + alpha_t (phi_1 D_s + phi_2 (D_t - D_s)) + noise, phi at (1 + eta) h.
     """
