@@ -315,3 +315,36 @@ def test_edm_third_order(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     peer.run(1.0, torch.float64)
     plan = at_sigmas("dpmpp_3m", scheduler, schedules.edm(0.002, 80.5), flavor="diffusers")
     peer.compare(plan, "edm", sigma_data=0.5, rtol=THIRD)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("dpmpp_2s", 2), ("dpmpp_3s", 3)])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@every_count
+def test_singlestep(steps: int, prediction: str, solver: str, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"solver_order": order, "prediction_type": NAMES[prediction], "num_train_timesteps": TRAIN}
+    scheduler = scheduler_of("dpmsolver_singlestep", "DPMSolverSinglestepScheduler", **options)
+    prepared(scheduler, steps)
+    peer = Peer(scheduler, monkeypatch, steps)
+    peer.run(1.0, torch.float64)
+    plan = at_sigmas(solver, scheduler, ddpm_schedule(scheduler), flavor="diffusers")
+    peer.compare(plan, prediction, rtol=RTOL if order < 3 else THIRD)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 20])
+def test_ddim_inverse(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs shows the network the level a step goes to, ours the one it comes from; given E, the states agree."""
+    scheduler = scheduler_of("ddim_inverse", "DDIMInverseScheduler", num_train_timesteps=TRAIN, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    in_double(scheduler)
+    scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    peer = Peer(scheduler, monkeypatch, steps)
+    peer.run(1.0, torch.float64)
+    schedule = ddpm_schedule(scheduler)
+    plan = build("ddim_inverse", schedule, grid=scheduler.timesteps.numpy()[::-1].astype(np.float64))
+    noises = iter(peer.raw)
+
+    def denoise(x: Array, level: Level) -> Array:
+        return (x - level.sigma * next(noises)) / level.alpha
+
+    ours = execute(plan, denoise, peer.latent)
+    assert np.abs(ours - peer.states[-1]).max() < RTOL * np.abs(peer.states[-1]).max()

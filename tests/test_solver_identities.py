@@ -299,6 +299,49 @@ def test_er_sde_with_closed_integrals() -> None:
             assert math.hypot(*output.noise) == pytest.approx(math.sqrt(max(0.0, t**2 - (s * r) ** 2)), abs=1e-6)
 
 
+@pytest.mark.parametrize(("flavor", "points"), [("authors", 100), ("comfyui", 200)])
+def test_er_sde_with_the_released_sums(flavor: str, points: int) -> None:
+    """S = sum_i (l_s - l_t)/n / phi(l_t + i (l_s - l_t)/n), and S_u with (l - l_s) in it; third order by hand."""
+    plan = build("er_sde", "edm", 8, "karras", flavor=flavor)
+    rho = [level.sigma for level in plan.levels]
+
+    def phi(rho: Array) -> Array:
+        return rho * (np.exp(rho**0.3) + 10.0)
+
+    for i in range(2, 6):
+        s, t, low, top = rho[i], rho[i + 1], rho[i - 1], rho[i - 2]
+        nodes = t + np.arange(points) * ((s - t) / points)
+        total = float(((s - t) / points / phi(nodes)).sum()) * phi(np.array(t))
+        moment = float(((nodes - s) * (s - t) / points / phi(nodes)).sum()) * phi(np.array(t))
+        linear, curved = t - s + total, 0.5 * (t - s) ** 2 + moment
+        r = phi(np.array(t)) / phi(np.array(s))
+        first, second = 1.0 / (s - low), 2.0 / (s - top)
+        expected = 1.0 - r + linear * first + curved * second * first
+        assert plan.rows[i + 1].outputs[0].denoised == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_ipndm_v_as_released() -> None:
+    """temp = (1 - h/(3 (h + g)) h (h + g)/(g (g + k)))/2: 1 + h/(2g) + temp, -h/(2g) - (1 + g/k) temp, temp g/k."""
+    plan = build("ipndm_v", "edm", 8, "karras", order=3, flavor="comfyui")
+    sigma = [level.sigma for level in plan.levels]
+    states: list[Array] = []
+    slopes: list[Array] = []
+    rng = np.random.default_rng(0)
+
+    def denoise(x: Array, level: Level) -> Array:
+        states.append(x)
+        slopes.append(rng.standard_normal(3))
+        return x - level.sigma * slopes[-1]
+
+    execute(plan, denoise, rng.standard_normal(3))
+    for i in range(2, 7):
+        h, g, k = (sigma[j + 1] - sigma[j] for j in (i, i - 1, i - 2))
+        temp = (1 - h / (3 * (h + g)) * (h * (h + g)) / (g * (g + k))) / 2
+        weights = (1 + h / (2 * g) + temp, -h / (2 * g) - (1 + g / k) * temp, temp * g / k)
+        expected = states[i] + h * sum(w * slopes[i - j] for j, w in enumerate(weights))
+        np.testing.assert_allclose(states[i + 1], expected, rtol=1e-9)
+
+
 def test_reverse_diffusion() -> None:
     """VE: x + (s^2 - t^2) score + sqrt(s^2 - t^2) z; VP: (2 - sqrt(1 - b)) x + b score + sqrt(b) z."""
     for schedule, grid in (PROCESSES["edm"], PROCESSES["vp"]):

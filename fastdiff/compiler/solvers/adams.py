@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 from fastdiff.compiler.lin import Lin
@@ -76,13 +78,16 @@ def ipndm(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
 
 
 @solver("ipndm_v", order=4)
-def ipndm_v(run: Run, x: Lin, order: int = 4) -> Lin:
+def ipndm_v(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
     """iPNDM with the Adams-Bashforth weights of the grid's own steps in rho (Zhang and Chen 2023): order 1..4.
 
-    int L_j drho / (rho_t - rho_s) in place of the a_j of ipndm, and so the table of lms.
+    int L_j drho / (rho_t - rho_s) in place of the a_j of ipndm, and so the table of lms. flavor "comfyui": the weights
+    that its released code computes, which are not these from the third order on (`_as_released`).
     """
     check_order("ipndm_v", order, 4)
-    return _slopes(run, x, History(run, order), _lagrange_in_rho, to_zero=False)
+    check_choice("ipndm_v", "flavor", flavor, (None, "comfyui"))
+    weigh = _lagrange_in_rho if flavor is None else _as_released
+    return _slopes(run, x, History(run, order), weigh, to_zero=False)
 
 
 @solver("pndm", order=2, denoises={"flavor": None})
@@ -153,6 +158,29 @@ def _slopes(
 
 def _lagrange_in_rho(levels: Sequence[Level], t: Level) -> Sequence[float]:
     return lagrange_weights([level.rho for level in levels], levels[0].rho, t.rho)
+
+
+def _as_released(levels: Sequence[Level], t: Level) -> Sequence[float]:
+    """The released ipndm_v: Newton's form with two of its integrals off, I_m of prod_{i<m} (rho - rho_i) over the step.
+
+    With h the step, g and k the ones before it, a = h/(3 (h + g)) and q = h (h + g)/(g (g + k)): I_2/(g (g + k)) is
+    taken as (1 - a q)/2 where (1 - a) q/2 is right, and I_3 as a sum that should be a difference.
+    """
+    nodes = [level.rho for level in levels]
+    h, *before = [t.rho - nodes[0], *(new - old for new, old in itertools.pairwise(nodes))]
+    integrals = [1.0, 0.5 * h]
+    if len(nodes) > 2:
+        g, k = before[:2]
+        a = h / (3.0 * (h + g))
+        integrals.append(0.5 * (g * (g + k) - a * h * (h + g)))
+        share = 0.5 * (1.0 - a) + (1.0 - h / (2.0 * (h + g))) * h / (6.0 * (h + g + k))
+        integrals.append(share * h * (h + g) * (h + g + k))
+    weights = [0.0] * len(nodes)
+    for m in range(len(nodes)):
+        for j in range(m + 1):
+            others = [nodes[j] - nodes[i] for i in range(m + 1) if i != j]
+            weights[j] += h * integrals[m] / math.prod(others)
+    return weights
 
 
 def _even_in_rho(levels: Sequence[Level], t: Level) -> Sequence[float]:

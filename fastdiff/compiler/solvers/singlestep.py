@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
@@ -15,18 +17,26 @@ from fastdiff.process.schedules import Level
 
 
 @solver("dpmpp_2s", order=2)
-def dpmpp_2s(run: Run, x: Lin, r: float = 0.5) -> Lin:
-    """DPM-Solver++(2S) (Lu et al. 2022, Alg. 1): u at lambda_s + r h, x' with (1 - 1/(2r)) D_s + 1/(2r) D_u for D."""
-    return _stages(run, x, 2, (_fraction("dpmpp_2s", r),))
+def dpmpp_2s(run: Run, x: Lin, r: float = 0.5, flavor: str | None = None) -> Lin:
+    """DPM-Solver++(2S) (Lu et al. 2022, Alg. 1): u at lambda_s + r h, x' with (1 - 1/(2r)) D_s + 1/(2r) D_u for D.
+
+    flavor "diffusers": the grid's own levels are the stages, one evaluation per level, in blocks of two (`_blocks`).
+    """
+    check_choice("dpmpp_2s", "flavor", flavor, (None, "diffusers"))
+    return _blocks(run, x, 2) if flavor else _stages(run, x, 2, (_fraction("dpmpp_2s", r),))
 
 
 @solver("dpmpp_3s", order=3)
-def dpmpp_3s(run: Run, x: Lin, r1: float = 1.0 / 3.0, r2: float = 2.0 / 3.0) -> Lin:
+def dpmpp_3s(run: Run, x: Lin, r1: float = 1.0 / 3.0, r2: float = 2.0 / 3.0, flavor: str | None = None) -> Lin:
     """DPM-Solver++(3S) (the code of Lu et al. 2022): stages u1, u2 at r1, r2 of the step, three evaluations.
 
     u1 = first order; u2 = first order + (r2/r1) alpha phi_2(r2 h) (D_1 - D_s);
     x' = first order + (1/r2) alpha_t phi_2(h) (D_2 - D_s), phi_2(h) = 1 - (1 - e^-h)/h.
+    flavor "diffusers": the grid's own levels are the stages, in blocks of three (`_blocks`).
     """
+    check_choice("dpmpp_3s", "flavor", flavor, (None, "diffusers"))
+    if flavor:
+        return _blocks(run, x, 3)
     return _stages(run, x, 3, (_fraction("dpmpp_3s", r1), _fraction("dpmpp_3s", r2)))
 
 
@@ -175,6 +185,31 @@ def _stages(
     return x
 
 
+def _blocks(run: Run, x: Lin, order: int) -> Lin:
+    """Blocks of `order` steps of the grid, the levels inside a block being its stages, and shorter ones at the end.
+
+    The last step is alone; where steps / order leaves nothing, or 2 of 3, the one before it is cut short too. The
+    second stage of a block of three is reached by a step of dpmpp_2s.
+    """
+    whole, left = divmod(run.steps, order)
+    tail = {(2, 0): [1, 1], (2, 1): [1], (3, 0): [2, 1], (3, 1): [1], (3, 2): [1, 1]}[order, left]
+    lengths = [order] * (whole - (left == 0)) + tail
+    start = 0
+    for length in lengths:
+        s, *inner, t = run.levels[start : start + length + 1]
+        if length < order:
+            run.note(f"step {start} has order {length} instead of {order}: the last steps come down to order 1")
+        if s.alpha == 0.0:  # no place in lambda to put a stage between
+            for level, following in itertools.pairwise([s, *inner, t]):
+                x = ode_step(x, run.denoise(x, level), level, following)
+        else:
+            h = half_log_snr_step(s, t)
+            fractions = tuple(half_log_snr_step(s, level) / h for level in inner)
+            x = _singlestep(run, x, s, t, fractions, levels=inner, averaged=True)
+        start += length
+    return x
+
+
 def _singlestep(
     run: Run,
     x: Lin,
@@ -186,10 +221,13 @@ def _singlestep(
     eta: float = 0.0,
     s_noise: float = 1.0,
     exact: bool = False,
+    levels: Sequence[Level] = (),
+    averaged: bool = False,
 ) -> Lin:
     """One step from s to t with a stage at each fraction of it; the last stage and D_s make the final combination.
 
-    exact: with one stage, integrate the line through its two values instead of averaging them.
+    exact: with one stage, integrate the line through its two values instead of averaging them. levels: of the stages,
+    if they are known. averaged: reach the second stage by averaging too.
     """
     denoised = run.denoise(x, s)
     if t.sigma == 0.0 or (k < 0.0 and s.alpha == 0.0):
@@ -198,11 +236,11 @@ def _singlestep(
     first = model_value(run, x, denoised, s, k)
     noise, before = None, 0.0
 
-    def at(end: Level, fraction: float, slope: Lin | None, averaged: bool) -> Lin:
+    def at(end: Level, fraction: float, slope: Lin | None, mean: bool) -> Lin:
         z = (k + eta) * fraction * h
         combined = phi(z) * first
         if slope is not None:
-            combined = combined + (0.5 * phi(z) if averaged else phi_slope(z)) * fraction * slope
+            combined = combined + (0.5 * phi(z) if mean else phi_slope(z)) * fraction * slope
         ahead = exponential_step(x, combined, s, end, k, eta)
         return ahead + (s_noise * end.sigma) * noise if noise is not None else ahead
 
@@ -215,10 +253,10 @@ def _singlestep(
             before = fraction
         if j == len(fractions):
             break
-        stage = run.level_between(s, t, fraction)
-        ahead = at(stage, fraction, slope, averaged=False)
+        stage = levels[j] if levels else run.level_between(s, t, fraction)
+        ahead = at(stage, fraction, slope, mean=averaged)
         slope = (model_value(run, ahead, run.denoise(ahead, stage), stage, k) - first) / fraction
-    return at(t, 1.0, slope, averaged=len(fractions) == 1 and not exact)
+    return at(t, 1.0, slope, mean=len(fractions) == 1 and not exact)
 
 
 def _fraction(solver: str, r: float) -> float:
