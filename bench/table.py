@@ -95,7 +95,7 @@ def show_ops(line: Line | None) -> str:
     if line is None:
         return (
             f"{'sampler':<16}{'shape':<16}{'dtype':<9}{'executor':<10}{'us [p20-p80]':<22}{'+input':>8}"
-            f"{'diffusers us':>24}{'compiled us':>24}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>12}"
+            f"{'diffusers us':>30}{'compiled us':>30}{'x diff':>8}{'x comp':>8}{'B/el':>5}{'GB/s':>8}{'of copy':>12}"
             f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
         )
     case = f"{line['solver']:<16}{line['shape']:<16}{line['model_dtype']:<9}{line['executor']:<10}"
@@ -103,8 +103,8 @@ def show_ops(line: Line | None) -> str:
     if line["gate"] == "red":
         return f"{case}WRONG: no figure {gate}"
     return (
-        f"{case}{_spread(line, 'us'):<22}{_short(line['emit_us']):>8}{_spread(line, 'diffusers_us'):>24}"
-        f"{_spread(line, _compiled(line)):>24}{_number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
+        f"{case}{_spread(line, 'us'):<22}{_short(line['emit_us']):>8}{_spread(line, 'diffusers_us'):>30}"
+        f"{_spread(line, _compiled(line)):>30}{_number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
         f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{_of_copy(line):>12}{gate}"
     )
 

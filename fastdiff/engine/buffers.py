@@ -63,6 +63,7 @@ class Buffers:
         )
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
         self._steps: dict[tuple[str, torch.dtype, int], Callable[[Tensor], None]] = {}
+        self._table: object = None  # what the loaded table was packed from
         self.graph: Any = None
 
     def start(
@@ -84,14 +85,7 @@ class Buffers:
             t.noise.copy_(external)
         else:
             t.noise = external
-        packed = plan.pack(
-            model.prediction,
-            model.sigma_data,
-            opening="noise" if init is None else opening,
-            latent_id=plan.draws if external is not None else 0,
-        )
-        t.coef.copy_(torch.from_numpy(packed.coef))
-        t.ids.copy_(torch.from_numpy(packed.ids))
+        self._load_table(plan, model, "noise" if init is None else opening, plan.draws if external is not None else 0)
         t.seed.copy_(seeds)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
         t.row.zero_()
@@ -103,6 +97,15 @@ class Buffers:
                     f"init must be a floating-point tensor of shape {expected}, got {init.dtype} {tuple(init.shape)}"
                 )
             t.state[plan.rows[0].x].copy_(init)
+
+    def _load_table(self, plan: Plan, model: Denoiser, opening: str, latent_id: int) -> None:
+        wanted = (id(plan), model.prediction, model.sigma_data, opening, latent_id)
+        if self._table == wanted:
+            return
+        packed = plan.pack(model.prediction, model.sigma_data, opening, latent_id)
+        self.tensors.coef.copy_(torch.from_numpy(packed.coef))
+        self.tensors.ids.copy_(torch.from_numpy(packed.ids))
+        self._table = wanted
 
     def bind(self, executor: str, output: Tensor | None = None) -> Callable[[Tensor], None]:
         """The step for a model output of this dtype and batch, checked and bound once."""
