@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
@@ -90,7 +91,8 @@ def _integrals(growth: Callable[[float], float], low: float, high: float, rieman
     Gauss-Legendre in log l, where the integrands are smooth; riemann: so many left points instead, 0 for none.
     """
     half = 0.5 * math.log(high / low)
-    points, steps = low * np.exp(half * (POINTS + 1.0)), half * WEIGHTS
+    points: NDArray[np.floating] = low * np.exp(half * (POINTS + 1.0))
+    steps: NDArray[np.floating] = half * WEIGHTS
     if riemann:
         points = low + np.arange(riemann) * ((high - low) / riemann)
         steps = (high - low) / riemann / points
