@@ -17,7 +17,7 @@ import fastdiff as fd
 from fastdiff import images
 from fastdiff.engine import machine, selfcheck
 
-_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, fd.BackendUnavailable)
+_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, fd.BackendUnavailable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.count < 1 or arguments.batch < 1:
         raise ValueError(f"--count and --batch must be >= 1, got {arguments.count} and {arguments.batch}")
     images.check_writable(arguments.out)
-    model = fd.load(arguments.model, device=arguments.device)
+    model = fd.load(arguments.model, device=_device(arguments.device))
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     labels = [label for label in _labels(arguments.classes, model) for _ in range(arguments.count)]
@@ -136,6 +136,18 @@ def _sample(arguments: argparse.Namespace) -> int:
     images.save(arguments.out, np.concatenate(drawn), names, columns=arguments.count)
     _report(arguments, plan, sampler, len(labels), seconds, model_seconds)
     return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
 
 
 def _report(
@@ -165,7 +177,7 @@ def _labels(given: list[str] | None, model: fd.Denoiser) -> list[int | None]:
     by_name = {name.lower(): i for i, name in enumerate(model.class_names)}
     labels: list[int | None] = []
     for name in given:
-        index = int(name) if name.isdigit() else by_name.get(name.lower(), -1)
+        index = int(name) if name.isdecimal() else by_name.get(name.lower(), -1)
         if not 0 <= index < len(model.class_names):
             known = ", ".join(f"{i} {n}" for i, n in enumerate(model.class_names))
             raise ValueError(f"unknown class {name!r}; classes: {known}")

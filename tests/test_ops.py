@@ -58,8 +58,10 @@ def test_bound_step_equals_the_dispatched_op(executor: str) -> None:
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed has shape"),
         ({"guidance": torch.zeros(2, 1)}, ValueError, "guidance has shape"),
         ({"noise": torch.zeros(1, 2, 3, 4, 5)}, ValueError, "noise has shape"),
-        ({"coef": torch.zeros(7, 32)}, ValueError, "not one packed plan"),
-        ({"coef": torch.zeros(7, 40).double()}, TypeError, "coef and ids must be"),
+        ({"coef": torch.zeros(6, 32)}, ValueError, "not one packed plan"),
+        ({"coef": torch.zeros(0, 36)}, ValueError, "at least one row"),
+        ({"state": torch.zeros(2, 0, 3, 5, 4)}, ValueError, "no elements"),
+        ({"coef": torch.zeros(6, 40).double()}, TypeError, "coef and ids must be"),
     ],
 )
 def test_checks(change: dict[str, torch.Tensor], error: type[Exception], words: str) -> None:

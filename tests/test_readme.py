@@ -44,7 +44,7 @@ def test_python_blocks_run_in_order(tmp_path):
     script.write_text("\n".join(page))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "dpmpp_2s, 19 model evaluations, grid trailing: ok" in done.stdout
+    assert "midpoint_2s, 19 model evaluations, grid karras: ok" in done.stdout
 
 
 def test_first_example_is_short():

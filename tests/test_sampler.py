@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -55,6 +55,7 @@ def test_memory_format_does_not_change_the_image(model: fd.Denoiser, shape: tupl
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="the compiled extension is not here: fastdiff info says why")
 def test_executors_agree(model: fd.Denoiser, solver: str) -> None:
     results = [fd.sample(model, (4, 3, 8, 8), solver=solver, steps=10, backend=name) for name in BACKENDS]
     for other in results[1:]:
@@ -115,18 +116,20 @@ def test_rows_whose_guidance_is_off_run_half_the_batch(backend: str) -> None:
         return 0.5 * x + label.view(-1, 1, 1, 1)
 
     model = fd.Denoiser(labelled, fd.schedules.edm(), "edm", sigma_data=0.5)
-    plan = fd.plan("dpmpp_2m", model.schedule, 4, "karras")
     cond, uncond = {"label": torch.tensor([1.0, 2.0])}, {"label": torch.zeros(2)}
+    levels = [float(level.sigma) for level in fd.plan("dpmpp_2m", model.schedule, 4, "karras").levels]
 
-    def run(gains: list[float], guidance: float) -> Tensor:
-        rows = [dataclasses.replace(row, gain=gain) for row, gain in zip(plan.rows, gains, strict=True)]
-        sampler = fd.Sampler(dataclasses.replace(plan, rows=tuple(rows)), model, backend)
+    def run(interval: tuple[float, float] | None, guidance: float) -> Tensor:
+        plan = fd.plan("dpmpp_2m", model.schedule, 4, "karras", guidance_interval=interval)
+        sampler = fd.Sampler(plan, model, backend)
         return sampler.sample((2, 1, 3, 5), cond=cond, uncond=uncond, guidance=guidance)
 
-    interval = run([1.0, 0.0, 1.0, 0.0, 0.5], 3.0)
-    assert sizes == [2, 4, 2, 4]
-    assert not torch.equal(interval, run([1.0] * 5, 3.0))
-    assert torch.equal(run([1.0] + [0.0] * 4, 3.0), run([1.0] * 5, 1.0))
+    limited = run((levels[2] / 2, levels[1] * 2), 3.0)
+    assert sizes == [2, 4, 4, 2]
+    assert not torch.equal(limited, run(None, 3.0))
+    assert torch.equal(run((1e3, 2e3), 3.0), run(None, 1.0))
+    with pytest.raises(ValueError, match=r"guidance_interval must be \(low, high\)"):
+        run((2.0, 1.0), 3.0)
 
 
 def test_callback_sees_the_denoised_estimate(model: fd.Denoiser) -> None:
@@ -229,8 +232,10 @@ def test_non_finite_output_names_the_row_and_sample_and_stops() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"seed": [1, 2, 3]}, "one integer per sample.*has 2, got 3"),
+        ({"seed": [1, 2, 3]}, "one integer per sample.*is 2, got 3"),
         ({"seed": 2**64}, "64-bit"),
+        ({"guidance": 1e39}, "finite in float32"),
+        ({"init": torch.full((2, 3, 4, 4), float("nan"))}, "init holds inf or nan"),
         ({"guidance": 2.0}, "needs uncond"),
         ({"guidance": [1.0, 2.0, 3.0]}, r"one per sample \(2\), got 3"),
         ({"guidance": float("nan")}, "finite"),
@@ -239,7 +244,10 @@ def test_non_finite_output_names_the_row_and_sample_and_stops() -> None:
         ({"init": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, "floating-point"),
         ({"strength": 0.5}, "needs init"),
         ({"cond": torch.zeros(3)}, r"one entry per sample \(2\)"),
-        ({"cond": {"a": torch.zeros(2)}, "uncond": {"b": torch.zeros(2)}, "guidance": 2.0}, "same keys"),
+        (
+            {"cond": {"a": torch.zeros(2)}, "uncond": {"b": torch.zeros(2)}, "guidance": 2.0},
+            "mappings with the same keys",
+        ),
         ({"backend": "cpu"}, "Did you mean 'cpp'"),
         ({"graph": True}, "needs a CUDA device"),
         ({"graph": "maybe"}, "graph must be"),
@@ -297,3 +305,96 @@ def test_the_loop_runs_no_torch_operation_of_its_own() -> None:
             sampler.sample(output.shape)
         counts.append(len(seen.names))
     assert counts[0] == counts[1]  # whatever is allocated, it is not per row
+
+
+@pytest.mark.parametrize(
+    ("seed", "words"), [([1.7, 2.2], "1.7"), ("12", "'12'"), (True, "True"), (torch.tensor([0.5, 1.5]), "0.5")]
+)
+def test_seeds_must_be_integers(model: fd.Denoiser, seed: object, words: str) -> None:
+    with pytest.raises(TypeError, match=f"one integer per sample, got .*{words}"):
+        fd.sample(model, (2, 3, 4, 4), steps=2, seed=seed)  # type: ignore[arg-type]
+
+
+def test_a_seed_may_be_a_zero_dimensional_tensor(model: fd.Denoiser) -> None:
+    shape = (2, 3, 4, 4)
+    assert torch.equal(fd.sample(model, shape, steps=2, seed=torch.tensor(3)), fd.sample(model, shape, steps=2, seed=3))
+
+
+def test_a_plan_for_another_schedule_is_refused(model: fd.Denoiser) -> None:
+    with pytest.raises(ValueError, match="made for schedule linear.*trained on edm"):
+        fd.Sampler(fd.plan("euler", "linear", 5), model)
+
+
+def test_conditions_may_be_nested_and_every_tensor_reaches_its_branch() -> None:
+    def net(x: Tensor, t: Tensor, added: dict[str, list[Tensor]], scale: float) -> Tensor:
+        return scale * added["e"][0].view(-1, 1, 1, 1).expand_as(x).contiguous()
+
+    model = fd.Denoiser(net, fd.schedules.edm(), "x0")
+
+    def tree(value: float, scale: float = 2.0) -> dict[str, object]:
+        return {"added": {"e": [torch.tensor([value])]}, "scale": scale}
+
+    x = fd.sample(model, (1, 1, 2, 2), steps=2, cond=tree(1.0), uncond=tree(0.5), guidance=3.0)
+    assert torch.equal(x, torch.full_like(x, 2.0 * (0.5 + 3 * 0.5)))
+    with pytest.raises(ValueError, match=r"cond\['scale'\] and its counterpart.*got 2.0 and 1.0"):
+        fd.sample(model, (1, 1, 2, 2), steps=2, cond=tree(1.0), uncond=tree(0.5, 1.0), guidance=3.0)
+    text = fd.Denoiser(lambda x, t, text: x, fd.schedules.edm(), "x0")
+    with pytest.raises(ValueError, match="'a cat' and ''.*encode text"):
+        fd.sample(text, (1, 1, 2, 2), cond={"text": "a cat"}, uncond={"text": ""}, guidance=3.0)
+
+
+def test_an_overflowing_sample_is_not_returned() -> None:
+    huge = fd.Denoiser(lambda x, t, c: c.view(-1, 1, 1, 1).expand_as(x) * 3e38, fd.schedules.edm(), "x0")
+    one = torch.ones(1)
+    with pytest.raises(FloatingPointError, match="overflowed float32"):
+        fd.sample(huge, (1, 1, 2, 2), steps=1, cond={"c": one}, uncond={"c": -one}, guidance=2.0)
+    with pytest.raises(ValueError, match="coefficient outside float32"):
+        fd.plan("euler", fd.schedules.ve(1e-3, 1e39), 3).pack("x0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(model: fd.Denoiser, dtype: torch.dtype) -> None:
+    expected = fd.sample(model, (2, 3, 4, 4), solver="ddpm", steps=3)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(expected, fd.sample(model, (2, 3, 4, 4), solver="ddpm", steps=3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_inference_mode_may_come_and_go(model: fd.Denoiser) -> None:
+    sampler = fd.Sampler(fd.plan("ddpm", model.schedule, 3), model)
+    with torch.inference_mode():
+        inside = sampler.sample((2, 3, 4, 4))
+    assert torch.equal(inside, sampler.sample((2, 3, 4, 4)))
+
+
+def test_noise_given_and_drawn_may_alternate_on_one_sampler(model: fd.Denoiser) -> None:
+    plan = fd.plan("ddpm", model.schedule, 4)
+    sampler, shape = fd.Sampler(plan, model), (1, 3, 4, 4)
+    zeros = torch.zeros(plan.draws, *shape)
+    white = sampler.sample(shape)
+    silent = sampler.sample(shape, noise=zeros)
+    assert not torch.equal(white, silent)
+    assert torch.equal(white, sampler.sample(shape))
+    assert torch.equal(silent, sampler.sample(shape, noise=zeros))
+
+
+def test_one_sampler_in_two_threads_is_refused_and_two_samplers_agree(model: fd.Denoiser) -> None:
+    plan = fd.plan("euler", model.schedule, 3)
+    inside, leave = threading.Event(), threading.Event()
+
+    def waits(x: Tensor, t: Tensor) -> Tensor:
+        inside.set()
+        leave.wait(10)
+        return x
+
+    sampler = fd.Sampler(plan, fd.Denoiser(waits, model.schedule, "x0"))
+    worker = threading.Thread(target=lambda: sampler.sample((1, 3, 4, 4)))
+    worker.start()
+    inside.wait(10)
+    with pytest.raises(RuntimeError, match="one per thread"):
+        sampler.sample((1, 3, 4, 4))
+    leave.set()
+    worker.join()
+    assert sampler.sample((1, 3, 4, 4)).shape == (1, 3, 4, 4)

@@ -6,6 +6,7 @@ May import: process, solvers, run, assemble, plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ def plan(
     solver: str,
     schedule: Schedule | str = "linear",
     steps: int = 20,
-    grid: str | Sequence[float] | NDArray[np.float64] = "trailing",
+    grid: str | Sequence[float] | NDArray[np.float64] = "karras",
     *,
     strength: float = 1.0,
     start_step: int = 0,
+    guidance_interval: tuple[float, float] | None = None,
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -37,7 +39,9 @@ def plan(
     times on the schedule's clock, without the final clean one). grid_options: options of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
-    step count). Raises ValueError or TypeError, naming what is wrong, and never a half-built plan.
+    step count). guidance_interval: (low, high) in sigma/alpha; rows outside it evaluate the
+    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). Raises ValueError or
+    TypeError, naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
     chosen.check_options(options)
@@ -50,7 +54,8 @@ def plan(
     levels = [process.level(float(time)) for time in times] + [CLEAN]
     if chosen.upward:
         levels.reverse()
-    return compile_levels(solver, levels, process, name, options)
+    compiled = compile_levels(solver, levels, process, name, options)
+    return compiled if guidance_interval is None else _guided_within(compiled, guidance_interval)
 
 
 def compile_levels(
@@ -90,6 +95,16 @@ def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, 
     low, high = schedule.time_range
     start = low + strength * (high - low)
     return np.concatenate([[start], times[times < start]])
+
+
+def _guided_within(compiled: Plan, interval: tuple[float, float]) -> Plan:
+    low, high = interval
+    if not 0.0 <= low < high:
+        raise ValueError(f"guidance_interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
+    rows = (
+        row if row.level is None else replace(row, gain=float(low <= row.level.rho <= high)) for row in compiled.rows
+    )
+    return replace(compiled, rows=tuple(rows))
 
 
 def _plain(value: Any) -> Any:

@@ -105,7 +105,20 @@ class Plan:
             coef[i, [at.EMIT_SCALE, at.EMIT_TIME]] = (following.c_in, following.time) if following else (1.0, 0.0)
             _pack_row(row, coef[i], ids[i])
         self._pack_opening(opening, latent_id, coef[0], ids[0])
-        return Packed(coef.astype(np.float32), ids)
+        return Packed(self._rounded(coef), ids)
+
+    def _rounded(self, coef: NDArray[np.float64]) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):
+            rounded = coef.astype(np.float32)
+        bad = ~np.isfinite(rounded)
+        bad[:, [at.CLAMP_LO, at.CLAMP_HI]] = False
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            raise ValueError(
+                f"{self.solver}: {'the opening row' if row == 0 else f'row {row - 1}'} has a coefficient outside "
+                f"float32 ({coef[row][bad[row]][0]:.3g}); choose levels whose sigma/alpha is less extreme"
+            )
+        return rounded
 
     def _evaluated(self) -> list[Level]:
         return [row.level for row in self.rows if row.level is not None]

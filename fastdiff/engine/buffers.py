@@ -5,7 +5,8 @@ May import: ops, noise, compiler, models.denoiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import noise as counter_noise
 from fastdiff.engine import ops
-from fastdiff.models.denoiser import Condition, Denoiser
+from fastdiff.models.denoiser import Denoiser
 
 
 class Buffers:
@@ -42,27 +43,29 @@ class Buffers:
         self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
         self._sample = shape[1:]
         self.model_in = self._images(copies * self.batch, dtype, device)
-        self.model_time = torch.zeros(copies * self.batch, device=device)
-        terms = max(len(row.noise) for row in plan.rows) + 1
+        self.model_time = torch.zeros(copies * self.batch, dtype=torch.float32, device=device)
+        opening, *rows = (len(row.noise) for row in plan.rows)
+        coef, ids = _empty_table(len(rows), max(rows), device)
         self.tensors = ops.StepTensors(
             state=self._registers(plan.registers, device),
             model_out=self.model_in,
             model_in=self.model_in,
             model_time=self.model_time,
-            coef=torch.zeros(len(plan.rows), at.COEF_FIXED + at.NOISE_STRIDE * terms, device=device),
-            ids=torch.zeros(
-                len(plan.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms, dtype=torch.int32, device=device
-            ),
+            coef=coef,
+            ids=ids,
             row=torch.zeros(self.batch, dtype=torch.int32, device=device),
             seed=torch.zeros(self.batch, dtype=torch.int64, device=device),
-            guidance=torch.ones(self.batch, device=device),
+            guidance=torch.ones(self.batch, dtype=torch.float32, device=device),
             noise=None,
             denoised=self._images(self.batch, torch.float32, device) if keep_denoised else None,
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
         )
+        # the opening row has a table of its own: it draws the latents, which would widen a deterministic plan's
+        self._opening_table = _empty_table(1, opening + 1, device)
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
         self._steps: dict[tuple[str, torch.dtype, int], Callable[[Tensor], None]] = {}
+        self._opening_step: Callable[[Tensor], None] | None = None
         self._table: object = None  # what the loaded table was packed from
         self.graph: Any = None
 
@@ -78,41 +81,57 @@ class Buffers:
     ) -> None:
         """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
         t = self.tensors
+        if init is not None:
+            self._check_init(init)
         external = self._external_noise(plan, seeds, noise)
         if (external is None) != (t.noise is None):
             self._steps.clear()
-        if external is not None and t.noise is not None:
-            t.noise.copy_(external)
-        else:
+            self._opening_step = self.graph = None
             t.noise = external
+        elif external is not None and t.noise is not None:
+            t.noise.copy_(external)
         self._load_table(plan, model, "noise" if init is None else opening, plan.draws if external is not None else 0)
         t.seed.copy_(seeds)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
         t.row.zero_()
         t.status.fill_(-1)
         if init is not None:
-            expected = (self.batch, *self._sample)
-            if tuple(init.shape) != expected or not init.is_floating_point():
-                raise ValueError(
-                    f"init must be a floating-point tensor of shape {expected}, got {init.dtype} {tuple(init.shape)}"
-                )
             t.state[plan.rows[0].x].copy_(init)
+
+    def _check_init(self, init: Tensor) -> None:
+        expected = (self.batch, *self._sample)
+        if tuple(init.shape) != expected or not init.is_floating_point():
+            raise ValueError(
+                f"init must be a floating-point tensor of shape {expected}, got {init.dtype} {tuple(init.shape)}"
+            )
+        if not bool(init.isfinite().all()):
+            raise ValueError("init holds inf or nan; give a finite image or state")
 
     def _load_table(self, plan: Plan, model: Denoiser, opening: str, latent_id: int) -> None:
         wanted = (id(plan), model.prediction, model.sigma_data, opening, latent_id)
         if self._table == wanted:
             return
         packed = plan.pack(model.prediction, model.sigma_data, opening, latent_id)
-        self.tensors.coef.copy_(torch.from_numpy(packed.coef))
-        self.tensors.ids.copy_(torch.from_numpy(packed.ids))
+        tables = ((self._opening_table, slice(0, 1)), ((self.tensors.coef, self.tensors.ids), slice(1, None)))
+        for (coef, ids), rows in tables:
+            coef.copy_(torch.from_numpy(packed.coef[rows, : coef.shape[1]]))
+            ids.copy_(torch.from_numpy(packed.ids[rows, : ids.shape[1]]))
         self._table = wanted
 
-    def bind(self, executor: str, output: Tensor | None = None) -> Callable[[Tensor], None]:
+    def open(self, executor: str) -> None:
+        """Run the opening row: the first state and the first network input; then every sample is at row 0."""
+        if self._opening_step is None:
+            coef, ids = self._opening_table
+            opening = dataclasses.replace(self.tensors, coef=coef, ids=ids, denoised=None)
+            self._opening_step = ops.bind(opening, executor)
+        self._opening_step(self.model_in)
+        self.tensors.row.zero_()
+
+    def bind(self, executor: str, output: Tensor) -> Callable[[Tensor], None]:
         """The step for a model output of this dtype and batch, checked and bound once."""
-        like = self.model_in if output is None else output
-        key = (executor, like.dtype, like.shape[0])
+        key = (executor, output.dtype, output.shape[0])
         if key not in self._steps:
-            self._steps[key] = ops.bind(ops.StepTensors(**dict(vars(self.tensors), model_out=like)), executor)
+            self._steps[key] = ops.bind(dataclasses.replace(self.tensors, model_out=output), executor)
         return self._steps[key]
 
     def as_stored(self, image: Tensor) -> Tensor:
@@ -157,51 +176,7 @@ class Buffers:
         return table
 
 
-def seeds_of(seed: int | Sequence[int] | Tensor, shape: torch.Size) -> Tensor:
-    """int64 [B]: the seeds as given, one per sample, or s, s+1, ... for an integer s."""
-    batch = shape[0]
-    if isinstance(seed, bool) or not isinstance(seed, int | Sequence | Tensor | np.ndarray | range | np.integer):
-        raise TypeError(f"seed must be an integer or one integer per sample, got {type(seed).__name__}")
-    if isinstance(seed, int | np.integer):
-        values = [int(seed) + i for i in range(batch)]
-    else:
-        values = [int(s) for s in (seed.tolist() if isinstance(seed, Tensor | np.ndarray) else seed)]
-    if len(values) != batch:
-        raise ValueError(f"seed must hold one integer per sample: shape {tuple(shape)} has {batch}, got {len(values)}")
-    for value in values:
-        if not -(2**63) <= value < 2**64:
-            raise ValueError(f"a seed is a 64-bit integer, got {value}")
-    return torch.tensor([value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64)
-
-
-def stack_conditions(
-    cond: Condition, uncond: Condition, batch: int, device: torch.device
-) -> tuple[Condition, Condition]:
-    """(conditions of the whole network batch, conditions of its conditional half)."""
-    own = _moved(cond, batch, device)
-    if uncond is None:
-        return own, own
-    other = _moved(uncond, batch, device)
-    if isinstance(own, Tensor) and isinstance(other, Tensor):
-        return torch.cat([own, other]), own
-    if not isinstance(own, Mapping) or not isinstance(other, Mapping) or own.keys() != other.keys():
-        raise ValueError("cond and uncond must be two tensors, or two mappings with the same keys")
-    both = {
-        key: torch.cat([value, other[key]]) if isinstance(value, Tensor) and value.dim() else value
-        for key, value in own.items()
-    }
-    return both, own
-
-
-def _moved(cond: Condition, batch: int, device: torch.device) -> Condition:
-    if cond is None:
-        return None
-    if isinstance(cond, Tensor):
-        return _batched("cond", cond, batch, device)
-    return {key: _batched(key, v, batch, device) if isinstance(v, Tensor) else v for key, v in cond.items()}
-
-
-def _batched(name: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
-    if value.dim() and value.shape[0] != batch:
-        raise ValueError(f"condition {name!r} must have one entry per sample ({batch}), got shape {tuple(value.shape)}")
-    return value.to(device)
+def _empty_table(rows: int, terms: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    coef = torch.zeros(rows, at.COEF_FIXED + at.NOISE_STRIDE * terms, dtype=torch.float32, device=device)
+    ids = torch.zeros(rows, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms, dtype=torch.int32, device=device)
+    return coef, ids

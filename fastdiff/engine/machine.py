@@ -1,6 +1,6 @@
 """What this machine and this install are, for `fastdiff info` and for benchmark records.
 
-May import: backends. GPU facts come from NVML (nvidia-ml-py) and are left out where there is no driver.
+May import: backends, native. GPU facts come from NVML (nvidia-ml-py) and are left out where there is no driver.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.engine import backends
+from fastdiff.engine import backends, native
 
 
 def describe() -> str:
@@ -49,8 +49,10 @@ def cpu_name() -> str:
 
 
 def cpu_isa() -> str:
-    """The vector instructions torch found, which are those the cpp executor can use."""
-    return str(torch.backends.cpu.get_cpu_capability())
+    """The vector instructions the cpp executor runs on, or those torch found where it is not built."""
+    if backends.probe()["cpp"].ok:
+        return native.cpu_instruction_set()
+    return str(torch.backends.cpu.get_cpu_capability()).lower()
 
 
 def gpus() -> list[str]:

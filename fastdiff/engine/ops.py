@@ -143,6 +143,8 @@ def check(t: StepTensors) -> None:
         raise ValueError(f"affine_step: state must be [registers, batch, *shape], got {tuple(t.state.shape)}")
     registers, batch, *shape = t.state.shape
     sample = tuple(shape)
+    if t.state.numel() == 0:
+        raise ValueError(f"affine_step: state has no elements, got {tuple(t.state.shape)}; draw at least one sample")
     channels = _channels(t.state[0])
     if channels == 0 or (registers > 1 and t.state.stride(0) != t.state[0].numel()):
         raise ValueError(
@@ -191,6 +193,8 @@ def _check_table(t: StepTensors) -> None:
         raise TypeError(f"affine_step: coef and ids must be float32 and int32, got {t.coef.dtype} and {t.ids.dtype}")
     terms = (t.coef.shape[-1] - at.COEF_FIXED) // at.NOISE_STRIDE
     rows = t.coef.shape[0]
+    if t.coef.dim() != 2 or rows == 0:
+        raise ValueError(f"affine_step: coef must be [rows, columns] with at least one row, got {tuple(t.coef.shape)}")
     expected = (
         (rows, at.COEF_FIXED + at.NOISE_STRIDE * terms),
         (rows, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms),

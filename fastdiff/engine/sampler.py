@@ -1,13 +1,15 @@
 """The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
 
-May import: ops, backends, graphs, noise, compiler, models.denoiser.
+May import: buffers, conditions, seeds, graphs, backends, compiler, models.denoiser.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,11 @@ from tqdm import tqdm
 
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends
-from fastdiff.engine.buffers import Buffers, seeds_of, stack_conditions
+from fastdiff.engine.buffers import Buffers
+from fastdiff.engine.conditions import prepare
 from fastdiff.engine.graphs import StepGraph
 from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process.schedules import Level
 
@@ -39,7 +43,7 @@ class RowInfo:
 
 @dataclass(frozen=True)
 class RunStats:
-    """One finished run: model evaluations, wall seconds, and the part spent in the model (None inside a graph)."""
+    """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU)."""
 
     nfe: int
     seconds: float
@@ -52,7 +56,8 @@ class Sampler:
 
     backend: "auto" or an executor of `fd.backends()`. graph: "auto" captures model + row into one CUDA graph where
     there is a GPU, True insists, False never. memory_format: of the state and the network's input. Deterministic: a
-    sample depends on its seed, not on the batch it is in, as far as the network treats each sample alone.
+    sample depends on its seed, not on the batch it is in, as far as the network treats each sample alone. One thread
+    at a time: the buffers are kept between calls.
     """
 
     def __init__(
@@ -65,6 +70,11 @@ class Sampler:
     ) -> None:
         if graph not in (True, False, "auto"):
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
+        if plan.schedule is not None and plan.schedule != model.schedule:
+            raise ValueError(
+                f"the plan is made for schedule {plan.schedule!r}, the model was trained on {model.schedule!r}; "
+                "make the plan with schedule=model.schedule"
+            )
         self.plan = plan
         self.model = model
         self.backend = backends.choose(model.device) if backend == "auto" else backend
@@ -78,6 +88,7 @@ class Sampler:
         self.graph = captures and graph is not False
         self._insist = graph is True
         self.memory_format = memory_format
+        self._idle = threading.Lock()
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
@@ -106,42 +117,69 @@ class Sampler:
         that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
         """
         shape = torch.Size(shape)
-        seeds = seeds_of(seed, shape)
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
+        seeds = seeds_of(seed, shape[0])
         weights = _guidance(guidance, shape[0])
         guided = any(w != 1.0 for w in weights)
         if guided and uncond is None:
             raise ValueError("guidance != 1 needs uncond=, the condition of the unguided branch (e.g. the null label)")
-        buffers = self._prepare(shape, 2 if guided else 1, callback is not None)
-        buffers.start(self.plan, self.model, seeds, weights, init, opening, noise)
-        conditions = stack_conditions(cond, uncond if guided else None, shape[0], self.model.device)
+        if not self._idle.acquire(blocking=False):
+            raise RuntimeError(
+                "this Sampler is drawing in another thread and has one set of buffers; use one per thread"
+            )
+        try:
+            with self._on_device():
+                buffers = self._prepare(shape, 2 if guided else 1, callback is not None)
+                with torch.inference_mode(False), torch.no_grad():
+                    buffers.start(self.plan, self.model, seeds, weights, init, opening, noise)
+                conditions = prepare(cond, uncond if guided else None, shape[0], self.model.device)
+                return self._run(buffers, conditions, callback, progress)
+        finally:
+            self._idle.release()
 
+    def _run(
+        self,
+        buffers: Buffers,
+        conditions: tuple[Any, Any],
+        callback: Callable[[RowInfo], None] | None,
+        progress: bool,
+    ) -> Tensor:
         started = time.perf_counter()
         rows = tqdm(range(self.plan.nfe), disable=not progress, desc=self.plan.solver, unit="row")
         model_seconds = self._loop(buffers, conditions, rows, callback)
         self._check_finite(buffers)
         result = buffers.tensors.state[self.plan.result].clone(memory_format=torch.preserve_format)
+        if not bool(result.isfinite().all()):
+            raise FloatingPointError(
+                "the sample is inf or nan although every network output was finite: a weighted sum overflowed float32. "
+                "Lower the guidance, or check the scale of the network's output"
+            )
         self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
         return result
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
 
     def _prepare(self, shape: torch.Size, copies: int, keep_denoised: bool) -> Buffers:
         wanted = (shape, copies, keep_denoised)
         if self._buffers is None or self._buffers.key != wanted:
-            self._buffers = Buffers(
-                self.plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format
-            )
+            with torch.inference_mode(False):
+                self._buffers = Buffers(
+                    self.plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format
+                )
         return self._buffers
 
     def _loop(
         self,
         buffers: Buffers,
-        conditions: tuple[Condition, Condition],
+        conditions: tuple[Any, Any],
         rows: Any,
         callback: Callable[[RowInfo], None] | None,
     ) -> float | None:
-        opening = buffers.bind(self.backend)
-        opening(buffers.tensors.model_out)
-        if self.graph and callback is None and not any(row.gain == 0.0 for row in self.plan.rows):
-            graph = self._captured(buffers, conditions[0])
+        buffers.open(self.backend)
+        if self.graph:
+            graph = self._graph_for(buffers, conditions[0], callback)
             if graph is not None:
                 for _ in rows:
                     graph.replay()
@@ -162,7 +200,14 @@ class Sampler:
                 callback(RowInfo(i, self.plan.nfe, row.level, buffers.tensors.denoised, state))
         return spent if self.model.device.type == "cpu" else None
 
-    def _captured(self, buffers: Buffers, cond: Condition) -> StepGraph | None:
+    def _graph_for(self, buffers: Buffers, cond: Any, callback: Callable[[RowInfo], None] | None) -> StepGraph | None:
+        """The step graph, or None where this run must be eager; ValueError or the capture's error if it may not be."""
+        halves = buffers.copies == 2 and any(row.gain == 0.0 for row in self.plan.rows)
+        if callback is not None or halves:
+            if self._insist:
+                why = "a callback" if callback is not None else "rows without guidance, which run half the batch,"
+                raise ValueError(f"{why} cannot be part of one captured step; use graph='auto'")
+            return None
         try:
             return StepGraph.of(buffers, self.model, cond, self.backend)
         except RuntimeError as error:
@@ -176,7 +221,7 @@ class Sampler:
             )
             return None
 
-    def _evaluate(self, buffers: Buffers, cond: Condition, half: bool) -> Tensor:
+    def _evaluate(self, buffers: Buffers, cond: Any, half: bool) -> Tensor:
         x, clock = buffers.model_in, buffers.model_time
         if half:
             x, clock = x[: buffers.batch], clock[: buffers.batch]
@@ -198,10 +243,10 @@ class Sampler:
         if worst is None:
             return
         sample, row = worst
-        level = self.plan.rows[row].level
+        level = self.plan.rows[row + 1].level
         where = "" if level is None else f", time={level.time:.6g}, sigma/alpha={level.rho:.4g}"
         raise FloatingPointError(
-            f"the network returned inf or nan at row {row - 1} of {self.plan.nfe} (sample {sample}{where}); "
+            f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
             "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
 
@@ -210,6 +255,6 @@ def _guidance(guidance: float | Sequence[float] | Tensor, batch: int) -> list[fl
     values = torch.as_tensor(guidance, dtype=torch.float64).flatten().tolist()
     if len(values) not in (1, batch):
         raise ValueError(f"guidance must be one number or one per sample ({batch}), got {len(values)}")
-    if not all(abs(v) < float("inf") for v in values):
-        raise ValueError(f"guidance must be finite, got {guidance}")
+    if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):
+        raise ValueError(f"guidance must be finite in float32, got {guidance}")
     return values * batch if len(values) == 1 else values

@@ -24,7 +24,9 @@ class Denoiser:
     x0 = P x + Q F with P, Q from `prediction` at each level (fastdiff.process.predictions).
 
     net: called with x [B, *S] in the network's dtype and t [B]. schedule: the one it was trained on, or its name.
-    prediction: "eps", "x0", "v", "score", "flow" or "edm". sigma_data: of "edm" only. time_dtype: of t; torch.long
+    prediction: "eps", "x0", "v", "score", "flow" or "edm", which is the raw network inside EDM's preconditioning: one
+    that returns D already, as NVlabs' own classes do, is "x0" on schedules.edm(). sigma_data: of "edm" only.
+    time_dtype: of t; torch.long
     rounds, for networks that look their time up in a table. shape, class_names, null_label: what is known of the
     samples [*S] and of class labels, for callers that choose them. Conditions may be a mapping of keyword arguments
     or one tensor, given as the third positional argument; their first dimension is the batch.

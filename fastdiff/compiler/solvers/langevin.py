@@ -60,7 +60,8 @@ def random_walk(
     point: where in the template to stand. "walk": tau_k = epsilon rho_k^2, T_k linear from `temperature` to 1.
     "ddpm_large", "ddpm_small": tau_k = rho_k^2 - rho_{k+1}^2 with T_k = a^2/2, a = alpha_k/alpha_{k+1}, and
     T_k = rho_{k+1}^2 / (2 rho_k^2): DDPM with sigma^2 = beta and beta~. "sde": that tau with T = 1/2, the VE reverse
-    diffusion. tau, temperatures: the tables themselves, one number per level. denoise: the last step is x = D.
+    diffusion. tau, temperatures: the tables themselves, one number per level. denoise: the last step is x = D, unless
+    tau says what it is.
     """
     _check_signal("random_walk", run)
     steps, heat = _template(run, point, epsilon, temperature)
@@ -123,8 +124,9 @@ def _template(run: Run, point: str, epsilon: float, temperature: float) -> tuple
 def _table(name: str, given: Sequence[float] | None, default: list[float]) -> list[float]:
     if given is None:
         return default
-    if len(given) != len(default) or not all(math.isfinite(v) and v >= 0.0 for v in given):
-        raise ValueError(f"random_walk: {name} must hold {len(default)} finite numbers >= 0, got {list(given)}")
+    numbers = isinstance(given, Sequence) and all(isinstance(v, int | float) for v in given)
+    if not numbers or len(given) != len(default) or not all(math.isfinite(v) and v >= 0.0 for v in given):
+        raise ValueError(f"random_walk: {name} must hold {len(default)} finite numbers >= 0, got {given!r}")
     return [float(v) for v in given]
 
 

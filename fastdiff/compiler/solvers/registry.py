@@ -80,6 +80,8 @@ class Solver:
                 raise TypeError(f"solver {self.name!r}: option {name!r} must be {kind[1]}, got {value!r}")
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"solver {self.name!r}: option {name!r} is nan, expected a number")
+            if name in _AMOUNTS and isinstance(value, numbers.Real) and value < 0:
+                raise ValueError(f"solver {self.name!r}: option {name!r} is an amount of noise, >= 0, got {value!r}")
 
 
 _KINDS: dict[type, tuple[type, str]] = {
@@ -88,6 +90,7 @@ _KINDS: dict[type, tuple[type, str]] = {
     float: (numbers.Real, "a number"),
     str: (str, "a name"),
 }
+_AMOUNTS = ("eta", "s_churn", "s_noise")
 _SOLVERS: dict[str, Solver] = {}
 
 
@@ -103,7 +106,11 @@ def solver(
     """Register a solver function under `name`; see README, "Add a sampler"."""
 
     def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
-        if name in _SOLVERS and _SOLVERS[name].function.__qualname__ != function.__qualname__:
+        taken = _SOLVERS.get(name)
+        if taken and (taken.function.__module__, taken.function.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
         _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only)
         return function
