@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from solver_cases import CASES, FLOW_ONLY, NEEDS_SIGNAL, Case, measured_order
 
+import fastdiff as fd
 from fastdiff.compiler import layout, solvers
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
@@ -94,6 +96,29 @@ def test_vp_and_ve_coordinates_draw_the_same_sample(case: Case) -> None:
             return  # mixes x0 and z with the schedule's own alpha and sigma
         ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i]))
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+
+
+EXECUTORS = [name for name, backend in fd.backends().items() if backend.ok and "cpu" in backend.devices]
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+@every_case
+def test_the_engine_runs_the_table(case: Case, backend: str) -> None:
+    """In fp32 on every CPU executor, with given noise, what `execute` computes in float64."""
+    schedule, grid = PROCESSES["flow-trailing" if case.solver in FLOW_ONLY else "vp-logsnr"]
+    plan = build(case.solver, schedule, 7, grid, **case.options)
+    shape = (2, 3, 5, 4)
+    rng = np.random.default_rng(0)
+    start = max(plan.levels[0].sigma, 0.5) * rng.standard_normal(shape)
+    normals = rng.standard_normal((max(1, plan.draws), *shape))
+    expected = execute(plan, lambda x, level: np.tanh(x) - 0.3 * level.sigma, start, lambda i, _: normals[i])
+    levels = [row.level for row in plan.rows if row.level is not None]
+    model = fd.Denoiser(lambda x, t: torch.tanh(x) - 0.3 * next(sigmas), schedule, "x0")
+    sigmas = iter([level.sigma for level in levels])
+    sampler = fd.Sampler(plan, model, backend=backend)
+    noise = torch.from_numpy(normals[: plan.draws]).float() if plan.draws else "white"
+    got = sampler.sample(shape, seed=0, init=torch.from_numpy(start).float(), noise=noise)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=2e-4, atol=2e-4 * float(np.abs(expected).max()))
 
 
 def test_every_solver_is_among_the_cases() -> None:
