@@ -109,7 +109,7 @@ def laplace(
     mu: float = 0.0,
     b: float = 0.5,
 ) -> Array:
-    """log(sigma/alpha) at even quantiles of a Laplace(mu, b) law cut off at the ends (Hang et al. 2024, Table 1).
+    """log(sigma/alpha) at even quantiles of a Laplace(mu, b) law cut off at the ends (Hang et al. 2024).
 
     Away from the ends: mu - b sign(1/2 - x) log(1 - 2 |x - 1/2|) for x uniform.
     """
@@ -152,7 +152,7 @@ def linear_quadratic(
 def kl_optimal(
     schedule: Schedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Array:
-    """Uniform in arctan(sigma/alpha) (Sabour et al. 2024, section 3.2: optimal for Gaussian data)."""
+    """Uniform in arctan(sigma/alpha) (Sabour et al. 2024: optimal for Gaussian data)."""
     return spaced(schedule, steps, sigma_min, sigma_max, math.atan, np.tan)
 
 

@@ -26,7 +26,7 @@ _CONSTANT_STEP = (
 
 @solver("deis", order=3)
 def deis(run: Run, x: Lin, order: int = 3, flavor: str | None = None) -> Lin:
-    """tAB-DEIS in log rho (Zhang and Chen 2023, eq. 15): x'/alpha_t = x/alpha_s + sum_j E_j int L_j(log rho) drho.
+    """tAB-DEIS in log rho (Zhang and Chen 2023): x'/alpha_t = x/alpha_s + sum_j E_j int L_j(log rho) drho.
 
     order 1..4. flavor "diffusers": fewer than 15 steps come down to order 1 at the end.
     """
@@ -67,7 +67,7 @@ def lms(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
 
 @solver("ipndm", order=2, denoises={"flavor": None})
 def ipndm(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
-    """iPNDM (Zhang and Chen 2023, section 3.2): x'/alpha_t = x/alpha_s + (rho_t - rho_s) sum_j a_j E_j.
+    """iPNDM (Zhang and Chen 2023): x'/alpha_t = x/alpha_s + (rho_t - rho_s) sum_j a_j E_j.
 
     a_j: Adams-Bashforth weights of equal steps, order 1..4, rising from 1; on grids uneven in rho they give order 2.
     flavor "diffusers": the step to sigma = 0 keeps its order instead of being x' = D.
@@ -92,7 +92,7 @@ def ipndm_v(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
 
 @solver("pndm", order=2, denoises={"flavor": None})
 def pndm(run: Run, x: Lin, warmup: str = "prk", flavor: str | None = None) -> Lin:
-    """PNDM (Liu et al. 2022, Alg. 2): linear multistep of order 4 on E, x'/alpha_t = x/alpha_s + (rho_t - rho_s) E'.
+    """PNDM (Liu et al. 2022): linear multistep of order 4 on E, x'/alpha_t = x/alpha_s + (rho_t - rho_s) E'.
 
     warmup: "prk", three pseudo Runge-Kutta steps of four evaluations, their middle halfway on the schedule's clock; or
     "plms", the first step twice, the second time with the mean of E at both ends. flavor "diffusers": the step to
@@ -125,7 +125,7 @@ def pndm(run: Run, x: Lin, warmup: str = "prk", flavor: str | None = None) -> Li
 
 
 def _runge_kutta(run: Run, x: Lin, first: Lin, s: Level, t: Level) -> Lin:
-    """(e1 + 2 e2 + 2 e3 + e4) / 6, e2 and e3 in the middle of the step and e4 at its end (Liu et al. 2022, eq. 12)."""
+    """(e1 + 2 e2 + 2 e3 + e4) / 6, e2 and e3 in the middle of the step and e4 at its end (Liu et al. 2022)."""
     if run.schedule is None:
         raise ValueError("pndm: warmup 'prk' needs a schedule with a clock, got custom levels; use warmup='plms'")
     middle = run.schedule.level(0.5 * (s.time + t.time))

@@ -37,7 +37,7 @@ def er_sde(
     s_noise: float = 1.0,
     flavor: str | None = None,
 ) -> Lin:
-    """ER-SDE-Solver of order 1..3 (Cui et al. 2023, Alg. 1-3), l = sigma/alpha from l_s down to l_t.
+    """ER-SDE-Solver of order 1..3 (Cui et al. 2023), l = sigma/alpha from l_s down to l_t.
 
     x'/alpha_t = r x/alpha_s + (1 - r) D + (l_t - l_s + phi(l_t) S) D' + ((l_t - l_s)^2/2 + phi(l_t) S_u) D''
     + sqrt(l_t^2 - l_s^2 r^2) s_noise z with r = phi(l_t)/phi(l_s), S = int_{l_t}^{l_s} dl/phi,

@@ -16,7 +16,7 @@ TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # of the latent consistency models as 
 
 @solver("lcm", order=0, exact_marginal={"flavor": None, "s_noise": 1.0}, denoises={"flavor": None})
 def lcm(run: Run, x: Lin, s_noise: float = 1.0, flavor: str | None = None) -> Lin:
-    """Multistep sampling of latent consistency models (Luo et al. 2023, Alg. 3): x' = alpha_t D + sigma_t z.
+    """Multistep sampling of latent consistency models (Luo et al. 2023): x' = alpha_t D + sigma_t z.
 
     flavor "diffusers": D is first mixed with the state as in training, D~ = c_skip x + c_out D with
     c_skip = s^2/(tau^2 + s^2), c_out = tau/sqrt(tau^2 + s^2), tau = 10 time, s = 0.5, time the index of a discrete
@@ -39,7 +39,7 @@ def lcm(run: Run, x: Lin, s_noise: float = 1.0, flavor: str | None = None) -> Li
 
 @solver("tcd", order=0)
 def tcd(run: Run, x: Lin, gamma: float = 0.3) -> Lin:
-    """Trajectory consistency sampling (Zheng et al. 2024, Alg. 4): down to a level u below t, then noise up to t.
+    """Trajectory consistency sampling (Zheng et al. 2024): down to a level u below t, then noise up to t.
 
     y = alpha_u D + sigma_u E, x' = (alpha_t/alpha_u) y + sqrt(sigma_t^2 - (alpha_t/alpha_u)^2 sigma_u^2) z, u at
     (1 - gamma) of t's time on the schedule's clock (rounded down on a discrete one). gamma = 0 is

@@ -22,7 +22,7 @@ def flow_euler(run: Run, x: Lin) -> Lin:
 
 @solver("flow_heun", order=2, flow_only=True)
 def flow_heun(run: Run, x: Lin) -> Lin:
-    """Heun on dx/ds = u (Lipman et al. 2024, section 2): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
+    """Heun on dx/ds = u (diffusers' FlowMatchHeunDiscreteScheduler): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
         ahead = ode_step(x, denoised, s, t)
@@ -86,7 +86,7 @@ def iadb(run: Run, x: Lin) -> Lin:
 
 @solver("interpolant", order=1, exact_marginal=False, flow_only=True)
 def interpolant(run: Run, x: Lin, epsilon: float = 0.0, profile: str = "sigma") -> Lin:
-    """Stochastic interpolants (Albergo et al. 2023, section 2.2): dX = (b + e(t) score) dt + sqrt(2 e(t)) dW, Euler's.
+    """Stochastic interpolants (Albergo et al. 2023): dX = (b + e(t) score) dt + sqrt(2 e(t)) dW, Euler's.
 
     b = D - E and score = -E/sigma of the straight path; dt = s_s - s_t. e(t) = epsilon times 1 ("constant"), sigma
     ("sigma") or alpha sigma ("bridge"); epsilon = 0 is the ODE. The step to sigma = 0 is x' = D.

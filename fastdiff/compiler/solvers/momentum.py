@@ -15,7 +15,7 @@ DIFFERENCES = (1.0, 1 / 2, 5 / 12, 3 / 8)
 
 @solver("hb", order=1)
 def hb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
-    """Heavy ball (Wizadwongsa et al. 2024, section 3.2): v = (1 - beta) v + beta AB_p(E), x'/alpha = x/alpha + drho v.
+    """Heavy ball (Wizadwongsa et al. 2024): v = (1 - beta) v + beta AB_p(E), x'/alpha = x/alpha + drho v.
 
     order p of 1..4: of the Adams-Bashforth combination, rising from 1; beta = 1 is ipndm, below it the method is of
     first order and damps oscillations.
@@ -39,7 +39,7 @@ def hb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
 
 @solver("ghvb", order=2)
 def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
-    """Generalised heavy ball (Wizadwongsa et al. 2024, section 3.3): v = (1 - beta) v + beta E, then mix_p(v) for E.
+    """Generalised heavy ball (Wizadwongsa et al. 2024): v = (1 - beta) v + beta E, then mix_p(v) for E.
 
     x'/alpha_t = x/alpha_s + (rho_t - rho_s) mix_p. mix_p keeps p terms of AB(nabla) (1 + ((1 - beta)/beta) nabla),
     which undoes the damping to order p: ((2 + beta) v_0 - (2 - beta) v_1)/(2 beta) for p = 2. order 1..4; the weights
@@ -64,7 +64,7 @@ def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
 
 @solver("gradient_estimation", order=1)
 def gradient_estimation(run: Run, x: Lin, gamma: float = 2.0) -> Lin:
-    """Gradient estimation (Permenter and Yuan 2024, Alg. 2): gamma E + (1 - gamma) E_old in place of E."""
+    """Gradient estimation (Permenter and Yuan 2024): gamma E + (1 - gamma) E_old in place of E."""
     history = History(run, 2)
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)

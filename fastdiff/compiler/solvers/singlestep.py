@@ -114,7 +114,7 @@ def seeds_3(
 
 @solver("exp_heun_2_x0", order=2, exact_marginal={"s_noise": 1.0})
 def exp_heun_2_x0(run: Run, x: Lin, eta: float = 0.0, s_noise: float = 1.0) -> Lin:
-    """Exponential Heun on D (Hochbruck and Ostermann 2010, eq. 2.40, c2 = 1): seeds_2 with r = 1 and weights "phi_2".
+    """Exponential Heun on D (Hochbruck and Ostermann 2010, c2 = 1): seeds_2 with r = 1 and weights "phi_2".
 
     x' = (sigma_t/sigma_s) e^(-eta h) x + alpha_t (phi_1 D_s + phi_2 (D_t - D_s)) + noise, phi at (1 + eta) h.
     """

@@ -14,16 +14,16 @@ from fastdiff.compiler.solvers.steps import half_log_snr_step
 from fastdiff.process.schedules import Level
 
 
-@solver("unipc", order=2)
+@solver("unipc", order=3)
 def unipc(
     run: Run, x: Lin, order: int = 2, variant: str = "bh2", corrector: bool = True, lower_final: bool = True
 ) -> Lin:
-    """UniPC of order 1..4 on D (Zhao et al. 2023, Alg. 5-8): x' = (sigma_t/sigma_s) x + alpha_t sum_j w_j D_j.
+    """UniPC of order 1..4 on D (Zhao et al. 2023): x' = (sigma_t/sigma_s) x + alpha_t sum_j w_j D_j.
 
     The weights integrate the polynomial through the known D exactly, which is what the paper's system R rho = b says;
     where that system is replaced by rho = 1/2 (predictor of order 2, corrector of order 1) the last difference weighs
     B(h)/2, B = h ("bh1") or 1 - e^-h ("bh2"). The corrector repeats the step just made with the D found at its end;
-    corrector=False leaves the predictor alone. lower_final: come down to order 1 over the last steps.
+    corrector=False leaves the predictor alone, of one order less. lower_final: come down to order 1 over the last steps.
     """
     check_order("unipc", order, 4)
     check_choice("unipc", "variant", variant, ("bh1", "bh2"))
