@@ -50,8 +50,8 @@ def edm(
 ) -> Lin:
     """The stochastic sampler of Karras et al. 2022, Alg. 2, with their ImageNet-64 settings, for any second-order rule.
 
-    a: the second slope is taken at rho_s + a (rho_t - rho_s) and weighs 1/(2a) (their appendix D.2); a = 1 is Heun, and then
-    `edm` is `heun` with churn on.
+    a: the second slope is taken at rho_s + a (rho_t - rho_s) and weighs 1/(2a) (their appendix D.2); a = 1 is Heun,
+    and then `edm` is `heun` with churn on.
     """
     if not 0.0 < a <= 1.0:
         raise ValueError(f"edm: a, where in the step the second slope is taken, must be in (0, 1], got {a}")

@@ -22,7 +22,7 @@ def flow_euler(run: Run, x: Lin) -> Lin:
 
 @solver("flow_heun", order=2, flow_only=True)
 def flow_heun(run: Run, x: Lin) -> Lin:
-    """Heun on dx/ds = u (diffusers' FlowMatchHeunDiscreteScheduler): x' = x + (t - s) (u_s + u_t) / 2; Euler's in the last step."""
+    """Heun on dx/ds = u (as diffusers' FlowMatchHeun): x' = x + (t - s) (u_s + u_t)/2; the last step is Euler's."""
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
         ahead = ode_step(x, denoised, s, t)

@@ -23,7 +23,7 @@ def unipc(
     The weights integrate the polynomial through the known D exactly, which is what the paper's system R rho = b says;
     where that system is replaced by rho = 1/2 (predictor of order 2, corrector of order 1) the last difference weighs
     B(h)/2, B = h ("bh1") or 1 - e^-h ("bh2"). The corrector repeats the step just made with the D found at its end;
-    corrector=False leaves the predictor alone, of one order less. lower_final: come down to order 1 over the last steps.
+    corrector=False leaves the predictor alone, of one order less. lower_final: come down to order 1 at the end.
     """
     check_order("unipc", order, 4)
     check_choice("unipc", "variant", variant, ("bh1", "bh2"))
