@@ -6,7 +6,6 @@ Levels are the scheduler's own; x/alpha schedulers are compared after multiplyin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 import torch
 
 from fastdiff.compiler.build import plan as build
-from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.verify import execute
-from fastdiff.process import grids, predictions, schedules
-from fastdiff.process.schedules import Level, Schedule
+from fastdiff.process import grids, schedules
+from fastdiff.process.schedules import Level
 
 pytest.importorskip("diffusers")
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -31,82 +29,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_ltx_euler_ancestral_rf import LTXEulerAncestralRFScheduler
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-STEPS = (1, 2, 3, 10, 20, 50)
-TRAIN = 600  # divisible by every number of STEPS, so that DDIM's t - T // N is the next entry of its timesteps
-RTOL = 1e-5
-SIZE = (4, 16)
-NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-
-
-class Peer:
-    """A scheduler run on the case's random raw outputs and noise; `states`: what each evaluation sees, and the end."""
-
-    def __init__(self, scheduler: Any, monkeypatch: pytest.MonkeyPatch, steps: int, evaluations: int = 0) -> None:
-        rng = np.random.default_rng(steps)
-        self.scheduler = scheduler
-        self.monkeypatch = monkeypatch
-        self.raw: Array = rng.standard_normal((evaluations or steps, *SIZE))
-        self.normals: Array = rng.standard_normal((steps + 1, *SIZE))
-        self.latent: Array = rng.standard_normal(SIZE)
-        self.states: list[Array] = []
-
-    def run(self, scale: float, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        """Step through the scheduler's timesteps from scale * latent; the noise of step i is normals[i]."""
-        step = 0
-
-        def randn(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
-            return torch.from_numpy(self.normals[step]).to(dtype or torch.float32)
-
-        module = sys.modules[type(self.scheduler).__module__]
-        self.monkeypatch.setattr(module, "randn_tensor", randn, raising=False)
-        x = torch.from_numpy(scale * self.latent).to(dtype)
-        for step, time in enumerate(self.scheduler.timesteps[: len(self.raw)]):
-            self.states.append(x.double().numpy())
-            raw = torch.from_numpy(self.raw[step]).to(dtype)
-            x = self.scheduler.step(raw, time, x, return_dict=False, **options)[0]
-        self.states.append(x.double().numpy())
-
-    def compare(self, plan: Plan, prediction: str, scaled: bool = False, sigma_data: float | None = None) -> None:
-        """The plan on the same numbers meets the same states; scaled: the scheduler's states are x / alpha."""
-        seen: list[tuple[Array, float]] = []
-
-        def denoise(x: Array, level: Level) -> Array:
-            assert plan.schedule is not None
-            fold = predictions.coefficients(prediction, level, plan.schedule, sigma_data)
-            raw = self.raw[len(seen)]
-            seen.append((x, level.alpha if scaled else 1.0))
-            return fold.P * x + fold.Q * raw
-
-        start = self.states[0] * (plan.levels[0].alpha if scaled else 1.0)
-        seen.append((execute(plan, denoise, start, lambda i, _: self.normals[i]), 1.0))
-        assert plan.nfe == len(self.raw)
-        for i, ((ours, alpha), theirs) in enumerate(zip(seen, self.states, strict=True)):
-            error = np.abs(ours - alpha * theirs).max() / np.abs(alpha * theirs).max()
-            assert error < RTOL, f"state {i} of {plan.nfe}: {error:.2e}"
-
-
-def config(**options: Any) -> dict[str, Any]:
-    return {"num_train_timesteps": TRAIN, "timestep_spacing": "trailing", **options}
-
-
-def ddpm_schedule(scheduler: Any) -> Schedule:
-    """The scheduler's own alpha_bar, so that only the solver is compared."""
-    return schedules.from_alpha_bar(scheduler.alphas_cumprod.double().numpy())
-
-
-def at_sigmas(solver: str, scheduler: Any, schedule: Schedule, **options: Any) -> Plan:
-    """Our plan on the scheduler's own sigma / alpha."""
-    sigmas = scheduler.sigmas.double().numpy()
-    sigmas = sigmas[np.append(True, np.diff(sigmas) != 0.0)]  # Heun lists inner levels twice
-    return build(solver, schedule, grid=sigmas[:-1], grid_options={"unit": "rho"}, **options)
-
-
-def in_double(scheduler: Any) -> None:
-    """diffusers' discrete tables in float64: its 1 - alpha_bar ratios otherwise lose more than RTOL near the data."""
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+from peers import NAMES, RTOL, STEPS, TRAIN, Array, Peer, at_sigmas, config, ddpm_schedule, in_double
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])

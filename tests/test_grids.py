@@ -13,7 +13,7 @@ from fastdiff.process import grids, schedules
 from fastdiff.process.clocks import Schedule
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-NAMED = [name for name in grids.names() if name != "custom"]
+NAMED = [name for name in grids.names() if name not in ("custom", "ays", "flow_shift")]  # those need more than steps
 LINEAR = schedules.linear()
 ALL = [
     schedules.linear(),
@@ -124,7 +124,7 @@ def test_every_grid_on_every_schedule(name: str, schedule: Schedule) -> None:
         assert times.shape == (steps,) and times.dtype == np.float64
         assert np.all(np.diff(times) < 0) and low <= times[-1] and times[0] <= high
         assert schedule.rho(times[-1]) > 0
-        if steps == 1 or name != "leading":
+        if steps == 1 or name not in ("leading", "ddim_uniform"):
             assert times[0] == high
         if schedule.steps and name in ("leading", "trailing", "linspace"):
             np.testing.assert_array_equal(times, np.rint(times))

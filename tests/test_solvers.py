@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdiff.compiler import layout, solvers
+from fastdiff.compiler import layout
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
@@ -445,10 +445,6 @@ def test_evaluations_and_registers(solver: str, options: dict[str, Any], schedul
 def test_every_plan_obeys_the_laws(solver: str, options: dict[str, Any], schedule: Schedule, grid: str) -> None:
     report = build(solver, schedule, 6, grid, **options).verify()
     assert report.ok, str(report)
-
-
-def test_every_solver_is_among_the_cases() -> None:
-    assert {name for name, _ in CASES} == set(solvers.names())
 
 
 @pytest.mark.parametrize("solver", ["random_walk", "annealed_langevin", "euler_maruyama"])

@@ -52,6 +52,8 @@ def plan(
         name, times = "custom", grids.make("custom", process, None, levels=grid, **dict(grid_options or {}))
     times = _truncated(times, process, strength, start_step)
     levels = [process.level(float(time)) for time in times] + [CLEAN]
+    if chosen.upward:
+        levels.reverse()
     compiled = compile_levels(solver, levels, process, name, options)
     return compiled if guidance_interval is None else _guided_within(compiled, guidance_interval)
 
@@ -62,6 +64,7 @@ def compile_levels(
     """The plan of a solver on exactly these levels, the last one where the sample is wanted."""
     plain = {key: _plain(value) for key, value in options.items()}
     chosen = solvers.get(solver)
+    chosen.check_schedule(schedule)
     run = Run(solver, levels, schedule)
     rows, registers, result = assemble(solver, record(solver, chosen.function, run, plain))
     return Plan(
@@ -74,6 +77,7 @@ def compile_levels(
         registers=registers,
         result=result,
         draws=run.draws,
+        notes=tuple(run.notes),
     )
 
 

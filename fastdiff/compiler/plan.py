@@ -44,6 +44,7 @@ class Plan:
     registers: how many state-sized buffers the rows use. result: the register that ends as the sample.
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
     latent_scale: what multiplies the latents; None: sigma of the first level.
+    notes: what the solver had to say: where it lowered its order, and why.
     """
 
     solver: str
@@ -56,6 +57,7 @@ class Plan:
     result: int
     draws: int
     latent_scale: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nfe(self) -> int:
@@ -187,6 +189,7 @@ class Plan:
             result=body["result"],
             draws=body["draws"],
             latent_scale=body.get("latent_scale"),
+            notes=tuple(body.get("notes", ())),
         )
 
 

@@ -38,6 +38,7 @@ class Run:
         self.schedule = schedule
         self.segments = [Segment(level=None)]
         self.draws = 0
+        self.notes: list[str] = []
         self._kept = 0
         self.start = self._lin(Atom("start", 0))
 
@@ -97,6 +98,10 @@ class Run:
         kept.append((value.terms, self.keep(value)))
         return dict(kept[-1][1].terms)
 
+    def note(self, text: str) -> None:
+        """Say something about this plan that its reader should know; `explain()` shows it."""
+        self.notes.append(text)
+
     def finish(self, x: Lin) -> list[Segment]:
         """Close the run with its result."""
         self.segments[-1].state = dict(x.terms)
@@ -111,6 +116,10 @@ class Run:
     def linear(self, terms: Mapping[Atom, float]) -> Lin:
         """A combination of atoms of this run."""
         return Lin(terms, self._where)
+
+    def level_between(self, s: Level, t: Level, r: float) -> Level:
+        """The level at lambda_s + r (lambda_t - lambda_s), lambda = log(alpha/sigma); r = 1 is t itself."""
+        return t if r == 1.0 else self.level_from_rho(s.rho ** (1.0 - r) * t.rho**r)
 
     def _lin(self, atom: Atom) -> Lin:
         return Lin({atom: 1.0}, self._where)

@@ -180,10 +180,13 @@ def _refined(plan: Plan, cut: int) -> Plan:
         raise ValueError("it has one noisy level")
     if plan.nfe * plan.draws * cut**2 > BUDGET:
         raise ValueError("too many rows and draws")
+    upward = noisy[0].rho < noisy[-1].rho
+    noisy = noisy[::-1] if upward else noisy
     levels: list[Level] = []
     for s, t in itertools.pairwise(noisy):
         levels += [s, *(_between(plan.schedule, s, t, i / cut) for i in range(1, cut))]
-    levels += plan.levels[len(noisy) - 1 :]
+    levels += [noisy[-1], *(level for level in plan.levels if level.sigma == 0.0)]
+    levels = levels[::-1] if upward else levels
     return compile_levels(plan.solver, levels, plan.schedule, "refined", plan.options)
 
 
@@ -245,6 +248,9 @@ def _gaussian(plan: Plan) -> Check:
     if plan.levels[-1].sigma == 0.0:
         sample = _worst(*np.abs(propagate(plan).variance[-1] / np.array(DATA_VARIANCES) - 1.0))
         sentence += f" (of the sample's variance {sample:.1e})"
+    if plan.solver in solvers.names() and solvers.get(plan.solver).order == 0:
+        sentence += ", stated and not judged: this solver takes D for a sample"
+        return Check("gaussian data", math.isfinite(error), error, math.inf, sentence)
     return _shrinks("gaussian data", plan, _law_error, SMALL, sentence)
 
 
@@ -289,7 +295,7 @@ def _last_row(plan: Plan) -> Check:
     )
     if final.sigma > 0.0:
         return Check("last row", True, off, math.inf, f"{formula}; the plan ends at sigma = {final.sigma:.6g}")
-    if not plan.options.get("denoise", True) or plan.options.get("tau") is not None:
+    if plan.solver in solvers.names() and not solvers.get(plan.solver).ends_in_denoise(plan.options):
         return Check("last row", True, off, math.inf, f"{formula}; the options ask for a last step without denoising")
     return Check("last row", off <= EXACT, off, EXACT, formula)
 

@@ -16,9 +16,25 @@ from numpy.typing import ArrayLike
 
 from ..errors import unknown_name
 from .clocks import RHO_SLACK, Array, Schedule
+from .grid_rules import (
+    ays,
+    beta,
+    beta_sigma,
+    ddim_uniform,
+    flow_shift,
+    kl_optimal,
+    laplace,
+    linear_quadratic,
+    normal,
+    polyexponential,
+    quadratic,
+    sgm_uniform,
+    simple,
+    vp,
+)
+from .spacing import RHO_CAP, RHO_FLOOR, clock, spaced
 
-RHO_FLOOR = 0.01  # last rho on a schedule that reaches sigma = 0: the first level of linear()
-RHO_CAP = 160.0  # stands for rho = inf in the spacing: linear() ends at 157
+__all__ = ["RHO_CAP", "RHO_FLOOR", "check", "custom", "exponential", "get", "karras", "make", "names"]
 
 
 def leading(schedule: Schedule, steps: int, *, steps_offset: float = 0) -> Array:
@@ -27,7 +43,7 @@ def leading(schedule: Schedule, steps: int, *, steps_offset: float = 0) -> Array
     On a continuous clock: low + i (high - low)/steps for i = steps - 1 .. 0, steps_offset in units of the clock.
     low is the clock's start, or where rho = RHO_FLOOR if sigma is 0 there.
     """
-    low, high = _clock(schedule)
+    low, high = clock(schedule)
     if steps == 1:
         return np.array([high])
     if schedule.steps is None:
@@ -52,7 +68,7 @@ def linspace(schedule: Schedule, steps: int) -> Array:
 
     On a continuous clock: not rounded, and down to where rho = RHO_FLOOR if sigma is 0 at its start.
     """
-    low, high = _clock(schedule)
+    low, high = clock(schedule)
     times = np.linspace(low, high, steps)[::-1] if steps > 1 else np.array([high])
     return times if schedule.steps is None else np.rint(times)
 
@@ -72,14 +88,14 @@ def karras(
     """
     if not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"rho must be finite and above 0, got {rho!r}. Karras et al. use 7.")
-    return _spaced(schedule, steps, sigma_min, sigma_max, lambda s: s ** (1 / rho), lambda u: u**rho)
+    return spaced(schedule, steps, sigma_min, sigma_max, lambda s: s ** (1 / rho), lambda u: u**rho)
 
 
 def exponential(
     schedule: Schedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Array:
     """Geometric in sigma/alpha. sigma_min, sigma_max: as in karras."""
-    return _spaced(schedule, steps, sigma_min, sigma_max, np.log, np.exp)
+    return spaced(schedule, steps, sigma_min, sigma_max, np.log, np.exp)
 
 
 def logsnr(schedule: Schedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Array:
@@ -113,8 +129,32 @@ def custom(schedule: Schedule, steps: int | None = None, *, levels: ArrayLike, u
 
 
 _GRIDS: dict[str, Callable[..., Array]] = {
-    grid.__name__: grid for grid in (leading, trailing, linspace, karras, exponential, logsnr, custom)
+    grid.__name__: grid
+    for grid in (
+        leading,
+        trailing,
+        linspace,
+        karras,
+        exponential,
+        logsnr,
+        quadratic,
+        polyexponential,
+        vp,
+        beta,
+        beta_sigma,
+        laplace,
+        linear_quadratic,
+        kl_optimal,
+        simple,
+        normal,
+        sgm_uniform,
+        ddim_uniform,
+        ays,
+        flow_shift,
+        custom,
+    )
 }
+_ON_INDICES = (leading, trailing, linspace, simple, ddim_uniform)
 
 
 def names() -> list[str]:
@@ -144,7 +184,7 @@ def make(name: str, schedule: Schedule, steps: int | None, **options: Any) -> Ar
         raise ValueError(f"Grid {name}: {error}. Its options: {', '.join(known) or 'none'}.") from None
     if grid is not custom or steps is not None:
         steps = _check_steps(steps)
-        if grid in (leading, trailing, linspace) and schedule.steps is not None and steps > schedule.steps:
+        if grid in _ON_INDICES and schedule.steps is not None and steps > schedule.steps:
             raise ValueError(
                 f"Grid {name} takes at most {schedule.steps} steps, one for each training step of {schedule!r}, "
                 f"got {steps}. Use fewer steps, or karras, exponential, logsnr or custom."
@@ -199,29 +239,3 @@ def _check_inside(values: Array, low: float, high: float, schedule: Schedule) ->
             f"Level {at} of the grid is {values[at]:.9g}, outside {schedule!r}, which goes from {low:.6g} to "
             f"{high:.6g}. Choose levels inside it."
         )
-
-
-def _clock(schedule: Schedule) -> tuple[float, float]:
-    """The schedule's clock, from its first time with noise on."""
-    low, high = schedule.time_range
-    return (low if schedule.rho_min > 0 else float(schedule.time_from_rho(RHO_FLOOR))), high
-
-
-def _spaced(
-    schedule: Schedule,
-    steps: int,
-    sigma_min: float | None,
-    sigma_max: float | None,
-    warp: Callable[[float], float],
-    unwarp: Callable[[Array], Array],
-) -> Array:
-    """Times at `steps` values of rho, uniform after `warp`, between the two ends."""
-    low = sigma_min if sigma_min is not None else schedule.rho_min or RHO_FLOOR
-    top = sigma_max if sigma_max is not None else schedule.rho_max
-    high = top if math.isfinite(top) else RHO_CAP
-    if not (0 < low < math.inf and high > 0) or (low >= high and steps > 1):
-        raise ValueError(f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {low} and {top}.")
-    rhos = unwarp(np.linspace(warp(high), warp(low), steps))
-    rhos[-1] = low
-    rhos[0] = top
-    return schedule.time_from_rho(rhos)

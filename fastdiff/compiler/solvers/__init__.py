@@ -1,6 +1,42 @@
 """The samplers: each one short function over symbolic registers, found by the literature's name."""
 
-from fastdiff.compiler.solvers import ancestral, ddim, dpmpp, euler, flow, langevin, sde
+from fastdiff.compiler.solvers import (
+    adams,
+    ancestral,
+    ddim,
+    dpmpp,
+    er_sde,
+    euler,
+    few_step,
+    flow,
+    langevin,
+    momentum,
+    multistep,
+    sa_solver,
+    sde,
+    singlestep,
+    unipc,
+)
 from fastdiff.compiler.solvers.registry import Solver, get, names, solver
 
-__all__ = ["Solver", "ancestral", "ddim", "dpmpp", "euler", "flow", "get", "langevin", "names", "sde", "solver"]
+__all__ = [
+    "Solver",
+    "adams",
+    "ancestral",
+    "ddim",
+    "dpmpp",
+    "er_sde",
+    "euler",
+    "few_step",
+    "flow",
+    "get",
+    "langevin",
+    "momentum",
+    "multistep",
+    "names",
+    "sa_solver",
+    "sde",
+    "singlestep",
+    "solver",
+    "unipc",
+]

@@ -7,7 +7,7 @@ import math
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.solvers.registry import solver
-from fastdiff.compiler.solvers.steps import ancestral_split
+from fastdiff.compiler.solvers.steps import ancestral_target, ode_step
 
 
 @solver("ddpm", order=1, exact_marginal={"variance": "fixed_small"})
@@ -34,22 +34,12 @@ def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
 def euler_ancestral(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0) -> Lin:
     """Euler with ancestral noise (k-diffusion's sample_euler_ancestral), in x / alpha against rho = sigma / alpha.
 
-    Step to rho_down with D held constant, then add rho_up of noise (`ancestral_split`). On a flow schedule, where
-    x = (1 - s) x0 + s n, the noise is split in s instead: s_down = t (1 + (t/s - 1) eta) and the state is rescaled by
-    (1 - t) / (1 - s_down), as flow samplers do.
+    Step to rho_down with D held constant, then add rho_up of noise; on a flow schedule the noise is split in s
+    (`ancestral_target`).
     """
-    flow = run.schedule is not None and run.schedule.kind == "flow"
     for _, s, t in run.intervals():
-        denoised = run.denoise(x, s)
-        if flow:
-            down = t.sigma * (1.0 + (t.sigma / s.sigma - 1.0) * eta)
-            scale = t.alpha / (1.0 - down)
-            x = (scale * down / s.sigma) * x + (scale * (1.0 - down / s.sigma)) * denoised
-            added = math.sqrt(max(0.0, t.sigma**2 - (down * scale) ** 2))
-        else:
-            rho_down, rho_up = ancestral_split(s, t, eta)
-            x = (t.alpha * rho_down / s.sigma) * x + t.alpha * (1.0 - rho_down / s.rho) * denoised
-            added = t.alpha * rho_up
+        down, scale, added = ancestral_target(run, s, t, eta)
+        x = scale * ode_step(x, run.denoise(x, s), s, down)
         if added * s_noise > 0.0:
             x = x + (s_noise * added) * run.noise()
     return x

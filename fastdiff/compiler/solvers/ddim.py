@@ -7,7 +7,7 @@ import math
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.solvers.registry import solver
-from fastdiff.compiler.solvers.steps import ode_step
+from fastdiff.compiler.solvers.steps import noise_estimate, ode_step
 
 
 @solver("ddim", order=1)
@@ -27,4 +27,19 @@ def ddim(run: Run, x: Lin, eta: float = 0.0) -> Lin:
             raise ValueError(f"ddim: eta={eta} adds more noise than level sigma={t.sigma:.4g} holds; use eta <= 1")
         keep = math.sqrt(t.sigma**2 - added**2) / s.sigma
         x = keep * x + (t.alpha - s.alpha * keep) * denoised + added * run.noise()
+    return x
+
+
+@solver("ddim_inverse", order=1, exact_marginal=False, upward=True)
+def ddim_inverse(run: Run, x: Lin) -> Lin:
+    """DDIM inversion (Song et al. 2021, section 4.3; Mokady et al. 2023): from an image to its noise, levels ascending.
+
+    x_t = alpha_t D + sigma_t E with both from the state at s, s < t. At sigma = 0 there is no E to read: the image,
+    scaled by alpha, is evaluated at the first noisy level. The plan starts from the image as it is.
+    """
+    for _, s, t in run.intervals():
+        at = s if s.sigma > 0.0 else t
+        x = (at.alpha / s.alpha) * x
+        denoised = run.denoise(x, at)
+        x = x + t.sigma * noise_estimate(x, denoised, t) if at is t else ode_step(x, denoised, s, t)
     return x

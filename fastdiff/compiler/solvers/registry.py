@@ -1,4 +1,4 @@
-"""Solver functions by name, with what is known of each. May import: run, lin, errors."""
+"""Solver functions by name, with what is known of each. May import: run, lin, process, errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from typing import Any
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.errors import unknown_name
+from fastdiff.process.schedules import Schedule
 
 
 @dataclass(frozen=True)
 class Solver:
     """A sampler: `function(run, x, **options)` returns the final state.
 
-    order: global order of convergence in the step (weak order of the variance for stochastic ones).
+    order: global order of convergence in the step (weak order of the variance for stochastic ones); 0 where refining
+    the grid leads nowhere, because D is taken for a sample and not for a mean (consistency samplers).
     exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly; always, never,
     or where these options have these values.
+    denoises: the step to sigma = 0 is x' = D; same values.
+    upward: the solver goes from the data to the noise, so its levels ascend.
+    flow_only: it is defined on flow schedules only.
     """
 
     name: str
     function: Callable[..., Lin]
     order: int
     exact_marginal: bool | Mapping[str, Any]
+    denoises: bool | Mapping[str, Any] = True
+    upward: bool = False
+    flow_only: bool = False
 
     @property
     def summary(self) -> str:
@@ -39,10 +47,25 @@ class Solver:
 
     def keeps_marginal(self, options: Mapping[str, Any]) -> bool:
         """Whether `exact_marginal` holds with these options, defaults filled in."""
-        if isinstance(self.exact_marginal, bool):
-            return self.exact_marginal
+        return self._holds(self.exact_marginal, options)
+
+    def ends_in_denoise(self, options: Mapping[str, Any]) -> bool:
+        """Whether `denoises` holds with these options, defaults filled in."""
+        return self._holds(self.denoises, options)
+
+    def _holds(self, law: bool | Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        if isinstance(law, bool):
+            return law
         chosen = {**self.options(), **options}
-        return all(chosen[name] == value for name, value in self.exact_marginal.items())
+        return all(chosen[name] == value for name, value in law.items())
+
+    def check_schedule(self, schedule: Schedule | None) -> None:
+        """ValueError for a schedule this solver is not defined on."""
+        if self.flow_only and (schedule is None or schedule.kind != "flow"):
+            given = "custom levels" if schedule is None else f"schedule {schedule.name!r}"
+            raise ValueError(
+                f"{self.name} needs a flow schedule (rectified_flow), got {given}; use 'euler' or 'ddim' there"
+            )
 
     def check_options(self, given: dict[str, Any]) -> None:
         """TypeError for an option this solver does not have or not of its default's kind, ValueError for nan."""
@@ -72,7 +95,13 @@ _SOLVERS: dict[str, Solver] = {}
 
 
 def solver(
-    name: str, *, order: int, exact_marginal: bool | Mapping[str, Any] = True
+    name: str,
+    *,
+    order: int,
+    exact_marginal: bool | Mapping[str, Any] = True,
+    denoises: bool | Mapping[str, Any] = True,
+    upward: bool = False,
+    flow_only: bool = False,
 ) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
     """Register a solver function under `name`; see README, "Add a sampler"."""
 
@@ -83,7 +112,7 @@ def solver(
             function.__qualname__,
         ):
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
-        _SOLVERS[name] = Solver(name, function, order, exact_marginal)
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only)
         return function
 
     return register

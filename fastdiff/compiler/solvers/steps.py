@@ -36,6 +36,31 @@ def ancestral_split(s: Level, t: Level, eta: float) -> tuple[float, float]:
     return math.sqrt(max(0.0, t.rho**2 - up**2)), up
 
 
+def ancestral_target(run: Run, s: Level, t: Level, eta: float) -> tuple[Level, float, float]:
+    """(down, scale, added): step from s to the level down, multiply by scale, add `added` of noise, and be at t.
+
+    down is where rho = rho_down of `ancestral_split`. On a flow schedule, where x = (1 - s) x0 + s n, the noise is
+    split in s instead, as flow samplers do: s_down = t (1 + (t/s - 1) eta), scale = (1 - t) / (1 - s_down).
+    """
+    if run.schedule is not None and run.schedule.kind == "flow":
+        sigma = t.sigma * (1.0 + (t.sigma / s.sigma - 1.0) * eta)
+        down, scale = Level(1.0 - sigma, sigma, sigma), t.alpha / (1.0 - sigma)
+        return down, scale, math.sqrt(max(0.0, t.sigma**2 - (sigma * scale) ** 2))
+    rho_down, rho_up = ancestral_split(s, t, eta)
+    down = run.level_from_rho(rho_down)
+    return down, t.alpha / down.alpha, t.alpha * rho_up
+
+
+def noise_estimate(x: Lin, denoised: Lin, s: Level) -> Lin:
+    """E = (x - alpha D) / sigma: the unit noise in x; the slope of x/alpha against rho."""
+    return (x - s.alpha * denoised) / s.sigma
+
+
+def slope_step(x: Lin, slope: Lin, s: Level, t: Level) -> Lin:
+    """x_t/alpha_t = x_s/alpha_s + (rho_t - rho_s) slope; s must have signal."""
+    return (t.alpha / s.alpha) * x + (t.sigma - t.alpha * s.rho) * slope
+
+
 def churn(
     run: Run, x: Lin, s: Level, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> tuple[Lin, Level]:

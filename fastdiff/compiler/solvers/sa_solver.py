@@ -1,0 +1,98 @@
+"""SA-Solver (Xue et al. 2023): stochastic Adams methods with a predictor and a corrector on one draw of noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastdiff.compiler.lin import Lin
+from fastdiff.compiler.run import Run
+from fastdiff.compiler.solvers.exponential import exponential_step, noise_scale, phi
+from fastdiff.compiler.solvers.history import History, check_choice, check_order
+from fastdiff.compiler.solvers.quadrature import exponential_weights
+from fastdiff.compiler.solvers.registry import solver
+from fastdiff.compiler.solvers.steps import half_log_snr_step
+from fastdiff.process.schedules import Level
+
+
+@solver("sa_solver", order=2, exact_marginal={"s_noise": 1.0})
+def sa_solver(
+    run: Run,
+    x: Lin,
+    predictor_order: int = 2,
+    corrector_order: int = 2,
+    tau: float = 1.0,
+    tau_from: float = 0.0,
+    tau_to: float = math.inf,
+    taus: Sequence[float] | None = None,
+    mode: str = "pec",
+    lower_final: bool = True,
+    s_noise: float = 1.0,
+    flavor: str | None = None,
+) -> Lin:
+    """SA-Solver (Xue et al. 2023, Alg. 1): x' = (sigma_t/sigma_s) e^(-tau^2 h) x + sum_j b_j D_j + noise.
+
+    b_j = alpha_t int k e^(k (lambda - lambda_t)) L_j dlambda, k = 1 + tau^2; noise sigma_t sqrt(1 - e^(-2 tau^2 h)) z.
+    predictor_order 1..4: over the last D. corrector_order 0..4: the step just made again, with the D found at its end
+    and the same z; 0 leaves it out. tau: strength of the noise (0 the ODE, 1 the SDE), where
+    tau_from <= sigma/alpha <= tau_to and 0 elsewhere; taus: instead of these, one number per step. mode: "pec"
+    evaluates once a step, "pece" again after the correction. lower_final: come down to order 1 over the last steps.
+    flavor "diffusers": order 2 uses its simplified weights.
+    """
+    check_order("sa_solver", predictor_order, 4, "predictor_order")
+    if corrector_order != 0:
+        check_order("sa_solver", corrector_order, 4, "corrector_order")
+    check_choice("sa_solver", "mode", mode, ("pec", "pece"))
+    check_choice("sa_solver", "flavor", flavor, (None, "diffusers"))
+    strengths = _strengths(run, tau, tau_from, tau_to, taus)
+    simple = flavor == "diffusers"
+    history = History(run, predictor_order, lower_final=lower_final)
+    older = History(run, max(1, corrector_order - 1))
+    correct = None
+    for i, s, t in run.intervals():
+        denoised = run.denoise(x, s)
+        if correct is not None:
+            base, start, strength, noise, order = correct
+            levels, values = [s, *older.levels][:order], [denoised, *older.values][:order]
+            x = run.keep(_adams(base, levels, values, start, s, strength, noise, simple))
+            if mode == "pece":
+                denoised = run.denoise(x, s)
+        if t.sigma == 0.0:
+            history.order(i, t)
+            return t.alpha * denoised
+        history.add(s, denoised)
+        older.add(s, denoised)
+        order = history.order(i, t)
+        added = s_noise * noise_scale(t, half_log_snr_step(s, t), strengths[i] ** 2)
+        noise = added * run.noise() if added > 0.0 else 0.0 * x
+        if corrector_order:
+            most = min(corrector_order, run.steps - i + 1) if lower_final else corrector_order
+            usable = sum(level.alpha > 0.0 for level in older.levels)
+            correct = x, s, strengths[i], noise, max(1, min(most, usable + 1))
+        x = _adams(x, history.levels[:order], history.values[:order], s, t, strengths[i], noise, simple)
+    return x
+
+
+def _adams(
+    x: Lin, levels: list[Level], values: list[Lin], s: Level, t: Level, tau: float, noise: Lin, simple: bool
+) -> Lin:
+    """From x at s to t with the polynomial through the values, one of which may be at t."""
+    h, k = half_log_snr_step(s, t), 1.0 + tau**2
+    if simple and len(levels) == 2 and math.isfinite(h):
+        # the weight of the value that is not at s: exact to O(h^3) only
+        (other,) = (j for j, level in enumerate(levels) if level != s)
+        part = 0.5 * k * h if levels[other] == t else 0.5 * k * h**2 / (levels[other].lam - s.lam)
+        weights = [phi(k * h) - part, part] if other == 1 else [part, phi(k * h) - part]
+    else:
+        weights = exponential_weights([level.lam - t.lam for level in levels], h, k)
+    combined = sum((w * value for w, value in zip(weights, values, strict=True)), 0.0 * values[0])
+    return exponential_step(x, combined, s, t, 1.0, tau**2) + noise
+
+
+def _strengths(run: Run, tau: float, low: float, high: float, taus: Sequence[float] | None) -> list[float]:
+    """tau of every step."""
+    if taus is None:
+        return [float(tau) if low <= s.rho <= high else 0.0 for _, s, _ in run.intervals()]
+    if len(taus) != run.steps or not all(math.isfinite(value) for value in taus):
+        raise ValueError(f"sa_solver: taus must hold {run.steps} finite numbers, one per step, got {list(taus)}")
+    return [float(value) for value in taus]
