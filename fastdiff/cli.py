@@ -76,7 +76,7 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
     parser.add_argument(
-        "--guidance", type=float, default=2.0, help="classifier-free guidance scale; 1 is off (default 2)"
+        "--guidance", type=float, default=1.5, help="classifier-free guidance scale; 1 is off (default 1.5)"
     )
     parser.add_argument(
         "--class",
