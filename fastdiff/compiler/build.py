@@ -77,6 +77,7 @@ def compile_levels(
         registers=registers,
         result=result,
         draws=run.draws,
+        intervals=tuple(run.drawn_over),
         notes=tuple(run.notes),
     )
 

@@ -45,6 +45,7 @@ class Plan:
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
     latent_scale: what multiplies the latents; None: sigma of the first level.
     notes: what the solver had to say: where it lowered its order, and why.
+    intervals: (sigma/alpha left, reached) of the step each draw belongs to; empty where the sampler does not say.
     """
 
     solver: str
@@ -58,6 +59,7 @@ class Plan:
     draws: int
     latent_scale: float | None = None
     notes: tuple[str, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
 
     @property
     def nfe(self) -> int:
@@ -190,6 +192,7 @@ class Plan:
             draws=body["draws"],
             latent_scale=body.get("latent_scale"),
             notes=tuple(body.get("notes", ())),
+            intervals=tuple((s, t) for s, t in body.get("intervals", ())),
         )
 
 

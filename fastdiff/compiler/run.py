@@ -38,6 +38,8 @@ class Run:
         self.schedule = schedule
         self.segments = [Segment(level=None)]
         self.draws = 0
+        self.drawn_over: list[tuple[float, float]] = []
+        self._interval: tuple[float, float] | None = None
         self.notes: list[str] = []
         self._kept = 0
         self.start = self._lin(Atom("start", 0))
@@ -50,7 +52,9 @@ class Run:
     def intervals(self) -> Iterator[tuple[int, Level, Level]]:
         """(i, s, t): the i-th interval goes from level s down to level t."""
         for i in range(self.steps):
-            yield i, self.levels[i], self.levels[i + 1]
+            s, t = self.levels[i], self.levels[i + 1]
+            self._interval = s.rho, t.rho
+            yield i, s, t
 
     def denoise(self, x: Lin, level: Level) -> Lin:
         """D(x; level), one model evaluation: the current row ends here and `x` becomes a register."""
@@ -63,6 +67,8 @@ class Run:
     def noise(self) -> Lin:
         """A fresh unit normal; use the same value again to reuse the draw."""
         self.draws += 1
+        if self._interval is not None:
+            self.drawn_over.append(self._interval)
         return self._lin(Atom("z", self.draws - 1, STREAM_STEP))
 
     def keep(self, value: Lin) -> Lin:

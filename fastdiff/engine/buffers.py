@@ -38,7 +38,7 @@ class Buffers:
     ) -> None:
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
-        self.key = (shape, copies, keep_denoised)
+        self.key = (id(plan), shape, copies, keep_denoised)
         self.batch, self.copies = shape[0], copies
         self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
         self._sample = shape[1:]
@@ -156,8 +156,10 @@ class Buffers:
         self, plan: Plan, seeds: Tensor, noise: str | Tensor | Callable[[int, torch.Size], Tensor]
     ) -> Tensor | None:
         if isinstance(noise, str):
-            if noise != "white":
-                raise ValueError(f"noise must be 'white', a tensor or a function f(id, shape), got {noise!r}")
+            if noise not in ("white", "brownian"):
+                raise ValueError(
+                    f"noise must be 'white', 'brownian', a tensor or a function f(id, shape), got {noise!r}"
+                )
             return None
         shape = torch.Size((self.batch, *self._sample))
         given = torch.stack([noise(i, shape) for i in range(plan.draws)]) if callable(noise) and plan.draws else noise

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends
 from fastdiff.engine.buffers import Buffers
@@ -89,6 +90,7 @@ class Sampler:
         self._insist = graph is True
         self.memory_format = memory_format
         self._idle = threading.Lock()
+        self._path_plan: Plan | None = None
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
@@ -111,7 +113,8 @@ class Sampler:
 
         shape: [B, *S]. seed: one per sample, or an integer s for seeds s, s+1, ... init: [B, *S], the state at the
         plan's first level, used as it is (opening="state"), or a clean image to be noised to that level
-        (opening="image"). noise: "white"; a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
+        (opening="image"). noise: "white"; "brownian", increments of one path per seed, the same path at any number of
+        steps (fastdiff.compiler.brownian); a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
         cond, uncond: conditions of the network, batch first. guidance: w of Fu + w (Fc - Fu), a number or one per
         sample; 1 evaluates cond only. callback: called after each row. Raises ValueError or TypeError for arguments
         that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
@@ -130,9 +133,10 @@ class Sampler:
             )
         try:
             with self._on_device():
-                buffers = self._prepare(shape, 2 if guided else 1, callback is not None)
+                plan = self._on_path() if isinstance(noise, str) and noise == "brownian" else self.plan
+                buffers = self._prepare(plan, shape, 2 if guided else 1, callback is not None)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(self.plan, self.model, seeds, weights, init, opening, noise)
+                    buffers.start(plan, self.model, seeds, weights, init, opening, noise)
                 conditions = prepare(cond, uncond if guided else None, shape[0], self.model.device)
                 return self._run(buffers, conditions, callback, progress)
         finally:
@@ -161,12 +165,17 @@ class Sampler:
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
 
-    def _prepare(self, shape: torch.Size, copies: int, keep_denoised: bool) -> Buffers:
-        wanted = (shape, copies, keep_denoised)
+    def _on_path(self) -> Plan:
+        if self._path_plan is None:
+            self._path_plan = on_path(self.plan)
+        return self._path_plan
+
+    def _prepare(self, plan: Plan, shape: torch.Size, copies: int, keep_denoised: bool) -> Buffers:
+        wanted = (id(plan), shape, copies, keep_denoised)
         if self._buffers is None or self._buffers.key != wanted:
             with torch.inference_mode(False):
                 self._buffers = Buffers(
-                    self.plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format
+                    plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format
                 )
         return self._buffers
 

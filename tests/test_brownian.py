@@ -1,0 +1,119 @@
+"""Brownian noise: exact law of the increments, one path at any number of steps, and the samples that follow from it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff.compiler import brownian
+from fastdiff.models.exact import Mixture
+
+BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
+
+
+def dot(a: brownian.Terms, b: brownian.Terms) -> float:
+    return sum(weight * b.get(node, 0.0) for node, weight in a.items())
+
+
+def levels(steps: int, grid: str = "karras") -> list[tuple[float, float]]:
+    plan = fd.plan("ddim", "edm", steps, grid)
+    rho = [level.rho for level in plan.levels]
+    return list(itertools.pairwise(rho))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])
+def test_increments_are_unit_normals_and_independent(steps: int) -> None:
+    draws = brownian.increments(levels(steps))
+    assert max(abs(dot(d, d) - 1.0) for d in draws) <= 1e-12
+    nearby = [(draws[i], draws[j]) for i in range(len(draws)) for j in range(i + 1, min(i + 5, len(draws)))]
+    assert max((abs(dot(a, b)) for a, b in nearby), default=0.0) <= 1e-12
+
+
+def test_infinite_and_zero_levels_are_the_ends_of_the_path() -> None:
+    draws = brownian.increments([(np.inf, 3.0), (3.0, 0.1), (0.1, 0.0)])
+    gram = np.array([[dot(a, b) for a in draws] for b in draws])
+    assert np.abs(gram - np.eye(3)).max() <= 1e-12
+
+
+@pytest.mark.parametrize("fine", [20, 40, 320])
+def test_a_coarse_draw_is_the_sum_of_the_fine_ones(fine: int) -> None:
+    coarse = np.geomspace(80.0, 0.002, 11)
+    refined = np.geomspace(80.0, 0.002, 10 * (fine // 10) + 1)
+    large = brownian.increments(list(itertools.pairwise(coarse)))
+    small = brownian.increments(list(itertools.pairwise(refined)))
+    each = fine // 10
+    for i, draw in enumerate(large):
+        parts = small[i * each : (i + 1) * each]
+        # equal parts in log rho: the coarse unit normal is the sum of the fine ones over sqrt(parts)
+        assert sum(dot(draw, part) for part in parts) / np.sqrt(each) >= 0.98
+
+
+def test_rows_stay_short() -> None:
+    plan = brownian.on_path(fd.plan("dpmpp_2m_sde", "edm", 20))
+    assert max(len(row.noise) for row in plan.rows) <= 26
+    assert {stream for row in plan.rows for _, stream in row.noise} == {2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS[-1:])
+def test_a_seed_is_one_sample_in_the_limit_of_many_steps(backend: str) -> None:
+    data = Mixture(np.array([0.3, 0.7]), np.array([[-1.0], [1.0]]), np.array([0.05, 0.02]))
+    schedule = fd.schedules.edm(0.02, 10.0)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sigma = float(t[0])
+        return data(x.reshape(-1, 1).double(), fd.Level(1.0, sigma, sigma)).view_as(x).float()
+
+    model = fd.Denoiser(denoise, schedule, "x0")
+
+    def draw(steps: int, noise: str) -> torch.Tensor:
+        return fd.sample(model, (8, 1, 4, 4), "dpmpp_2m_sde", steps, seed=3, noise=noise, backend=backend)
+
+    def moved(noise: str, steps: int) -> float:
+        return float((draw(2 * steps, noise) - draw(steps, noise)).abs().mean())
+
+    few, many = moved("brownian", 15), moved("brownian", 120)
+    assert many < 0.5 * few
+    assert many < 0.25 * moved("white", 120)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_white_and_brownian_alternate_on_one_sampler_and_place_does_not_matter(backend: str) -> None:
+    model = fd.Denoiser(lambda x, t: torch.tanh(x), fd.schedules.edm(), "edm", sigma_data=0.5)
+    sampler = fd.Sampler(fd.plan("ddpm", model.schedule, 6), model, backend)
+    first = sampler.sample((5, 3, 4, 5), seed=[9, 1, 2, 3, 4], noise="brownian")
+    white = sampler.sample((5, 3, 4, 5), seed=[9, 1, 2, 3, 4])
+    again = sampler.sample((5, 3, 4, 5), seed=[4, 3, 2, 1, 9], noise="brownian")
+    assert torch.equal(first.flip(0), again)
+    assert not torch.equal(first, white)
+
+
+def test_executors_agree_on_a_path() -> None:
+    model = fd.Denoiser(lambda x, t: torch.tanh(x), fd.schedules.edm(), "edm", sigma_data=0.5)
+    drawn = [fd.sample(model, (3, 3, 7, 5), "dpmpp_2m_sde", 12, noise="brownian", backend=b) for b in BACKENDS]
+    for other in drawn[1:]:
+        assert (other - drawn[0]).abs().max() <= 1e-5 * drawn[0].abs().max()
+
+
+def test_refusals() -> None:
+    model = fd.Denoiser(lambda x, t: x, fd.schedules.edm(), "x0")
+    with pytest.raises(ValueError, match="dpmpp_sde draws more than once between two levels"):
+        fd.sample(model, (1, 1, 2, 2), "dpmpp_sde", 4, noise="brownian")
+
+    def fn(m, x, sigmas):  # type: ignore[no-untyped-def]
+        return m(x + torch.randn_like(x), sigmas[0])
+
+    traced = fd.trace(fn, [1.0, 0.0], model.schedule)
+    with pytest.raises(ValueError, match="does not say over which levels"):
+        fd.Sampler(traced, model).sample((1, 1, 2, 2), noise="brownian")
+    deterministic = fd.plan("ddim", model.schedule, 3)
+    assert brownian.on_path(deterministic) is deterministic
+
+
+def test_json_keeps_the_intervals() -> None:
+    plan = fd.plan("ddpm", "rectified_flow", 5)
+    assert fd.Plan.from_json(plan.to_json()) == plan
+    assert len(plan.intervals) == plan.draws
