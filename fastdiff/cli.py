@@ -102,11 +102,14 @@ def _add_plan(commands: Any) -> None:
     )
     parser.add_argument("solver", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
-    parser.add_argument(
-        "--schedule", default="linear", help=f"one of {', '.join(fd.schedules.names())} (default linear)"
-    )
+    parser.add_argument("--schedule", default="linear", help=f"one of {', '.join(_plain_schedules())} (default linear)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.set_defaults(run=_plan)
+
+
+def _plain_schedules() -> list[str]:
+    needs_data = ("from_betas", "from_alpha_bar", "rescale_zero_terminal_snr")
+    return [name for name in fd.schedules.names() if name not in needs_data]
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -157,7 +160,7 @@ def _report(
     print(f"sampler   {plan.solver}, {arguments.steps} steps on grid {plan.grid}")
     print(
         f"NFE       {plan.nfe} per sample"
-        + (f", {2 * plan.nfe} network calls with guidance {arguments.guidance}" if guided else "")
+        + (f", each of two branches with guidance {arguments.guidance}" if guided else "")
     )
     print(f"samples   {count} in {seconds:.2f} s: {count / seconds:.1f} images/s")
     if model_seconds:

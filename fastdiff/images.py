@@ -33,6 +33,10 @@ def check_writable(out: Path) -> None:
     target = out if out.exists() else parent
     if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
         raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
+    if out.suffix not in ("", ".png", ".npy") and not out.is_dir():
+        raise ValueError(
+            f"cannot write {out}: pictures go to a .png grid, a .npy array or a folder, got {out.suffix!r}"
+        )
     if out.suffix in (".png", ".npy") and out.is_dir():
         raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
     if out.suffix not in (".png", ".npy") and out.is_file():

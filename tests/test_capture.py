@@ -302,10 +302,11 @@ def test_custom_timesteps_and_sigmas() -> None:
     assert plan.options["mu"] == 0.8
 
 
-def test_a_network_of_another_kind_is_refused() -> None:
+@pytest.mark.parametrize("wrong", ["x0", "v"])
+def test_a_network_of_another_kind_is_refused(wrong: str) -> None:
     plan = fd.capture(make("DDIM", {"clip_sample": False}), 3)
-    with pytest.raises(ValueError, match=r"predicts 'eps'.*predicts 'v'"):
-        fd.Sampler(plan, fd.Denoiser(tiny, "linear", "v"))
+    with pytest.raises(ValueError, match=f"predicts 'eps'.*predicts '{wrong}'"):
+        fd.Sampler(plan, fd.Denoiser(tiny, "linear", wrong))
 
 
 @pytest.mark.parametrize(

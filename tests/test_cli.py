@@ -34,7 +34,7 @@ def test_sample_writes_the_same_array_the_library_gives(tmp_path: Path, capsys: 
         cond={"class_labels": labels}, uncond={"class_labels": torch.full((4,), model.null_label)},
     )  # fmt: skip
     assert np.array_equal(np.load(out), images.to_pixels(x))
-    assert re.search(r"NFE +3 per sample, 6 network calls", text)
+    assert re.search(r"NFE +3 per sample, each of two branches with guidance 1.5", text)
     assert re.search(r"samples +4 in [\d.]+ s: [\d.]+ images/s", text)
     assert re.search(r"time +[\d.]+ s in the model, [\d.]+ s in everything else", text)
     assert "seeds     5 .. 8" in text
@@ -103,6 +103,7 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "--class", "hat"], "unknown class 'hat'"),
         (["sample", "--class", "12"], "unknown class '12'"),
         (["sample", "--count", "0"], "--count"),
+        (["sample", "--out", "a.jpg"], "got '.jpg'"),
         (["sample", "--class", "²"], "unknown class '²'"),
         (["sample", "--device", "foo"], "unknown device 'foo'"),
         (["sample", "--device", "cuda:99"], "torch sees"),
@@ -112,7 +113,7 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "--model", "fashon"], "Did you mean 'fashion'"),
         (["sample", "--model", "missing.safetensors"], "no model file"),
         (["sample", "--out", "no/such/folder/x.png"], "does not exist"),
-        (["sample", "--backend", "cudnn"], "Unknown executor"),
+        (["sample", "--backend", "cudnn"], "Unknown backend"),
         (["sample", "--grid", "logsnr", "--solver", "flow_euler"], "needs a flow schedule"),
     ],
 )

@@ -73,5 +73,5 @@ def test_checks(change: dict[str, torch.Tensor], error: type[Exception], words: 
 
 
 def test_unknown_executor() -> None:
-    with pytest.raises(ValueError, match="Unknown executor 'cpu'.*'cpp'"):
+    with pytest.raises(ValueError, match="Unknown backend 'cpu'.*'cpp'"):
         ops.affine_step(step_tensors(), "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -235,15 +236,15 @@ def test_non_finite_output_names_the_row_and_sample_and_stops() -> None:
         ({"seed": [1, 2, 3]}, "one integer per sample.*is 2, got 3"),
         ({"seed": 2**64}, "64-bit"),
         ({"guidance": 1e39}, "finite in float32"),
-        ({"init": torch.full((2, 3, 4, 4), float("nan"))}, "init holds inf or nan"),
+        ({"init": torch.full((2, 3, 4, 4), float("nan")), "strength": 0.5}, "init holds inf or nan"),
         ({"guidance": 2.0}, "needs uncond"),
         ({"guidance": [1.0, 2.0, 3.0]}, r"one per sample \(2\), got 3"),
         ({"guidance": float("nan")}, "finite"),
         ({"noise": "pink"}, "noise must be"),
-        ({"init": torch.zeros(2, 3, 4, 5)}, r"init must be.*\(2, 3, 4, 4\)"),
-        ({"init": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, "floating-point"),
+        ({"init": torch.zeros(2, 3, 4, 5), "strength": 0.5}, r"init must be.*\(2, 3, 4, 4\)"),
+        ({"init": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "strength": 0.5}, "floating-point"),
         ({"strength": 0.5}, "needs init"),
-        ({"cond": torch.zeros(3)}, r"one entry per sample \(2\)"),
+        ({"cond": torch.zeros(3)}, r"one entry per sample \(2, the first"),
         (
             {"cond": {"a": torch.zeros(2)}, "uncond": {"b": torch.zeros(2)}, "guidance": 2.0},
             "mappings with the same keys",
@@ -398,3 +399,25 @@ def test_one_sampler_in_two_threads_is_refused_and_two_samplers_agree(model: fd.
     leave.set()
     worker.join()
     assert sampler.sample((1, 3, 4, 4)).shape == (1, 3, 4, 4)
+
+
+def test_an_image_to_start_from_needs_a_level_to_start_at(model: fd.Denoiser) -> None:
+    with pytest.raises(ValueError, match="init= needs strength= below 1"):
+        fd.sample(model, (1, 3, 4, 4), steps=3, init=torch.zeros(1, 3, 4, 4))
+    fd.sample(model, (1, 3, 4, 4), steps=3, init=torch.zeros(1, 3, 4, 4), start_step=1)
+    with pytest.raises(TypeError, match=r"shape must be \[batch, \*sample\]"):
+        fd.sample(model, 4, steps=3)  # type: ignore[arg-type]
+
+
+def test_bare_levels_are_shown_to_networks_that_expect_sigma_only() -> None:
+    def euler(net, x, sigmas):  # type: ignore[no-untyped-def]
+        for s, t in itertools.pairwise(sigmas):
+            x = x + (x - net(x, s)) / s * (t - s)
+        return x
+
+    with pytest.raises(ValueError, match="give trace.* schedule=model.schedule"):
+        fd.Sampler(fd.trace(euler, [1.0, 0.5, 0.0]), fd.Denoiser(bumpy, "linear", "eps"))
+    seen = []
+    linear = fd.Denoiser(lambda x, t: seen.append(float(t[0])) or x, "linear", "eps")
+    fd.Sampler(fd.trace(euler, [10.0, 3.0, 0.0], "linear"), linear).sample((1, 1, 2, 2))
+    assert seen == pytest.approx([float(linear.schedule.time_from_rho(rho)) for rho in (10.0, 3.0)])

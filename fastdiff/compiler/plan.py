@@ -83,21 +83,21 @@ class Plan:
 
     def pack(
         self,
-        prediction: str = "x0",
+        prediction: str | None = None,
         sigma_data: float | None = None,
         opening: str = "noise",
         latent_id: int = 0,
     ) -> Packed:
         """Fold the prediction type and preconditioning in, choose the delta form, and round once to fp32.
 
-        prediction: what the network returns (fastdiff.process.predictions). sigma_data: for "edm".
+        prediction: what the network returns (fastdiff.process.predictions); None: D itself. sigma_data: for "edm".
         opening: "noise" starts from sigma_0 N(latent), "state" from register 0 as it is, "image" from
         alpha_0 * register 0 + sigma_0 N(latent). latent_id: the noise id of the latents.
         A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
         captured = self.options.get("prediction") if self.rows[1].reading is not None else None
-        if captured is not None and prediction not in (captured, "x0"):
+        if captured is not None and prediction not in (captured, None):
             raise ValueError(
                 f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
                 f"predicts {prediction!r}; give the scheduler its prediction_type and capture it again"
@@ -105,7 +105,7 @@ class Plan:
         terms = max(len(row.noise) for row in self.rows) + 1
         coef = np.zeros((len(self.rows), at.COEF_FIXED + at.NOISE_STRIDE * terms))
         ids = np.zeros((len(self.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms), dtype=np.int32)
-        folds = [self._reading(row, prediction, sigma_data) for row in self.rows[1:]]
+        folds = [self._reading(row, prediction or "x0", sigma_data) for row in self.rows[1:]]
         for i, row in enumerate(self.rows):
             if i:
                 coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q

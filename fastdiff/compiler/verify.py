@@ -203,6 +203,9 @@ def _shrinks(name: str, plan: Plan, error: Callable[[Plan], float], small: float
     first = error(plan)
     if first <= small:
         return Check(name, True, first, small, sentence)
+    if plan.solver not in solvers.names():
+        sentence += "; a traced or captured plan has no finer grid to compare with"
+        return Check(name, math.isfinite(first), first, math.inf, sentence)
     finer, cut = math.inf, 1
     try:
         for cut in REFINEMENTS:
@@ -215,7 +218,8 @@ def _shrinks(name: str, plan: Plan, error: Callable[[Plan], float], small: float
             sentence += f"; no finer grid to compare with: {why}"
             return Check(name, math.isfinite(first), first, math.inf, sentence)
         cut //= 4
-    return Check(name, finer < first, finer, first, f"{sentence}, {finer:.1e} with {cut} x the steps")
+    falls = "it falls" if finer < first else "it does not fall"
+    return Check(name, finer < first, finer, first, f"{sentence}, {finer:.1e} with {cut} x the steps: {falls}")
 
 
 def _point_mass(plan: Plan) -> Check:
@@ -269,7 +273,7 @@ def _finite(plan: Plan) -> Check:
     exact = _scalars(plan)
     rounded = np.array(exact).astype(np.float32)
     if plan.schedule is not None:
-        packed = plan.pack("x0").coef
+        packed = plan.pack().coef
         rounded = np.delete(packed, [at.CLAMP_LO, at.CLAMP_HI], axis=1).ravel()
     bad = [int(np.sum(~np.isfinite(numbers))) for numbers in (exact, rounded)]
     sentence = f"of {len(exact)} scalars {bad[0]} are not finite in float64, and {bad[1]} of the table in fp32"

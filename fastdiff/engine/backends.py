@@ -35,7 +35,7 @@ def probe() -> dict[str, Backend]:
 def require(executor: str, device: torch.device) -> None:
     """Raise BackendUnavailable unless `executor` can run on `device`."""
     if executor not in EXECUTORS:
-        raise unknown_name("executor", executor, EXECUTORS)
+        raise unknown_name("backend", executor, ("auto", *EXECUTORS))
     backend = probe()[executor]
     if not backend.ok:
         raise BackendUnavailable(backend.reason, backend.fix)

@@ -23,7 +23,10 @@ def prepare(cond: Condition, uncond: Condition, batch: int, device: torch.device
 
     def moved(name: str, tensor: Tensor) -> Tensor:
         if tensor.dim() and tensor.shape[0] != batch:
-            raise ValueError(f"condition {name} must have one entry per sample ({batch}), got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"condition {name} must have one entry per sample ({batch}, the first number of shape), "
+                f"got {tuple(tensor.shape)}"
+            )
         return tensor.to(device)
 
     own = _each("cond", cond, moved)

@@ -48,6 +48,10 @@ def sample(
     plan = build_plan(solver, model.schedule, steps, grid, strength=strength, grid_options=grid_options, **options)
     if init is None and strength != 1.0:
         raise ValueError("strength < 1 needs init=, the image to start from")
+    if init is not None and strength == 1.0 and not options.get("start_step"):
+        raise ValueError(
+            "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
+        )
     return Sampler(plan, model, backend, graph, memory_format).sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening="image"
     )

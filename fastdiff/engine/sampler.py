@@ -76,6 +76,12 @@ class Sampler:
                 f"the plan is made for schedule {plan.schedule!r}, the model was trained on {model.schedule!r}; "
                 "make the plan with schedule=model.schedule"
             )
+        unread = any(row.level is not None and row.reading is None for row in plan.rows)
+        if plan.schedule is None and unread and model.schedule.name != "edm":
+            raise ValueError(
+                f"the plan has bare levels, at which the network is shown sigma, the model was trained on "
+                f"{model.schedule!r}; give trace(...) schedule=model.schedule"
+            )
         self.plan = plan
         self.model = model
         self.backend = backends.choose(model.device) if backend == "auto" else backend
@@ -119,6 +125,8 @@ class Sampler:
         sample; 1 evaluates cond only. callback: called after each row. Raises ValueError or TypeError for arguments
         that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
         """
+        if isinstance(shape, int):
+            raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
         shape = torch.Size(shape)
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")

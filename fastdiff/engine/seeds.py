@@ -23,7 +23,8 @@ def per_sample(seed: int | Sequence[int] | Tensor, batch: int) -> Tensor:
         raise ValueError(f"seed must hold one integer per sample: the batch is {batch}, got {len(values)}")
     for value in values:
         if not -(2**63) <= value < 2**64:
-            raise ValueError(f"a seed is a 64-bit integer, got {value}")
+            counted = f" ({given} counted up over the batch)" if isinstance(given, Integral) else ""
+            raise ValueError(f"a seed is a 64-bit integer, got {value}{counted}")
     return torch.tensor([value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64)
 
 

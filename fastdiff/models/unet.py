@@ -102,9 +102,21 @@ class UNet(nn.Module):
             count = self.config.num_class_embeds
             if class_labels is None:
                 raise ValueError(f"UNet: got no class_labels, expected [B] integers below {count}")
+            if not isinstance(class_labels, Tensor):
+                raise TypeError(
+                    f"UNet: got class_labels {class_labels!r}, expected a tensor [B] of integers below {count}"
+                )
             if class_labels.shape != x.shape[:1]:
                 shape = tuple(class_labels.shape)
                 raise ValueError(f"UNet: got class_labels of shape {shape}, expected one per sample, ({x.shape[0]},)")
+            if (
+                count
+                and class_labels.device.type == "cpu"
+                and not bool(((class_labels >= 0) & (class_labels < count)).all())
+            ):
+                raise ValueError(
+                    f"UNet: got class_labels {class_labels.tolist()}, expected integers from 0 to {count - 1}"
+                )
 
     @staticmethod
     def _expand(t: Tensor | float | int, x: Tensor) -> Tensor:

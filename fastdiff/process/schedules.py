@@ -167,7 +167,8 @@ def get(name: str, /, **options: Any) -> Schedule:
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
-        raise ValueError(f"Schedule {name}: {error}. Its options: {inspect.signature(make)}.") from None
+        known = ", ".join(inspect.signature(make).parameters) or "none"
+        raise ValueError(f"Schedule {name}: {error}. Its options: {known}.") from None
     return make(**options)
 
 

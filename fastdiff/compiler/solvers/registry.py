@@ -103,7 +103,10 @@ def solver(
     upward: bool = False,
     flow_only: bool = False,
 ) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
-    """Register a solver function under `name`; see README, "Add a sampler"."""
+    """Register a solver function under `name`; the flags are claims, and say what `plan.verify` holds a table to.
+
+    See `Solver` for each flag and README, "Add a sampler", for an example. Raises ValueError for a name that is taken.
+    """
 
     def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
         taken = _SOLVERS.get(name)

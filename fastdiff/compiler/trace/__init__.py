@@ -31,18 +31,19 @@ from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.trace.proof import prove
 from fastdiff.compiler.trace.register import Draws, Refused, Register, Tracer, level_of
+from fastdiff.process import schedules
 from fastdiff.process.schedules import Level, Schedule
 
 
 def trace(
-    fn: Callable[..., Any], levels: Sequence[float] | Sequence[Level], schedule: Schedule | None = None, **kw: Any
+    fn: Callable[..., Any], levels: Sequence[float] | Sequence[Level], schedule: Schedule | str | None = None, **kw: Any
 ) -> Plan:
     """Compile a k-diffusion style function `fn(model, x, sigmas, ...)` to a table, by running it on symbolic registers.
 
     fn: called with `model(x, sigma, **extra_args)` -> D, the state x = x0 + sigma n, and sigmas as float64; a function
     of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
     levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
-    was trained on; without it the network is called with sigma itself. kw: further arguments of fn. A
+    was trained on, or its name; without it the network is called with sigma itself. kw: further arguments of fn. A
     `noise_sampler` argument of fn is filled with independent unit normals, so Brownian trees are not built.
     The plan's `options` hold kw and the largest relative mismatch of a second run, on random tensors.
     Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
@@ -52,6 +53,8 @@ def trace(
     """
     if not callable(fn):
         raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
+    if isinstance(schedule, str):
+        schedule = schedules.get(schedule)
     name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
     sigmas = _sigmas(levels)
     points = [level_of(sigma, schedule) for sigma in sigmas]
