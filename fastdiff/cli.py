@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,9 +269,21 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _verify_solver(given: str) -> int:
     is_file = given.endswith(".py") or "/" in given or Path(given).is_file()
     names = load_file(Path(given)) if is_file else [given]
-    measured = [convergence.measure(name) for name in names]
+    measured = [_measure(name) for name in names]
     print("\n\n".join(map(str, measured)))
     return 0 if all(m.ok for m in measured) else 1
+
+
+def _measure(name: str) -> convergence.Measurement:
+    """`convergence.measure`, with whatever the solver's own code raises as one line."""
+    try:
+        return convergence.measure(name)
+    except _FAILURES:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{where.filename}:{where.lineno}"
+        raise ValueError(f"solver {name!r} failed at {place}: {type(error).__name__}: {error}") from error
 
 
 def _verify_all(out: Path) -> int:

@@ -1,4 +1,4 @@
-"""Which samplers share a panel of the plot, and what is known of published orders. May import: nothing."""
+"""Which samplers share a panel of the plot, and which orders are promised elsewhere. May import: nothing."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
 HEADER = """# Samplers and their measured order
 
 Made by `fastdiff verify --all`, which compiles every sampler with its default options and pushes the law of Gaussian
-data N(0, v) through its table exactly: nothing is drawn and no network is called. {count} samplers, {failed}.
+data N(0, v) through its table exactly: nothing is drawn and no network is called.
+{count} samplers, {failed}.
 
 ```
 fastdiff verify --solver dpmpp_2m      # the laws, order, bias and cost of one sampler
@@ -37,6 +38,8 @@ not in it, and the leading error may cancel (an order above the declared one). A
 has errors of its own.
 
 ![Error against evaluations, all samplers]({plot})
+
+Lines that coincide lie over one another, the first of the legend widest below. What is outside the axes is not drawn.
 
 | Sampler | Order declared | measured | Error at NFE 20 | Registers | Width | Noise | What it is |
 |---|---:|---:|---:|---:|---|---|---|
@@ -99,7 +102,9 @@ def text(measured: Sequence[Measurement], picture: str) -> str:
     sections = [header + "\n".join(_line(m) for m in measured if not m.unjudged)]
     notes = [_note(m) for m in measured if m.solver.name in PROMISED and not m.unjudged]
     if notes:
-        sections.append("## Where a published order does not hold\n\n" + "\n".join(notes))
+        sections.append(
+            "## Where the order is below what a paper, a library or the name promises\n\n" + "\n".join(notes)
+        )
     unjudged = [m for m in measured if m.unjudged]
     if unjudged:
         sections.append(

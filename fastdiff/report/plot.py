@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 SCALE = 2  # drawn at twice the size and reduced: Pillow's lines are not smooth
 WIDTH, HEIGHT = 300, 300  # of the axes of one panel, in pixels of the result
 LEFT, TOP, LEGEND, COLUMNS, MARGIN = 62, 34, 150, 3, 24
-X_RANGE, Y_RANGE = (4.0, 600.0), (1e-7, 10.0)
+X_RANGE, Y_RANGE = (4.0, 600.0), (1e-7, 1e2)
 X_TICKS = (5, 10, 20, 50, 100, 200, 500)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4a1e", "#000000", "#8a2be2", "#7f9a00")
 GREY, FAINT = "#9a9a9a", "#e4e4e4"
@@ -19,7 +19,7 @@ GREY, FAINT = "#9a9a9a", "#e4e4e4"
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line: (evaluations, error) at growing numbers of evaluations; errors of 0 are not drawn."""
+    """A named line: (evaluations, error) at growing numbers of evaluations; what lies outside the axes is not drawn."""
 
     name: str
     points: Sequence[tuple[int, float]]
@@ -37,7 +37,9 @@ def draw(title: str, panels: Mapping[str, Sequence[Curve]]) -> Image.Image:
         row, column = divmod(i, COLUMNS)
         corner = (column * cell[0] + LEFT) * SCALE, (MARGIN + TOP + row * cell[1] + TOP) * SCALE
         _Panel(pen, *corner).draw(name, curves)
-    return canvas.resize(size, Image.Resampling.LANCZOS).quantize(96, dither=Image.Dither.NONE)
+    return canvas.resize(size, Image.Resampling.LANCZOS).quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
 
 
 class _Panel:
@@ -51,7 +53,7 @@ class _Panel:
         self._axes(title)
         for i, curve in enumerate(curves):
             # lines that coincide stay visible: the first ones are wider
-            self._line(curve.points, COLOURS[i % len(COLOURS)], SCALE * (1.4 + 0.7 * (len(curves) - 1 - i)))
+            self._line(curve.points, COLOURS[i % len(COLOURS)], SCALE * (1.4 + 0.5 * (len(curves) - 1 - i)))
         for i, curve in enumerate(curves):
             self._legend(i, curve.name, COLOURS[i % len(COLOURS)])
 
@@ -75,7 +77,14 @@ class _Panel:
         self.pen.rectangle((self.left, self.top, right, bottom), outline="black", width=SCALE)
         self.pen.text((self.left, self.top - 8 * SCALE), title, fill="black", font=_font(14), anchor="ls")
         self.pen.text((right, bottom + 20 * SCALE), "model evaluations (NFE)", fill="black", font=small, anchor="ra")
-        self.pen.text((self.left, bottom + 20 * SCALE), "up: |error|", fill="black", font=small, anchor="la")
+        self._upward("|error|", self.left - 42 * SCALE, (self.top + bottom) // 2)
+
+    def _upward(self, label: str, x: int, y: int) -> None:
+        """Text that reads upwards, centred on (x, y)."""
+        width, height = round(_font(11).getlength(label)), 16 * SCALE
+        mask = Image.new("L", (width, height))
+        ImageDraw.Draw(mask).text((0, height // 2), label, fill=255, font=_font(11), anchor="lm")
+        self.pen.bitmap((x - height // 2, y - width // 2), mask.rotate(90, expand=True), fill="black")
 
     def _guide(self, order: int) -> None:
         """A dashed line of slope -order from error 1 at 5 evaluations."""
@@ -85,11 +94,11 @@ class _Panel:
             ends = self._place(a, (5.0 / a) ** order), self._place(b, (5.0 / b) ** order)
             self.pen.line(ends, fill=GREY, width=SCALE)
         x, y = self._place(400.0, (5.0 / 400.0) ** order)
-        self.pen.text((x, y - 6 * SCALE), f"order {order}", fill="#606060", font=_font(10), anchor="mb")
+        self.pen.rectangle(self.pen.textbbox((x, y), f"order {order}", font=_font(10), anchor="mm"), fill="white")
+        self.pen.text((x, y), f"order {order}", fill="#606060", font=_font(10), anchor="mm")
 
     def _line(self, points: Sequence[tuple[int, float]], colour: str, width: float) -> None:
-        low, high = Y_RANGE
-        seen = [self._place(x, min(max(y, low), high)) for x, y in points if y > 0.0 and X_RANGE[0] <= x <= X_RANGE[1]]
+        seen = [self._place(x, y) for x, y in points if _within(x, X_RANGE) and _within(y, Y_RANGE)]
         if len(seen) > 1:
             self.pen.line(seen, fill=colour, width=round(width), joint="curve")
         radius = width / 2 + SCALE
@@ -100,8 +109,12 @@ class _Panel:
         row, column = divmod(index, 2)
         x = self.left + column * self.width // 2
         y = self.top + self.height + (48 + 16 * row) * SCALE
-        self.pen.line((x, y, x + 20 * SCALE, y), fill=colour, width=3 * SCALE)
-        self.pen.text((x + 26 * SCALE, y), name, fill="black", font=_font(11), anchor="lm")
+        self.pen.line((x, y, x + 14 * SCALE, y), fill=colour, width=3 * SCALE)
+        self.pen.text((x + 19 * SCALE, y), name, fill="black", font=_font(11), anchor="lm")
+
+
+def _within(value: float, ends: tuple[float, float]) -> bool:
+    return ends[0] <= value <= ends[1]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
