@@ -267,8 +267,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_solver(given: str) -> int:
-    is_file = given.endswith(".py") or "/" in given or Path(given).is_file()
-    names = load_file(Path(given)) if is_file else [given]
+    is_path = given.endswith(".py") or Path(given).name != given or Path(given).is_file()
+    names = load_file(Path(given)) if is_path and given not in fd.solvers.names() else [given]
     measured = [_measure(name) for name in names]
     print("\n\n".join(map(str, measured)))
     return 0 if all(m.ok for m in measured) else 1
@@ -282,8 +282,8 @@ def _measure(name: str) -> convergence.Measurement:
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename}:{where.lineno}"
-        raise ValueError(f"solver {name!r} failed at {place}: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"solver {name!r} failed at {where.filename}:{where.lineno}: {reason}") from error
 
 
 def _verify_all(out: Path) -> int:

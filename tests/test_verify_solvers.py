@@ -110,7 +110,9 @@ def test_promised_orders_do_not_hold() -> None:
         assert measure(name).order < promised - convergence.TOLERANCE, name
 
 
-def test_solver_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_solver_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpmpp_2m").write_text("not a solver")  # a registered name is that solver, whatever lies here
     status, text, _ = run(capsys, "--solver", "dpmpp_2m")
     assert status == 0
     assert "ok   point mass" in text and "ok   last row" in text
