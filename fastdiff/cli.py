@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from tqdm import tqdm
 
 import fastdiff as fd
 from fastdiff import images
+from fastdiff.compiler import convergence
+from fastdiff.compiler.solvers.from_file import load_file
 from fastdiff.engine import machine, selfcheck
+from fastdiff.report import page
 
 _FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, fd.BackendUnavailable)
 
@@ -41,8 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     info = _command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
     info.set_defaults(run=_info)
-    verify = _command(commands, "verify", "check tables, noise and executors on this machine", "fastdiff verify")
-    verify.set_defaults(run=_verify)
+    _add_verify(commands)
     return parser
 
 
@@ -110,6 +113,24 @@ def _add_plan(commands: Any) -> None:
 def _plain_schedules() -> list[str]:
     needs_data = ("from_betas", "from_alpha_bar", "rescale_zero_terminal_snr")
     return [name for name in fd.schedules.names() if name not in needs_data]
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "check tables, noise and executors on this machine, or measure samplers",
+        "fastdiff verify --solver my_solver.py",
+    )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--solver",
+        metavar="NAME",
+        help="laws, order, bias and cost of a sampler: its name, or a file that registers it",
+    )
+    chosen.add_argument("--all", action="store_true", help="write the table and the plot of all samplers")
+    parser.add_argument("--out", type=Path, help="with --all: a .md file, the plot goes beside it (default solvers.md)")
+    parser.set_defaults(run=_verify)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -234,12 +255,47 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    del arguments
+    if arguments.out is not None and not arguments.all:
+        raise ValueError("--out goes with --all: only the table of all samplers is written to a file")
+    if arguments.solver is not None:
+        return _verify_solver(arguments.solver)
+    if arguments.all:
+        return _verify_all(arguments.out or Path("solvers.md"))
     failed = 0
     for check in selfcheck.run():
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.sentence}")
         failed += not check.ok
     print(f"{failed} failed" if failed else "all checks passed")
+    return 1 if failed else 0
+
+
+def _verify_solver(given: str) -> int:
+    is_path = given.endswith(".py") or Path(given).name != given or Path(given).is_file()
+    names = load_file(Path(given)) if is_path and given not in fd.solvers.names() else [given]
+    measured = [_measure(name) for name in names]
+    print("\n\n".join(map(str, measured)))
+    return 0 if all(m.ok for m in measured) else 1
+
+
+def _measure(name: str) -> convergence.Measurement:
+    """`convergence.measure`, with whatever the solver's own code raises as one line."""
+    try:
+        return convergence.measure(name)
+    except _FAILURES:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"solver {name!r} failed at {where.filename}:{where.lineno}: {reason}") from error
+
+
+def _verify_all(out: Path) -> int:
+    page.check_writable(out)
+    measured = page.measure_all(tqdm(fd.solvers.names(), desc="samplers", disable=None))
+    picture = page.write(out, measured)
+    failed = [m.solver.name for m in measured if not m.ok]
+    print(f"wrote {out} and {picture}: {len(measured)} samplers")
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all keep their laws and their declared order")
     return 1 if failed else 0
 
 

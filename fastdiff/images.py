@@ -25,38 +25,54 @@ def to_pixels(x: Tensor) -> NDArray[np.uint8]:
 
 def check_writable(out: Path) -> None:
     """Raise OSError now if `out` could not be written later."""
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out"
-        )
-    target = out if out.exists() else parent
-    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
-        raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
-    if out.suffix not in ("", ".png", ".npy") and not out.is_dir():
+    if out.suffix in (".png", ".npy"):
+        check_writable_file(out)
+        return
+    _check_place(out)
+    if out.suffix and not out.is_dir():
         raise ValueError(
             f"cannot write {out}: pictures go to a .png grid, a .npy array or a folder, got {out.suffix!r}"
         )
-    if out.suffix in (".png", ".npy") and out.is_dir():
-        raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
-    if out.suffix not in (".png", ".npy") and out.is_file():
+    if out.is_file():
         raise FileExistsError(
             f"cannot write pictures into {out}: it is a file; choose a folder, or a name ending in .png or .npy"
         )
+
+
+def check_writable_file(out: Path) -> None:
+    """Raise OSError now if the file `out`, of any kind, could not be written later."""
+    _check_place(out)
+    if out.is_dir():
+        raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
+
+
+def write_atomically(out: Path, write: Callable[[Path], object]) -> None:
+    """`write` a temporary file beside `out`, then put it in its place; if that fails `out` is as it was."""
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, out)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: int) -> None:
     """Write a .png grid, a .npy array uint8 [B, H, W, C], or (any other name) a folder of one PNG per sample."""
     if out.suffix == ".png":
         picture = grid(pixels, labels, columns)
-        _write(out, lambda temporary: picture.save(temporary, format="PNG"))
+        write_atomically(out, lambda temporary: picture.save(temporary, format="PNG"))
     elif out.suffix == ".npy":
 
         def write_array(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 np.save(file, pixels)
 
-        _write(out, write_array)
+        write_atomically(out, write_array)
     else:
         _save_folder(out, pixels, labels)
 
@@ -94,18 +110,15 @@ def _save_folder(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str]) ->
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(out: Path, write: Callable[[Path], None]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _check_place(out: Path) -> None:
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out"
+        )
+    target = out if out.exists() else parent
+    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
 
 
 def _picture(image: NDArray[np.uint8]) -> Image.Image:

@@ -7,11 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from fastdiff.compiler.build import plan as build
-from fastdiff.compiler.plan import Plan
-from fastdiff.compiler.verify import propagate
+from fastdiff.compiler.convergence import slope, variance_error
 from fastdiff.process.schedules import Schedule
 
 FLOW_ONLY = ("flow_euler", "flow_heun", "flow_sde", "overshoot", "iadb", "interpolant")
@@ -146,17 +143,10 @@ CASES = [
 ]
 
 
-def law_error(plan: Plan) -> float:
-    """Worst relative error of the variance at the last noisy level, on data N(0, v) for four v."""
-    v = np.array([0.05, 0.25, 1.0, 4.0])
-    states = propagate(plan, 0.0, v)
-    at = -2 if plan.levels[-1].sigma == 0.0 else -1
-    level = states.levels[at]
-    return float(np.abs(states.variance[at] / (level.alpha**2 * v + level.sigma**2) - 1.0).max())
-
-
 def measured_order(case: Case, schedule: Schedule | str, steps: tuple[int, int]) -> float:
     """log of the ratio of errors over that of steps; from sigma/alpha = 20 to 0.01."""
     ends = {"sigma_min": 0.01, "sigma_max": 20.0}
-    errors = [law_error(build(case.solver, schedule, n, case.grid, grid_options=ends, **case.options)) for n in steps]
-    return float(np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0]))
+    errors = [
+        variance_error(build(case.solver, schedule, n, case.grid, grid_options=ends, **case.options)) for n in steps
+    ]
+    return slope(steps, errors)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "compiler": {"process"},
     "models": {"process", "engine.ops"},
     "engine": {"process", "compiler", "models.denoiser"},
+    "report": {"process", "compiler", "images"},
     "training": {"process", "compiler", "engine", "models"},
     "integrations": {"process", "compiler", "engine", "models"},
 }

@@ -1,0 +1,171 @@
+"""What a sampler costs and how fast its error falls, measured on Gaussian data by exact propagation.
+
+May import: build, plan, solvers, verify, process. NumPy only; nothing is drawn and no network is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdiff.compiler import solvers, verify
+from fastdiff.compiler.build import plan as build
+from fastdiff.compiler.plan import Plan
+from fastdiff.compiler.solvers import Solver
+
+STEPS = (20, 40, 80, 160)  # the order is the slope between the last two
+COARSE = (5, 10)  # the curve begins before the error falls at its order
+BUDGETS = (10, 20, 50)
+GRID = "karras"  # in equal ratios the first step of a multistep method would cap its order at 2
+ENDS = {"sigma_min": 0.01, "sigma_max": 20.0}  # sigma / alpha
+TOLERANCE = 0.35  # how far below its order a solver may be at 160 steps
+FLOOR = 1e-11  # errors below are rounding and have no slope
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The error of the run of most steps whose evaluations do not exceed a budget.
+
+    error: signed, None where two steps cost more than the budget.
+    """
+
+    budget: int
+    nfe: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` found of one solver; `print(measurement)` shows it.
+
+    order: slope of the error, inf where it is rounding from the start, nan where it is not finite. curve: (model
+    evaluations, signed error) at 5, 10, 20, ... 160 steps. unjudged: why the order has no meaning, or "". nfe,
+    registers, width (outputs, inputs of the widest row), draws: of the table of 20 steps; report: its laws.
+    """
+
+    solver: Solver
+    schedule: str
+    order: float
+    curve: tuple[tuple[int, float], ...]
+    bias: tuple[Bias, ...]
+    nfe: int
+    registers: int
+    width: tuple[int, int]
+    draws: int
+    unjudged: str
+    report: verify.Report
+
+    @property
+    def order_holds(self) -> bool:
+        """False where the measured order is less than the declared one by more than TOLERANCE."""
+        return bool(self.unjudged) or self.order >= self.solver.order - TOLERANCE
+
+    @property
+    def ok(self) -> bool:
+        """True when the laws hold and the declared order does."""
+        return self.report.ok and self.order_holds
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{abs(error):.1e}" for _, error in self.curve[len(COARSE) :])
+        order = f"declared {self.solver.order}, measured {self.order:.2f}"
+        if self.unjudged:
+            order = f"stated and not judged, {self.unjudged}; slope {self.order:.2f}"
+        bias = (
+            f"{b.error:+.2%} at {b.nfe}" if b.error is not None else f"two steps cost more than {b.budget}"
+            for b in self.bias
+        )
+        noise = f"{self.draws} draws of noise" if self.draws else "deterministic"
+        return "\n".join(
+            (
+                f"{self.solver.name}: {self.solver.summary}",
+                str(self.report),
+                f"  {'ok  ' if self.order_holds else 'FAIL'} order: {order}; error {errors} at N = "
+                f"{', '.join(map(str, STEPS))} steps",
+                f"  bias: {'; '.join(bias)} evaluations",
+                f"  cost: {self.nfe} evaluations at {STEPS[0]} steps, {self.registers} registers, rows of at most "
+                f"{self.width[0]} outputs and {self.width[1]} inputs, {noise}",
+                f"  error: of the variance entering the last evaluation, relative, worst of data N(0, v) with v = "
+                f"{', '.join(f'{v:g}' for v in verify.DATA_VARIANCES)}; schedule {self.schedule}, grid {GRID}, "
+                f"sigma/alpha from {ENDS['sigma_max']:g} to {ENDS['sigma_min']:g}",
+            )
+        )
+
+
+def measure(name: str) -> Measurement:
+    """Compile a registered solver with its default options at several step counts and measure it; deterministic.
+
+    On edm (rectified_flow where the solver is defined on flows only). Raises what compiling raises.
+    """
+    chosen = solvers.get(name)
+    schedule = "rectified_flow" if chosen.flow_only else "edm"
+    plans: dict[int, Plan] = {}
+
+    def plan(steps: int) -> Plan:
+        if steps not in plans:
+            plans[steps] = build(name, schedule, steps, GRID, grid_options=ENDS)
+        return plans[steps]
+
+    curve = tuple((plan(n).nfe, variance_error(plan(n))) for n in (*COARSE, *STEPS))
+    table = plan(STEPS[0])
+    return Measurement(
+        solver=chosen,
+        schedule=schedule,
+        order=slope(STEPS, [error for _, error in curve[len(COARSE) :]]),
+        curve=curve,
+        bias=tuple(_bias(plan, budget) for budget in BUDGETS),
+        nfe=table.nfe,
+        registers=table.registers,
+        width=(max(len(row.outputs) for row in table.rows), max(len(row.slots) + 1 for row in table.rows)),
+        draws=table.draws,
+        unjudged=_unjudged(chosen),
+        report=verify.verify(table),
+    )
+
+
+def variance_error(plan: Plan) -> float:
+    """Relative error of the variance of the state that enters the last evaluation, the worst over DATA_VARIANCES.
+
+    var / (alpha^2 v + sigma^2) - 1 on data N(0, v), from that law at the first level; at the result where the plan
+    ends in noise. Signed: below 0 the samples spread too little. What the last denoise loses is no solver's doing.
+    """
+    v = np.array(verify.DATA_VARIANCES)
+    with np.errstate(all="ignore"):
+        states = verify.propagate(plan, 0.0, v)
+        at = -2 if plan.levels[-1].sigma == 0.0 else -1
+        level = states.levels[at]
+        errors = states.variance[at] / (level.alpha**2 * v + level.sigma**2) - 1.0
+    return float(errors[np.argmax(np.abs(errors))])  # argmax takes the first nan, if there is one
+
+
+def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
+    """-d log|error| / d log steps between the two finest runs above rounding; inf where there are no such two."""
+    sizes = [abs(error) for error in errors]
+    if not all(math.isfinite(size) for size in sizes):
+        return math.nan
+    kept = [(n, size) for n, size in zip(steps, sizes, strict=True) if size > FLOOR]
+    if len(kept) < 2:
+        return math.inf
+    (n, coarse), (m, fine) = kept[-2:]
+    return math.log(coarse / fine) / math.log(m / n)
+
+
+def _unjudged(solver: Solver) -> str:
+    if solver.upward:
+        return "it goes from the data to the noise, so what it ends in is no sample"
+    if solver.order == 0:
+        return "it takes D for a sample, so with an exact mean no refinement leads to the data"
+    return ""
+
+
+def _bias(plan: Callable[[int], Plan], budget: int) -> Bias:
+    """The plan of most steps within a budget: the number of steps is near budget / evaluations per step."""
+    steps = max(2, budget * STEPS[0] // plan(STEPS[0]).nfe)
+    while steps > 2 and plan(steps).nfe > budget:
+        steps -= 1
+    while plan(steps + 1).nfe <= budget:
+        steps += 1
+    nfe = plan(steps).nfe
+    return Bias(budget, nfe, variance_error(plan(steps)) if nfe <= budget else None)

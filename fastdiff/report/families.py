@@ -1,0 +1,39 @@
+"""Which samplers share a panel of the plot, and which orders are promised elsewhere. May import: nothing."""
+
+from __future__ import annotations
+
+OTHER = "Other samplers"
+FAMILIES = {
+    "One slope or two": ("ddim", "euler", "ancestral"),
+    "Stages within a step": ("singlestep",),
+    "Multistep in log(alpha/sigma)": ("dpmpp", "multistep", "unipc"),
+    "Multistep in sigma/alpha, momentum": ("adams", "momentum"),
+    "Stochastic and Langevin": ("er_sde", "sa_solver", "sde", "langevin"),
+    "Flow": ("flow",),
+}
+
+# The order that a paper, a library or the name promises where the method with its default options has a lower one.
+PROMISED: dict[str, tuple[int, str]] = {
+    "dpmpp_3m": (
+        3,
+        "the second difference has half the weight that integrates a parabola; `curvature='exact'` is of order 3",
+    ),
+    "dpmpp_3m_sde": (3, "the weights of `dpmpp_3m`, so of order 2 for the same reason"),
+    "dpmpp_sde": (2, "two evaluations a step, but an error of first order in the variance"),
+    "er_sde": (3, "the first derivative is a backward difference in every step"),
+    "edm": (2, "Heun's order is that of the ODE (`heun`, or `s_churn=0`); the churn of the default settings has 1"),
+    "heunpp2": (2, "the mean of up to three slopes, one of them from beyond the step"),
+    "ipndm": (4, "Adams-Bashforth weights of equal steps on a grid that is uneven in sigma/alpha; `ipndm_v` has 4"),
+    "pndm": (4, "Adams-Bashforth weights of equal steps on a grid that is uneven in sigma/alpha"),
+    "seeds_3": (3, "three stages, but of order 2 in the variance with the noise on"),
+}
+
+
+def family(module: str) -> str:
+    """The panel of a solver whose function is in this module."""
+    package, _, name = module.rpartition(".")
+    if package == "fastdiff.compiler.solvers":
+        for title, members in FAMILIES.items():
+            if name in members:
+                return title
+    return OTHER

@@ -1,0 +1,140 @@
+"""The page of all samplers: their table as Markdown and a plot of error against evaluations.
+
+May import: compiler, images. The same registry gives the same two files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastdiff import images
+from fastdiff.compiler import convergence
+from fastdiff.compiler.convergence import Measurement
+from fastdiff.compiler.verify import DATA_VARIANCES
+from fastdiff.report import plot
+from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
+
+HEADER = """# Samplers and their measured order
+
+Made by `fastdiff verify --all`, which compiles every sampler with its default options and pushes the law of Gaussian
+data N(0, v) through its table exactly: nothing is drawn and no network is called.
+{count} samplers, {failed}.
+
+```
+fastdiff verify --solver dpmpp_2m      # the laws, order, bias and cost of one sampler
+fastdiff verify --solver my_solver.py  # the same for your own: a file that registers it with @fd.solver
+```
+
+*Error*: of the variance of the state that enters the last evaluation, relative to the exact one, signed (below 0 the
+samples spread too little), the worst of v = {variances}. *Order*: how fast that error falls from {coarse} to {fine}
+steps, as a power of the steps; for a sampler that draws noise it is the weak order of the variance. *At NFE 20*: the
+run of most steps that costs at most 20 evaluations. *Registers* is what the table of 20 steps keeps in memory; *width*
+is the most outputs and inputs of one row (the model output and the noise are not counted). Schedule edm, for flow
+samplers rectified_flow; grid karras from sigma/alpha = {top:g} to {bottom:g}.
+
+This is one measure: on Gaussian data D is linear in the state, so errors of a method that only nonlinear data show are
+not in it, and the leading error may cancel (an order above the declared one). A distilled or poorly trained network
+has errors of its own.
+
+![Error against evaluations, all samplers]({plot})
+
+Lines that coincide lie over one another, the first of the legend widest below. What is outside the axes is not drawn.
+
+| Sampler | Order declared | measured | Error at NFE 20 | Registers | Width | Noise | What it is |
+|---|---:|---:|---:|---:|---|---|---|
+"""
+
+PLOT_TITLE = "Error of the variance on Gaussian data (worst case) against model evaluations"
+
+
+def measure_all(names: Iterable[str]) -> list[Measurement]:
+    """Every named solver, measured."""
+    return [convergence.measure(name) for name in names]
+
+
+def write(out: Path, measured: Sequence[Measurement]) -> Path:
+    """Write the page to `out` (.md) and its plot beside it; returns the plot's path. Neither is left half-written."""
+    picture = picture_path(out)
+    image = plot.draw(PLOT_TITLE, curves(measured))
+    page = text(measured, picture.name)
+    images.write_atomically(picture, lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    images.write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return picture
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError or OSError now if `out` is no name for a page or could not be written later."""
+    if out.suffix != ".md":
+        raise ValueError(f"--out {out} must end in .md; the plot is written beside it as .png")
+    images.check_writable_file(out)
+    images.check_writable_file(picture_path(out))
+
+
+def picture_path(out: Path) -> Path:
+    """Where the plot of a page lies."""
+    return out.with_suffix(".png")
+
+
+def curves(measured: Sequence[Measurement]) -> dict[str, list[plot.Curve]]:
+    """The lines of each panel: |error| of every solver whose order has a meaning."""
+    panels: dict[str, list[plot.Curve]] = {title: [] for title in (*FAMILIES, OTHER)}
+    for m in measured:
+        if not m.unjudged:
+            points = [(nfe, abs(error)) for nfe, error in m.curve]
+            panels[family(m.solver.function.__module__)].append(plot.Curve(m.solver.name, points))
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def text(measured: Sequence[Measurement], picture: str) -> str:
+    """The whole page."""
+    failed = [m.solver.name for m in measured if not m.ok]
+    header = HEADER.format(
+        count=len(measured),
+        failed=f"failing: {', '.join(failed)}" if failed else "all of which keep their laws and their declared order",
+        variances=", ".join(f"{v:g}" for v in DATA_VARIANCES),
+        coarse=convergence.STEPS[-2],
+        fine=convergence.STEPS[-1],
+        top=convergence.ENDS["sigma_max"],
+        bottom=convergence.ENDS["sigma_min"],
+        plot=picture,
+    )
+    sections = [header + "\n".join(_line(m) for m in measured if not m.unjudged)]
+    notes = [_note(m) for m in measured if m.solver.name in PROMISED and not m.unjudged]
+    if notes:
+        sections.append(
+            "## Where the order is below what a paper, a library or the name promises\n\n" + "\n".join(notes)
+        )
+    unjudged = [m for m in measured if m.unjudged]
+    if unjudged:
+        sections.append(
+            "## Not measured\n\nTheir tables are held to the same laws, but these errors have no order.\n\n"
+            "| Sampler | Why | Registers | Width | Noise | What it is |\n|---|---|---:|---|---|---|\n"
+            + "\n".join(f"| `{m.solver.name}` | {m.unjudged} | {_cost(m)} |" for m in unjudged)
+        )
+    return "\n\n".join(sections) + "\n"
+
+
+def _line(m: Measurement) -> str:
+    bias = next(b for b in m.bias if b.budget == 20)
+    error = "two steps cost more" if bias.error is None else _percent(bias.error)
+    verdict = "" if m.ok else " **fails**"
+    return f"| `{m.solver.name}` | {m.solver.order} | {m.order:.2f}{verdict} | {error} | {_cost(m)} |"
+
+
+def _cost(m: Measurement) -> str:
+    noise = "draws" if m.draws else "deterministic"
+    summary = m.solver.summary
+    for character in "\\|*<":
+        summary = summary.replace(character, "\\" + character)
+    return f"{m.registers} | {m.width[0]}, {m.width[1]} | {noise} | {summary}"
+
+
+def _note(m: Measurement) -> str:
+    promised, why = PROMISED[m.solver.name]
+    return f"- `{m.solver.name}`: {promised} is promised, {m.order:.2f} measured: {why}."
+
+
+def _percent(error: float) -> str:
+    """Two digits, as a percentage."""
+    return f"{100.0 * error:+.2g}%" if abs(error) < 1.0 else f"{100.0 * error:+.0f}%"
