@@ -130,15 +130,17 @@ def show_loop(line: Line | None) -> str:
 LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop}
 
 _OPS_ABOUT = (
-    "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile], ten "
-    "steady steps of 20, all contenders in turn in one process, same threads. *compiled*: the formula under "
-    "`torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where that is faster). *of copy*: "
-    "GB/s, bytes read plus bytes written, over torch's `copy_` counted the same way: on a GPU of 2 GiB; on a CPU, in "
-    "the same turn, of a copy that moves as many bytes / of one that occupies as much memory (a step works in place, "
-    "so it may fit a cache that the first copy does not). With noise, while the tensors fit in cache, the limit is "
-    "the arithmetic of the normals. On a CPU the large temporaries of eager code are fresh pages every step; handing "
-    "those out can take most of its time (`diffusers_page_faults` in `bench/results.csv`). *error*: largest "
-    "difference from float64 / what is allowed; a wrong result prints no figure."
+    "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile] over "
+    "rows 6 to 15 of a 20-step run, all contenders in turn in one process with the same threads.\n\n"
+    "- *compiled*: the formula under `torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where "
+    "that is faster).\n"
+    "- *of copy*: bytes read plus bytes written in a second, over those of torch's `copy_`. On a CPU two copies are "
+    "timed in the same turn: one that moves as many bytes / one that takes as much memory. A step works in place, so "
+    "it may fit a cache that the first copy does not. On a GPU the copy is of 2 GiB.\n"
+    "- With noise, while the tensors fit in cache, the limit is the arithmetic of the normals.\n"
+    "- Eager code on a CPU touches fresh pages for large temporaries in every step, which can take most of its time "
+    "(`diffusers_page_faults` in `bench/results.csv`); the largest ratios are that.\n"
+    "- *error*: largest difference from float64 / what is allowed; a wrong result prints no figure."
 )
 _LOOP_ABOUT = (
     "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
