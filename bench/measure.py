@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff.engine.machine import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_LOAD = 1.0  # load average at the start above which nothing is recorded; on a GPU, per four cores
 BUSY_OTHERS = 0.1  # share of the processors taken by others during a case above which it is not recorded
@@ -194,7 +196,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         "run": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "device": device.type,
-        "machine": _gpu_name() if device.type == "cuda" else _cpu_name(),
+        "machine": _gpu_name() if device.type == "cuda" else f"{cpu_name()} ({os.cpu_count()} cores)",
         "threads": threads,
         "load": round(load(), 2),
         "python": platform.python_version(),
@@ -242,15 +244,6 @@ def _device_seconds(run: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def _gpu_name() -> str:

@@ -88,7 +88,11 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
         from fastdiff.engine import native
 
         return native.bind(tensors, executor)
-    launch = _launcher(executor)
+    launch: Callable[..., None] = reference.affine_step
+    if executor == "triton":
+        from fastdiff.kernels.affine import affine_step as triton_step
+
+        launch = triton_step
     before, after = tensors.arguments()[:1], tensors.arguments()[2:]
 
     def step(model_out: Tensor) -> None:
@@ -97,27 +101,10 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
     return step
 
 
-def _launcher(executor: str) -> Callable[..., None]:
-    if executor == "reference":
-        return reference.affine_step
-    if executor == "triton":
-        from fastdiff.kernels.affine import affine_step as triton_step
-
-        return triton_step
-    from fastdiff.engine import native
-
-    def native_step(*arguments: Tensor | None) -> None:
-        native.bind(StepTensors(*arguments), executor)(arguments[1])  # type: ignore[arg-type]
-
-    return native_step
-
-
 def _affine_step(*arguments: object) -> None:
-    *tensors, executor = arguments
-    given = StepTensors(*tensors)  # type: ignore[arg-type]
-    check(given)
-    backends.require(str(executor), given.state.device)
-    _launcher(str(executor))(*given.arguments())
+    *given, executor = arguments
+    tensors = StepTensors(*given)  # type: ignore[arg-type]
+    bind(tensors, str(executor))(tensors.model_out)
 
 
 def _fake_affine_step(*arguments: object) -> None:

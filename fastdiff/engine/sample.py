@@ -23,6 +23,7 @@ def sample(
     seed: int | Sequence[int] | Tensor = 0,
     init: Tensor | None = None,
     strength: float = 1.0,
+    start_step: int = 0,
     noise: Noise = "white",
     cond: Condition = None,
     uncond: Condition = None,
@@ -37,18 +38,28 @@ def sample(
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
 
-    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength: an image to start from, noised
-    to the level `strength` of the way up the model's clock. The rest as in `Sampler.sample` and `Sampler`.
+    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength, start_step: an image to start
+    from, noised to the level `strength` of the way up the model's clock, or to the one after `start_step` others.
+    The rest as in `Sampler.sample` and `Sampler`.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"sample needs a Denoiser, got {type(model).__name__}; wrap the network: "
             'fd.Denoiser(net, schedule=fd.schedules.linear(), prediction="eps")'
         )
-    plan = build_plan(solver, model.schedule, steps, grid, strength=strength, grid_options=grid_options, **options)
+    plan = build_plan(
+        solver,
+        model.schedule,
+        steps,
+        grid,
+        strength=strength,
+        start_step=start_step,
+        grid_options=grid_options,
+        **options,
+    )
     if init is None and strength != 1.0:
         raise ValueError("strength < 1 needs init=, the image to start from")
-    if init is not None and strength == 1.0 and not options.get("start_step"):
+    if init is not None and strength == 1.0 and start_step == 0:
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
