@@ -73,7 +73,9 @@ def _find(
     if rule == at.RESCALE and (guided or strength != 0.0):
         spread = _combined(apart, 1.0, weight, strength).double().std(correction=0)
         if spread > 0:
-            found[at.MIX_Q] = given[at.PHI] * float(conditional.double().std(correction=0) / spread) + 1.0 - given[at.PHI]
+            found[at.MIX_Q] = (
+                given[at.PHI] * float(conditional.double().std(correction=0) / spread) + 1.0 - given[at.PHI]
+            )
     elif rule == at.CFG_ZERO and second is not None and guided:
         size = float(second.double().square().sum())
         if size > 0:
