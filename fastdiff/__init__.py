@@ -7,6 +7,7 @@ from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
+from fastdiff.engine import guidance
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -29,6 +30,7 @@ __all__ = [
     "backends",
     "capture",
     "grids",
+    "guidance",
     "load",
     "models",
     "plan",

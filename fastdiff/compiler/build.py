@@ -6,13 +6,12 @@ May import: process, solvers, run, assemble, plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.compiler import solvers
+from fastdiff.compiler import guided, solvers
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run, record
@@ -29,6 +28,10 @@ def plan(
     strength: float = 1.0,
     start_step: int = 0,
     guidance_interval: tuple[float, float] | None = None,
+    guidance_schedule: guided.Schedule | None = None,
+    perturbed_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    clamp: tuple[float, float] | None = None,
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -40,7 +43,10 @@ def plan(
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
     step count). guidance_interval: (low, high) in sigma/alpha; rows outside it evaluate the
-    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). Raises ValueError or
+    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). guidance_schedule: per row g in
+    w_row = 1 + g (w - 1), a number per evaluation or a function of the level. perturbed_interval: the levels where the
+    perturbed branch is evaluated. cfg_pp: guidance as CFG++ (Chung et al. 2024), its scale in [0, 1]. clamp: bounds of
+    D in every row. Raises ValueError or
     TypeError, naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
@@ -55,7 +61,15 @@ def plan(
     if chosen.upward:
         levels.reverse()
     compiled = compile_levels(solver, levels, process, name, options)
-    return compiled if guidance_interval is None else _guided_within(compiled, guidance_interval)
+    if guidance_interval is not None:
+        compiled = guided.within(compiled, guidance_interval)
+    if perturbed_interval is not None:
+        compiled = guided.perturbed_within(compiled, perturbed_interval)
+    if guidance_schedule is not None:
+        compiled = guided.scheduled(compiled, guidance_schedule)
+    if cfg_pp:
+        compiled = guided.plus_plus(compiled)
+    return compiled if clamp is None else guided.clamped(compiled, clamp)
 
 
 def compile_levels(
@@ -96,16 +110,6 @@ def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, 
     low, high = schedule.time_range
     start = low + strength * (high - low)
     return np.concatenate([[start], times[times < start]])
-
-
-def _guided_within(compiled: Plan, interval: tuple[float, float]) -> Plan:
-    low, high = interval
-    if not 0.0 <= low < high:
-        raise ValueError(f"guidance_interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
-    rows = (
-        row if row.level is None else replace(row, gain=float(low <= row.level.rho <= high)) for row in compiled.rows
-    )
-    return replace(compiled, rows=tuple(rows))
 
 
 def _plain(value: Any) -> Any:

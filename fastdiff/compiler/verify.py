@@ -97,7 +97,7 @@ def execute(
         written = {}
         for output in row.outputs:
             # a register that is not read may hold anything, so a zero coefficient must not touch it
-            terms = [(output.x, x), (output.denoised, denoised)]
+            terms = [(output.x, x), (output.denoised, denoised), (output.other, denoised)]
             terms += [*zip(output.slots, read, strict=True), *zip(output.noise, drawn, strict=True)]
             written[output.dest] = sum((c * value for c, value in terms if c != 0.0), np.zeros_like(x))
         registers.update(written)
@@ -283,14 +283,14 @@ def _finite(plan: Plan) -> Check:
 def _scalars(plan: Plan) -> list[float]:
     """Every coefficient of the table."""
     outputs = [output for row in plan.rows for output in row.outputs]
-    return [c for o in outputs for c in (o.x, o.denoised, *o.slots, *o.noise)]
+    return [c for o in outputs for c in (o.x, o.denoised, o.other, *o.slots, *o.noise)]
 
 
 def _last_row(plan: Plan) -> Check:
     row, final = plan.rows[-1], plan.levels[-1]
     output = next(output for output in row.outputs if output.dest == plan.result)
     others = (output.x, *output.slots, *output.noise)
-    off = _worst(abs(output.denoised - final.alpha), *(abs(c) for c in others))
+    off = _worst(abs(output.denoised + output.other - final.alpha), *(abs(c) for c in others))
     formula = f"the last row is x' = {output.denoised:.6g} D"
     formula += "".join(
         f" + {c:.6g} {name}"

@@ -1,0 +1,99 @@
+"""Guidance that is linear: what of a plan's rows it changes.
+
+May import: assemble, plan, process. The rules that are not linear are fastdiff.engine.guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fastdiff.compiler.assemble import Output, Row
+from fastdiff.compiler.plan import Plan
+from fastdiff.process.schedules import Level
+
+Interval = tuple[float, float]
+Schedule = Sequence[float] | Callable[[Level], float]
+
+
+def within(plan: Plan, interval: Interval) -> Plan:
+    """The plan with guidance off outside (low, high), in sigma/alpha (Kynkäänniemi et al. 2024).
+
+    Rows where it is off do not evaluate the unguided branch.
+    """
+    inside = _interval("guidance_interval", interval)
+    return _each(plan, lambda i, row, level: replace(row, gain=inside(level)))
+
+
+def perturbed_within(plan: Plan, interval: Interval) -> Plan:
+    """The plan with the perturbed branch off, and not evaluated, outside (low, high), in sigma/alpha."""
+    inside = _interval("perturbed_interval", interval)
+    return _each(plan, lambda i, row, level: replace(row, perturb=inside(level)))
+
+
+def scheduled(plan: Plan, schedule: Schedule) -> Plan:
+    """The plan with guidance 1 + g (w - 1) in each row: g from a sequence, one per evaluation, or g(level)."""
+    if not callable(schedule) and len(schedule) != plan.nfe:
+        raise ValueError(
+            f"guidance_schedule needs one number per evaluation of the network ({plan.nfe}), got {len(schedule)}"
+        )
+    gains = [
+        float(schedule(row.level) if callable(schedule) else schedule[i])
+        for i, row in enumerate(plan.rows[1:])
+        if row.level is not None
+    ]
+    if not all(math.isfinite(gain) for gain in gains):
+        raise ValueError(f"guidance_schedule must be finite in every row, got {gains}")
+    return _each(plan, lambda i, row, level: replace(row, gain=gains[i] * row.gain))
+
+
+def clamped(plan: Plan, bounds: tuple[float, float]) -> Plan:
+    """The plan with D clamped to (low, high) in every row, the network's output used through D only."""
+    low, high = bounds
+    if not low < high:
+        raise ValueError(f"clamp must be (low, high) with low < high, got {bounds}")
+    return _each(plan, lambda i, row, level: replace(row, clamp=(float(low), float(high))))
+
+
+def muted(plan: Plan, rows: int) -> Plan:
+    """The plan with the network's output taken as 0 in its first rows (zero-init: Fan et al. 2025, CFG-Zero*)."""
+    return _each(plan, lambda i, row, level: replace(row, muted=True) if i < rows else row)
+
+
+def plus_plus(plan: Plan) -> Plan:
+    """CFG++ (Chung et al. 2024) of any sampler: it runs on Du, and each row then moves its clean part to D.
+
+    x' = [the sampler's x' with Du for D] + alpha' (D - Du), alpha' that of the level reached; for DDIM
+    x' = alpha' D + (sigma'/sigma) (x - alpha Du). Guidance is the paper's lambda, in [0, 1].
+    """
+    if any(row.estimate is not None for row in plan.rows):
+        raise ValueError(f"cfg_pp: {plan.solver} uses the second estimate of its rows itself; take another solver")
+    reached = [row.level for row in plan.rows[2:]] + [plan.levels[-1]]
+    if any(level is None or math.isnan(level.alpha) for level in reached):
+        raise ValueError(f"cfg_pp: {plan.solver} does not say what levels it reaches, so alpha' is not known")
+
+    def moved(i: int, row: Row, level: Level) -> Row:
+        following, *kept = row.outputs
+        alpha = reached[i].alpha  # type: ignore[union-attr]
+        own = replace(following, denoised=alpha, other=following.denoised - alpha)
+        return replace(row, estimate="unguided", outputs=(own, *(_unguided(output) for output in kept)))
+
+    return _each(plan, moved)
+
+
+def _interval(name: str, interval: Interval) -> Callable[[Level], float]:
+    low, high = interval
+    if not 0.0 <= low < high:
+        raise ValueError(f"{name} must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
+    return lambda level: float(low <= level.rho <= high)
+
+
+def _unguided(output: Output) -> Output:
+    return replace(output, denoised=0.0, other=output.denoised)
+
+
+def _each(plan: Plan, change: Callable[[int, Row, Level], Row]) -> Plan:
+    """The plan with every row that evaluates the network changed; i counts evaluations."""
+    rows = [change(i - 1, row, row.level) if row.level is not None else row for i, row in enumerate(plan.rows)]
+    return replace(plan, rows=tuple(rows))
