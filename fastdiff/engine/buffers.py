@@ -69,15 +69,19 @@ class Buffers:
             denoised=self._images(self.batch, torch.float32, device) if keep_denoised else None,
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
-            mix=torch.zeros(self.batch, at.MIX, device=device) if reduction is not None or perturbed else None,
+            mix=torch.zeros(self.batch, at.MIX, dtype=torch.float32, device=device)
+            if reduction is not None or perturbed
+            else None,
             momentum=(
                 self._images(self.batch, torch.float32, device)
                 if reduction is not None and reduction.kind == at.APG
                 else None
             ),
         )
-        self._settings = torch.tensor([] if reduction is None else reduction.settings, device=device)
-        self._partial = torch.zeros(self.batch if reduction else 0, at.PARTS, at.SUMS, device=device)
+        settings = [] if reduction is None else reduction.settings
+        self._settings = torch.tensor(settings, dtype=torch.float32, device=device)
+        parts = self.batch if reduction is not None else 0
+        self._partial = torch.zeros(parts, at.PARTS, at.SUMS, dtype=torch.float32, device=device)
         # the opening row has a table of its own: it draws the latents, which would widen a deterministic plan's
         self._opening_table = _empty_table(1, opening + 1, device)
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
@@ -92,10 +96,10 @@ class Buffers:
         model: Denoiser,
         seeds: Tensor,
         guidance: Sequence[float],
-        perturbed_scale: Sequence[float],
         init: Tensor | None,
         opening: str,
         noise: str | Tensor | Callable[[int, torch.Size], Tensor],
+        perturbed_scale: Sequence[float] = (0.0,),
     ) -> None:
         """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
         t = self.tensors
@@ -112,7 +116,7 @@ class Buffers:
         t.seed.copy_(seeds)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
         if t.mix is not None:
-            mix = torch.tensor(at.PLAIN_MIX).repeat(self.batch, 1)
+            mix = torch.tensor(at.PLAIN_MIX, dtype=torch.float32).repeat(self.batch, 1)
             mix[:, at.MIX_S] = torch.tensor(perturbed_scale, dtype=torch.float32)
             t.mix.copy_(mix)
         if t.momentum is not None:

@@ -163,7 +163,7 @@ class Sampler:
                 plan = self._variant(isinstance(noise, str) and noise == "brownian", reduces)
                 buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(plan, self.model, seeds, weights, scales, init, opening, noise)
+                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, scales)
                 return self._run(buffers, branches, callback, progress)
         finally:
             self._idle.release()
