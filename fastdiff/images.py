@@ -1,6 +1,6 @@
 """Samples to files: pixels, labelled grids, folders of pictures, arrays. Nothing is left half-written.
 
-May import: nothing of the package.
+May import: files.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from fastdiff.files import write_atomically
 
 
 def to_pixels(x: Tensor) -> NDArray[np.uint8]:
@@ -44,21 +46,6 @@ def check_writable_file(out: Path) -> None:
     _check_place(out)
     if out.is_dir():
         raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
-
-
-def write_atomically(out: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary file beside `out`, then put it in its place; if that fails `out` is as it was."""
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: int) -> None:

@@ -1,6 +1,6 @@
 """The page of all samplers: their table as Markdown and a plot of error against evaluations.
 
-May import: compiler, images. The same registry gives the same two files.
+May import: compiler, images, files. The same registry gives the same two files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from fastdiff import images
 from fastdiff.compiler import convergence
 from fastdiff.compiler.convergence import Measurement
 from fastdiff.compiler.verify import DATA_VARIANCES
+from fastdiff.files import write_atomically
 from fastdiff.report import plot
 from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
 
@@ -58,8 +59,8 @@ def write(out: Path, measured: Sequence[Measurement]) -> Path:
     picture = picture_path(out)
     image = plot.draw(PLOT_TITLE, curves(measured))
     page = text(measured, picture.name)
-    images.write_atomically(picture, lambda temporary: image.save(temporary, format="PNG", optimize=True))
-    images.write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(picture, lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return picture
 
 
