@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastdiff import images
 from fastdiff.compiler import convergence
 from fastdiff.compiler.convergence import Measurement
 from fastdiff.compiler.verify import DATA_VARIANCES
-from fastdiff.files import write_atomically
+from fastdiff.files import check_writable_file, write_atomically
 from fastdiff.report import plot
 from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
 
@@ -68,8 +67,8 @@ def check_writable(out: Path) -> None:
     """Raise ValueError or OSError now if `out` is no name for a page or could not be written later."""
     if out.suffix != ".md":
         raise ValueError(f"--out {out} must end in .md; the plot is written beside it as .png")
-    images.check_writable_file(out)
-    images.check_writable_file(picture_path(out))
+    check_writable_file(out)
+    check_writable_file(picture_path(out))
 
 
 def picture_path(out: Path) -> Path:
