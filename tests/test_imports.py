@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "compiler": {"process"},
     "models": {"process", "engine.ops"},
     "engine": {"process", "compiler", "models.denoiser", "files"},
-    "report": {"process", "compiler", "images", "files"},
+    "report": {"process", "compiler", "files"},
     "training": {"process", "compiler", "engine", "models"},
     "integrations": {"process", "compiler", "engine", "models"},
 }

@@ -1,6 +1,6 @@
 """The page of all samplers: their table as Markdown and a plot of error against evaluations.
 
-May import: compiler, images, files. The same registry gives the same two files.
+May import: compiler, files. The same registry gives the same two files.
 """
 
 from __future__ import annotations
