@@ -5,13 +5,13 @@ May import: process, solvers, run, assemble, plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.compiler import guided, solvers
+from fastdiff.compiler import solvers
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run, record
@@ -28,7 +28,7 @@ def plan(
     strength: float = 1.0,
     start_step: int = 0,
     guidance_interval: tuple[float, float] | None = None,
-    guidance_schedule: guided.Schedule | None = None,
+    guidance_schedule: Sequence[float] | Callable[[Level], float] | None = None,
     perturbed_interval: tuple[float, float] | None = None,
     cfg_pp: bool = False,
     clamp: tuple[float, float] | None = None,
@@ -42,12 +42,8 @@ def plan(
     times on the schedule's clock, without the final clean one). grid_options: options of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
-    step count). guidance_interval: (low, high) in sigma/alpha; rows outside it evaluate the
-    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). guidance_schedule: per row g in
-    w_row = 1 + g (w - 1), a number per evaluation or a function of the level. perturbed_interval: the levels where the
-    perturbed branch is evaluated. cfg_pp: guidance as CFG++ (Chung et al. 2024), its scale in [0, 1]. clamp: bounds of
-    D in every row. Raises ValueError or
-    TypeError, naming what is wrong, and never a half-built plan.
+    step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`. Raises
+    ValueError or TypeError, naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
     chosen.check_options(options)
@@ -61,15 +57,13 @@ def plan(
     if chosen.upward:
         levels.reverse()
     compiled = compile_levels(solver, levels, process, name, options)
-    if guidance_interval is not None:
-        compiled = guided.within(compiled, guidance_interval)
-    if perturbed_interval is not None:
-        compiled = guided.perturbed_within(compiled, perturbed_interval)
-    if guidance_schedule is not None:
-        compiled = guided.scheduled(compiled, guidance_schedule)
-    if cfg_pp:
-        compiled = guided.plus_plus(compiled)
-    return compiled if clamp is None else guided.clamped(compiled, clamp)
+    return compiled.guided(
+        interval=guidance_interval,
+        schedule=guidance_schedule,
+        perturbed_interval=perturbed_interval,
+        cfg_pp=cfg_pp,
+        clamp=clamp,
+    )
 
 
 def compile_levels(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,36 @@ class Plan:
         from fastdiff.compiler.verify import verify
 
         return verify(self)
+
+    def guided(
+        self,
+        *,
+        interval: tuple[float, float] | None = None,
+        schedule: Sequence[float] | Callable[[Level], float] | None = None,
+        perturbed_interval: tuple[float, float] | None = None,
+        cfg_pp: bool = False,
+        clamp: tuple[float, float] | None = None,
+    ) -> Plan:
+        """The same sampler with what of guidance is linear written into its rows (fastdiff.compiler.guided).
+
+        interval: (low, high) in sigma/alpha; rows outside it evaluate the conditional branch alone, half the batch
+        (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), a number per evaluation or a function
+        of the level. perturbed_interval: the levels where the perturbed branch is evaluated. cfg_pp: CFG++ (Chung et
+        al. 2024), whose scale is in [0, 1]. clamp: bounds of D in every row. Raises ValueError for values that do not
+        fit and, with cfg_pp, for a plan that does not say what levels it reaches.
+        """
+        from fastdiff.compiler import guided
+
+        plan = self
+        if interval is not None:
+            plan = guided.within(plan, interval)
+        if perturbed_interval is not None:
+            plan = guided.perturbed_within(plan, perturbed_interval)
+        if schedule is not None:
+            plan = guided.scheduled(plan, schedule)
+        if cfg_pp:
+            plan = guided.plus_plus(plan)
+        return plan if clamp is None else guided.clamped(plan, clamp)
 
     def pack(
         self,

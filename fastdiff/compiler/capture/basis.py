@@ -70,8 +70,8 @@ def measure(source: Source) -> Found:
         state = run.linear(_in_estimates(basis, basis.read(outcome), fold))
         if F in state.terms:
             raise TypeError(
-                f"{source.name}, step {i}: clips an estimate of a noise-free state and uses the model output beside it, "
-                "which that estimate does not contain; set clip_sample=False"
+                f"{source.name}, step {i}: clips its estimate of a noise-free state, which does not contain the model "
+                "output, and uses that output beside it; set clip_sample=False"
             )
         leaves = leaves_of(scheduler, basis.numel)
         stored = [(leaf, run.linear(_in_estimates(basis, basis.read(leaf.value), fold))) for leaf in leaves]
