@@ -40,6 +40,10 @@ def _row_lines(i: int, row: Row) -> list[str]:
         head = f"row {i - 1:<3d} D = model(r{row.x}) at {where}"
         if row.clamp is not None:
             head += f", clamped to [{row.clamp[0]:g}, {row.clamp[1]:g}]"
+        if row.gain != 1.0:
+            head += ", guidance 1" + (f" + {row.gain:g} (w - 1)" if row.gain != 0.0 else "")
+        if row.perturb != 1.0:
+            head += ", perturbed branch off"
         if row.muted:
             head += ", its output taken as 0"
         if row.estimate is not None:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from fastdiff.compiler.assemble import Output, Row
 from fastdiff.compiler.plan import Plan
 from fastdiff.process.schedules import Level
@@ -34,26 +36,24 @@ def perturbed_within(plan: Plan, interval: Interval) -> Plan:
 
 def scheduled(plan: Plan, schedule: Schedule) -> Plan:
     """The plan with guidance 1 + g (w - 1) in each row: g from a sequence, one per evaluation, or g(level)."""
-    if not callable(schedule) and len(schedule) != plan.nfe:
+    given = [schedule(row.level) for row in plan.rows[1:] if row.level] if callable(schedule) else schedule
+    gains = np.array(given, dtype=np.float64)
+    if gains.shape != (plan.nfe,):
         raise ValueError(
-            f"guidance_schedule needs one number per evaluation of the network ({plan.nfe}), got {len(schedule)}"
+            f"guidance_schedule needs one number per evaluation of the network ({plan.nfe}), or a function of the "
+            f"level, got {schedule!r}"
         )
-    gains = [
-        float(schedule(row.level) if callable(schedule) else schedule[i])
-        for i, row in enumerate(plan.rows[1:])
-        if row.level is not None
-    ]
-    if not all(math.isfinite(gain) for gain in gains):
-        raise ValueError(f"guidance_schedule must be finite in every row, got {gains}")
-    return _each(plan, lambda i, row, level: replace(row, gain=gains[i] * row.gain))
+    if not np.isfinite(gains).all():
+        raise ValueError(f"guidance_schedule must be finite in every row, got {given!r}")
+    return _each(plan, lambda i, row, level: replace(row, gain=float(gains[i]) * row.gain))
 
 
 def clamped(plan: Plan, bounds: tuple[float, float]) -> Plan:
     """The plan with D clamped to (low, high) in every row, the network's output used through D only."""
-    low, high = bounds
+    low, high = _pair("clamp", bounds)
     if not low < high:
         raise ValueError(f"clamp must be (low, high) with low < high, got {bounds}")
-    return _each(plan, lambda i, row, level: replace(row, clamp=(float(low), float(high))))
+    return _each(plan, lambda i, row, level: replace(row, clamp=(low, high)))
 
 
 def muted(plan: Plan, rows: int) -> Plan:
@@ -83,10 +83,18 @@ def plus_plus(plan: Plan) -> Plan:
 
 
 def _interval(name: str, interval: Interval) -> Callable[[Level], float]:
-    low, high = interval
+    low, high = _pair(name, interval)
     if not 0.0 <= low < high:
         raise ValueError(f"{name} must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
     return lambda level: float(low <= level.rho <= high)
+
+
+def _pair(name: str, given: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in given)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be two numbers (low, high), got {given!r}") from None
+    return low, high
 
 
 def _unguided(output: Output) -> Output:

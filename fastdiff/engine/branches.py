@@ -112,7 +112,7 @@ class Branches:
     def _ask(
         self, network: Denoiser, x: Tensor, time: Tensor, condition: Any, memory_format: torch.memory_format
     ) -> tuple[Tensor, Tensor | None]:
-        output = network(x, time, condition)
+        output = network(x.to(network.dtype), time, condition)
         variance = None
         if network.learned_variance and output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
             output, variance = output.chunk(2, dim=1)

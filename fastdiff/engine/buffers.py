@@ -175,7 +175,9 @@ class Buffers:
     def _bind(self, executor: str, outputs: Outputs) -> tuple[ops.Step, ...]:
         t = self.tensors
         if self._learns_spread and (t.variance is None or t.variance.dtype != outputs.model_out.dtype):
-            t.variance = self._images(self.batch, outputs.model_out.dtype, t.state.device)
+            with torch.inference_mode(False):  # a later call outside it writes here too
+                t.variance = self._images(self.batch, outputs.model_out.dtype, t.state.device)
+            self._steps.clear()
         given = {
             "model_out": outputs.model_out,
             "unguided": outputs.unguided,

@@ -7,6 +7,7 @@ from the branches' own; every sum and norm is over one sample, so a sample does 
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from fastdiff.compiler import guided
@@ -71,6 +72,8 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         _check("DynamicThreshold", "percentile", self.percentile, 0.0, 1.0)
+        if isinstance(self.ceiling, bool) or not isinstance(self.ceiling, numbers.Real):
+            raise TypeError(f"DynamicThreshold: ceiling must be a number, got {self.ceiling!r}")
         if not self.ceiling >= 1.0:
             raise ValueError(f"DynamicThreshold: ceiling must be 1 or more, got {self.ceiling}")
 
@@ -94,7 +97,8 @@ class Reduction:
     @property
     def kind(self) -> int:
         """The guide op's number of the rule."""
-        return {Rescale: at.RESCALE, APG: at.APG, CFGZero: at.CFG_ZERO}.get(type(self.rule), at.PLAIN)
+        kinds = {Rescale: at.RESCALE, APG: at.APG, CFGZero: at.CFG_ZERO}
+        return next((kind for rule, kind in kinds.items() if isinstance(self.rule, rule)), at.PLAIN)
 
     @property
     def settings(self) -> list[float]:
@@ -122,5 +126,7 @@ def reduction(rule: Rule | None, threshold: DynamicThreshold | None) -> Reductio
 
 
 def _check(rule: str, name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isnan(value):
-        raise ValueError(f"{rule}: {name} must be in [{low:g}, {high:g}], got {value}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{rule}: {name} must be a number, got {value!r}")
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{rule}: {name} must be a finite number from {low:g} to {high:g}, got {value}")
