@@ -65,7 +65,7 @@ def plus_plus(plan: Plan) -> Plan:
     """CFG++ (Chung et al. 2024) of any sampler: it runs on Du, and each row then moves its clean part to D.
 
     x' = [the sampler's x' with Du for D] + alpha' (D - Du), alpha' that of the level reached; for DDIM
-    x' = alpha' D + (sigma'/sigma) (x - alpha Du). Guidance is the paper's lambda, in [0, 1].
+    x' = alpha' D + (sigma'/sigma) (x - alpha Du). Guidance is the paper's lambda, in [0, 1]; rows where it is off stay.
     """
     if any(row.estimate is not None for row in plan.rows):
         raise ValueError(f"cfg_pp: {plan.solver} uses the second estimate of its rows itself; take another solver")
@@ -74,6 +74,8 @@ def plus_plus(plan: Plan) -> Plan:
         raise ValueError(f"cfg_pp: {plan.solver} does not say what levels it reaches, so alpha' is not known")
 
     def moved(i: int, row: Row, level: Level) -> Row:
+        if row.gain == 0.0:
+            return row
         following, *kept = row.outputs
         alpha = reached[i].alpha  # type: ignore[union-attr]
         own = replace(following, denoised=alpha, other=following.denoised - alpha)

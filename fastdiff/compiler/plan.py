@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def reads_unguided(self) -> bool:
-        """True when a row uses the unguided branch's own estimate, so that both branches are always evaluated."""
+        """True when a row uses the unguided branch's own estimate, so that it evaluates both whatever the guidance."""
         return any(row.estimate == "unguided" for row in self.rows)
 
     @property
@@ -105,7 +105,7 @@ class Plan:
         interval: (low, high) in sigma/alpha; rows outside it evaluate the conditional branch alone, half the batch
         (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), a number per evaluation or a function
         of the level. perturbed_interval: the levels where the perturbed branch is evaluated. cfg_pp: CFG++ (Chung et
-        al. 2024), whose scale is in [0, 1]. clamp: bounds of D in every row. Raises ValueError for values that do not
+        al. 2024) in the rows within interval, its scale in [0, 1]. clamp: bounds of D in every row. Raises ValueError for values that do not
         fit and, with cfg_pp, for a plan that does not say what levels it reaches.
         """
         from fastdiff.compiler import guided
@@ -115,10 +115,10 @@ class Plan:
             plan = guided.within(plan, interval)
         if perturbed_interval is not None:
             plan = guided.perturbed_within(plan, perturbed_interval)
-        if schedule is not None:
-            plan = guided.scheduled(plan, schedule)
         if cfg_pp:
             plan = guided.plus_plus(plan)
+        if schedule is not None:
+            plan = guided.scheduled(plan, schedule)
         return plan if clamp is None else guided.clamped(plan, clamp)
 
     def pack(

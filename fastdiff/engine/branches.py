@@ -50,9 +50,8 @@ class Branches:
         batch: int,
         conditions: dict[str, Condition],
         networks: dict[str, Denoiser],
-        unguided_always: bool,
     ) -> None:
-        self.model, self.batch, self.unguided_always = model, batch, unguided_always
+        self.model, self.batch = model, batch
         self.stack = tuple(name for name in conditions if name not in networks)
         self.conditions = stacks({name: conditions[name] for name in self.stack}, batch, model.device)
         self.apart = {
@@ -69,7 +68,7 @@ class Branches:
     def needed(self, row: Row) -> tuple[str, ...]:
         """The branches this row reads."""
         off = set()
-        if row.gain == 0.0 and not self.unguided_always:
+        if row.gain == 0.0 and row.estimate != "unguided":
             off.add(UNGUIDED)
         if row.perturb == 0.0:
             off.add(PERTURBED)
@@ -140,12 +139,12 @@ def arrange(
     perturbed: bool,
     guide: Denoiser | None,
     perturbed_net: Denoiser | None,
-    unguided_always: bool,
+    reads_unguided: bool,
 ) -> Branches:
     """The branches of a run, from what the caller gave; ValueError where a branch is wanted and cannot be made."""
     conditions: dict[str, Condition] = {CONDITIONAL: cond}
     networks: dict[str, Denoiser] = {}
-    if guided or unguided_always:
+    if guided or reads_unguided:
         if uncond is None and guide is None:
             why = "guidance != 1" if guided else "cfg_pp"
             raise ValueError(f"{why} needs uncond=, the condition of the unguided branch (e.g. the null label)")
@@ -160,4 +159,4 @@ def arrange(
         conditions[PERTURBED] = cond if perturbed_cond is None else perturbed_cond
         if perturbed_net is not None:
             networks[PERTURBED] = perturbed_net
-    return Branches(model, batch, conditions, networks, unguided_always)
+    return Branches(model, batch, conditions, networks)

@@ -153,7 +153,7 @@ class Sampler:
         branches = arrange(
             self.model, shape[0], cond, uncond, perturbed_cond,
             guided=any(w != 1.0 for w in weights), perturbed=any(scales), guide=self.guide,
-            perturbed_net=self.perturbed, unguided_always=self.plan.reads_unguided,
+            perturbed_net=self.perturbed, reads_unguided=self.plan.reads_unguided,
         )  # fmt: skip
         if not self._idle.acquire(blocking=False):
             raise RuntimeError(
