@@ -83,10 +83,16 @@ def latents(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([torch.from_numpy(noise.normal(s, size, 0, 0)).double().view(*shape) for s in seeds])
 
 
+def start_of(plan: Plan) -> Tensor:
+    """The first state of samples with seeds 0, 1, ..., float64."""
+    scale = plan.levels[0].sigma if plan.latent_scale is None else plan.latent_scale
+    return scale * latents(range(SHAPE[0]), SHAPE[1:])
+
+
 def in_double(
-    plan: Plan, model: fd.Denoiser, combine: Combine, seed: int = 0, shape: Sequence[int] = SHAPE, draws: Any = None
+    plan: Plan, model: fd.Denoiser, combine: Combine, draws: Tensor | None = None, init: Tensor | None = None
 ) -> Tensor:
-    """The sample of a plan whose D is `combine(branches)`; draws: [draws, *shape], its unit normals."""
+    """The sample of a plan with D = combine(branches); draws: its unit normals, [draws, *SHAPE]; init: its start."""
     count = 0
 
     def denoise(x: np.ndarray, level: Level) -> np.ndarray:
@@ -94,7 +100,7 @@ def in_double(
         count += 1
         return combine(ask(model, count - 1, torch.from_numpy(x), level)).numpy()
 
-    start = plan.levels[0].sigma * latents(range(seed, seed + shape[0]), shape[1:])
+    start = start_of(plan) if init is None else init.double()
     end = execute(plan, denoise, start.numpy(), None if draws is None else lambda i, _: draws[i].double().numpy())
     assert count == plan.nfe
     return torch.from_numpy(end)
