@@ -105,8 +105,8 @@ class Plan:
         interval: (low, high) in sigma/alpha; rows outside it evaluate the conditional branch alone, half the batch
         (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), a number per evaluation or a function
         of the level. perturbed_interval: the levels where the perturbed branch is evaluated. cfg_pp: CFG++ (Chung et
-        al. 2024) in the rows within interval, its scale in [0, 1]. clamp: bounds of D in every row. Raises ValueError for values that do not
-        fit and, with cfg_pp, for a plan that does not say what levels it reaches.
+        al. 2024) in the rows within interval, its scale in [0, 1]. clamp: bounds of D in every row. Raises ValueError
+        for values that do not fit and, with cfg_pp, for a plan that does not say what levels it reaches.
         """
         from fastdiff.compiler import guided
 
