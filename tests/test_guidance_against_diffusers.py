@@ -16,8 +16,10 @@ pytest.importorskip("diffusers")
 from diffusers import guiders
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from diffusers.guiders.guider_utils import rescale_noise_cfg
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from guided_cases import (
     ALL,
     BACKENDS,
@@ -290,3 +292,38 @@ def test_three_conditions_of_instruct_pix2pix(s_image: float, backend: str) -> N
         SHAPE, noise=draws, **ALL, guidance=s_image, perturbed_scale=s_text - s_image
     )
     assert error(ours, in_double(plan, model, published, draws=draws)) < CLOSE
+
+
+LINEAR: list[dict[str, Any]] = [
+    {"cfg_pp": True},
+    {"interval": (1.0, 10.0)},
+    {"schedule": [1.0, 0.5, 0.0, 2.0, 1.0]},
+    {"clamp": (-1.0, 1.0)},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", LINEAR, ids=str)
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_captured_plans_are_guided_as_ours(kind: Any, options: dict[str, Any], backend: str) -> None:
+    """DDIM in three coordinates and from two sides: a scheduler's table guided afterwards, and our own."""
+    own = {DDIMScheduler: {"clip_sample": False}, EulerDiscreteScheduler: {}}
+    scheduler = kind(**config(**own.get(kind, {"solver_order": 1, "final_sigmas_type": "zero"})))
+    captured = fd.capture(scheduler, steps=5)
+    scheduler.set_timesteps(5)
+    plan = fd.plan("ddim", ddpm_schedule(scheduler), grid=scheduler.timesteps.numpy())
+    model = fd.Denoiser(labelled, plan.schedule, "eps")
+    start = latents(range(SHAPE[0]), SHAPE[1:])
+    samples = [
+        fd.Sampler(p.guided(**options), model, backend).sample(
+            SHAPE, init=(p.levels[0].sigma * start).float(), **GUIDED, guidance=0.6
+        )
+        for p in (captured, plan)
+    ]
+    assert error(samples[0], samples[1].double()) < CLOSE
+
+
+def test_cfg_pp_refuses_a_table_that_uses_the_output_as_it_was() -> None:
+    plan = fd.capture(DDIMScheduler(**config(clip_sample=True)), steps=4)
+    with pytest.raises(ValueError, match="cfg_pp: capture:DDIMScheduler uses the second estimate of its rows itself"):
+        plan.guided(cfg_pp=True)
