@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.compiler.assemble import Output, Row
 from fastdiff.compiler.plan import Plan
@@ -17,6 +18,8 @@ from fastdiff.process.schedules import Level
 
 Interval = tuple[float, float]
 Schedule = Sequence[float] | Callable[[Level], float]
+
+ROUNDING = 1e-9  # of a coefficient of order one
 
 
 def within(plan: Plan, interval: Interval) -> Plan:
@@ -73,6 +76,14 @@ def plus_plus(plan: Plan) -> Plan:
     if any(level is None or math.isnan(level.alpha) for level in reached):
         raise ValueError(f"cfg_pp: {plan.solver} does not say what levels it reaches, so alpha' is not known")
 
+    carried = _carried(plan)
+    if len(carried) and (carried.min() < -ROUNDING or not carried.any()):
+        how = "drops what a row adds to its state" if not carried.any() else "turns it round in a later row"
+        raise ValueError(
+            f"cfg_pp: {plan.solver} {how}, so the guidance of its rows would not add up; take a sampler that carries "
+            "its state on: ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, res_multistep, heun"
+        )
+
     def moved(i: int, row: Row, level: Level) -> Row:
         if row.gain == 0.0:
             return row
@@ -82,6 +93,24 @@ def plus_plus(plan: Plan) -> Plan:
         return replace(row, estimate="unguided", outputs=(own, *(_unguided(output) for output in kept)))
 
     return _each(plan, moved)
+
+
+def _carried(plan: Plan) -> NDArray[np.float64]:
+    """[moves, states]: how a unit added to the state that row i writes is felt in each later state, D and z held."""
+    registers = {plan.rows[0].x: np.zeros(plan.nfe)}
+    states = []
+    for i, row in enumerate(plan.rows):
+        x = registers[row.x]
+        read = [registers[slot] for slot in row.slots]
+        written = {
+            o.dest: o.x * x + sum((c * r for c, r in zip(o.slots, read, strict=True) if c), np.zeros(plan.nfe))
+            for o in row.outputs
+        }
+        registers.update(written)
+        if i:
+            states.append(registers[row.outputs[0].dest])
+            registers[row.outputs[0].dest] = states[-1] + np.eye(plan.nfe)[i - 1]
+    return np.array(states).T[:-1, 1:]
 
 
 def _interval(name: str, interval: Interval) -> Callable[[Level], float]:

@@ -27,8 +27,8 @@ from fastdiff.models.denoiser import Denoiser
 class Buffers:
     """The state's registers, the network's input and time, the table, and the bound step.
 
-    key: what they fit. copies: of the network's input, one per branch in its batch. reduction: the guidance rule to
-    run before each row. perturbed: a perturbed branch has a scale of its own.
+    key: what they fit. copies: of the network's input, one per branch in its batch. work: the guidance rule
+    to run before each row, and whether it thresholds. perturbed: a perturbed branch has a scale of its own.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Buffers:
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
-        reduction: Reduction | None = None,
+        work: tuple[int, bool] | None = None,
         perturbed: bool = False,
     ) -> None:
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
-        self.key = (id(plan), shape, copies, keep_denoised, reduction, perturbed)
+        self.key = (id(plan), shape, copies, keep_denoised, work, perturbed)
         self.batch, self.copies = shape[0], copies
-        self.reduction = reduction
+        self.work = work
         self._learns_spread = plan.learns_spread
         self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
         self._sample = shape[1:]
@@ -70,17 +70,14 @@ class Buffers:
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
             mix=torch.zeros(self.batch, at.MIX, dtype=torch.float32, device=device)
-            if reduction is not None or perturbed
+            if work is not None or perturbed
             else None,
             momentum=(
-                self._images(self.batch, torch.float32, device)
-                if reduction is not None and reduction.kind == at.APG
-                else None
+                self._images(self.batch, torch.float32, device) if work is not None and work[0] == at.APG else None
             ),
         )
-        settings = [] if reduction is None else reduction.settings
-        self._settings = torch.tensor(settings, dtype=torch.float32, device=device)
-        parts = self.batch if reduction is not None else 0
+        self._settings = torch.zeros(at.SETTINGS, dtype=torch.float32, device=device)
+        parts = self.batch if work is not None else 0
         self._partial = torch.zeros(parts, at.PARTS, at.SUMS, dtype=torch.float32, device=device)
         # the opening row has a table of its own: it draws the latents, which would widen a deterministic plan's
         self._opening_table = _empty_table(1, opening + 1, device)
@@ -100,6 +97,7 @@ class Buffers:
         opening: str,
         noise: str | Tensor | Callable[[int, torch.Size], Tensor],
         perturbed_scale: Sequence[float] = (0.0,),
+        reduction: Reduction | None = None,
     ) -> None:
         """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
         t = self.tensors
@@ -119,6 +117,8 @@ class Buffers:
             mix = torch.tensor(at.PLAIN_MIX, dtype=torch.float32).repeat(self.batch, 1)
             mix[:, at.MIX_S] = torch.tensor(perturbed_scale, dtype=torch.float32)
             t.mix.copy_(mix)
+        if reduction is not None:
+            self._settings.copy_(torch.tensor(reduction.settings, dtype=torch.float32))
         if t.momentum is not None:
             t.momentum.zero_()
         t.row.zero_()
@@ -184,12 +184,12 @@ class Buffers:
             "perturbed": outputs.perturbed,
         }
         step = ops.bind(dataclasses.replace(t, **given), executor)  # type: ignore[arg-type]
-        if self.reduction is None:
+        if self.work is None:
             return (step,)
         own = {name: getattr(t, name) for name in ("state", "coef", "ids", "row", "guidance", "ticket", "momentum")}
         assert t.mix is not None
         tensors = GuideTensors(**(own | given), settings=self._settings, mix=t.mix, partial=self._partial)
-        found = bind_guide(tensors, self.reduction.kind, self.reduction.threshold is not None, executor)
+        found = bind_guide(tensors, *self.work, executor)
         return (found, step)
 
     def first_failure(self) -> tuple[int, int] | None:

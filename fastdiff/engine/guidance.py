@@ -1,6 +1,6 @@
 """Guidance rules that are not linear: per sample, one reduction finds the scalars of the row (`fastdiff.engine.guide`).
 
-May import: the table's layout, the plan and its linear guidance. With D = P x + Q F from the guided output and Dc, Du
+May import: the table's layout. With D = P x + Q F from the guided output and Dc, Du
 from the branches' own; every sum and norm is over one sample, so a sample does not depend on its batch.
 """
 
@@ -10,9 +10,7 @@ import math
 import numbers
 from dataclasses import dataclass
 
-from fastdiff.compiler import guided
 from fastdiff.compiler import layout as at
-from fastdiff.compiler.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,15 @@ class Reduction:
             columns[at.PERCENTILE], columns[at.CEILING] = self.threshold.percentile, self.threshold.ceiling
         return columns
 
-    def prepare(self, plan: Plan) -> Plan:
-        """The plan with what of the rule is fixed beforehand."""
-        rows = self.rule.zero_init if isinstance(self.rule, CFGZero) else 0
-        return guided.muted(plan, rows) if rows else plan
+    @property
+    def work(self) -> tuple[int, bool]:
+        """What the guide op is bound for: its rule and whether it thresholds; all else are settings."""
+        return self.kind, self.threshold is not None
+
+    @property
+    def muted(self) -> int:
+        """In how many first evaluations the network's output is taken as 0."""
+        return self.rule.zero_init if isinstance(self.rule, CFGZero) else 0
 
 
 def reduction(rule: Rule | None, threshold: DynamicThreshold | None) -> Reduction | None:

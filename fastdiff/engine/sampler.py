@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.compiler.brownian import on_path
+from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
@@ -107,7 +108,7 @@ class Sampler:
         self._insist = graph is True
         self.memory_format = memory_format
         self._idle = threading.Lock()
-        self._variants: dict[tuple[bool, Reduction | None], Plan] = {}
+        self._variants: dict[tuple[bool, int], Plan] = {}
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
@@ -164,7 +165,7 @@ class Sampler:
                 plan = self._variant(isinstance(noise, str) and noise == "brownian", reduces)
                 buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, scales)
+                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, scales, reduces)
                 return self._run(buffers, branches, callback, progress)
         finally:
             self._idle.release()
@@ -194,21 +195,23 @@ class Sampler:
 
     def _variant(self, on_a_path: bool, reduces: Reduction | None) -> Plan:
         """The plan as this run needs it, made once."""
-        if (on_a_path, reduces) not in self._variants:
+        rows = 0 if reduces is None else reduces.muted
+        if (on_a_path, rows) not in self._variants:
             plan = on_path(self.plan) if on_a_path else self.plan
-            self._variants[on_a_path, reduces] = plan if reduces is None else reduces.prepare(plan)
-        return self._variants[on_a_path, reduces]
+            self._variants[on_a_path, rows] = muted(plan, rows) if rows else plan
+        return self._variants[on_a_path, rows]
 
     def _prepare(
         self, plan: Plan, shape: torch.Size, branches: Branches, keep_denoised: bool, reduces: Reduction | None
     ) -> Buffers:
         copies, perturbed = len(branches.stack), PERTURBED in branches.names
-        wanted = (id(plan), shape, copies, keep_denoised, reduces, perturbed)
+        work = None if reduces is None else reduces.work
+        wanted = (id(plan), shape, copies, keep_denoised, work, perturbed)
         if self._buffers is None or self._buffers.key != wanted:
             with torch.inference_mode(False):
                 self._buffers = Buffers(
                     plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format,
-                    reduces, perturbed,
+                    work, perturbed,
                 )  # fmt: skip
         return self._buffers
 
@@ -290,11 +293,15 @@ def _check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
     if not isinstance(other, Denoiser):
         raise TypeError(f"{name} must be a Denoiser, got {type(other).__name__}; wrap the network as the model is")
     for what in ("schedule", "prediction", "sigma_data", "device"):
-        if getattr(other, what) != getattr(model, what):
+        if _comparable(getattr(other, what)) != _comparable(getattr(model, what)):
             raise ValueError(
                 f"{name} has {what} {getattr(other, what)!r}, the model {getattr(model, what)!r}: outputs of the two "
                 "are combined, so they must mean the same"
             )
+
+
+def _comparable(value: Any) -> Any:
+    return (value.type, value.index or 0) if isinstance(value, torch.device) else value
 
 
 def _per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
