@@ -1,9 +1,8 @@
-// affine_step on the CPU: checks, choice of instruction set, blocks, threads.
+// affine_step on the CPU: checks, blocks, threads.
 // Threads are torch's own pool: a second pool would fight it for the cores. The only symbol wanted of torch is a C
 // function of its stable interface, so one binary serves every torch from 2.11 on and every Python.
 #include <torch/csrc/stable/c/shim.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -16,42 +15,8 @@
 namespace fastdiff::cpu {
 namespace {
 
-// Below this many element operations a second thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
 // Drawing a normal takes about as long as this many plain elements held in cache.
 constexpr int64_t kNormalCost = 6;
-
-const Executor* const kExecutors[] = {
-    &scalar_executor,
-#if defined(__x86_64__)
-    &avx2_executor,
-    &avx512_executor,
-#endif
-};
-
-int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  // F16C came before AVX2 on every machine, and older compilers do not know its name here.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : avx2 ? 1 : 0;
-#else
-  return 0;
-#endif
-}
-
-std::atomic<int> chosen_isa{-1};
-
-int isa() {
-  int current = chosen_isa.load(std::memory_order_relaxed);
-  if (current < 0) {
-    current = best_isa();
-    chosen_isa.store(current, std::memory_order_relaxed);
-  }
-  return current;
-}
 
 // How a sample is cut: blocks of whole pixels, so that a block of channels_last noise is complete in itself.
 struct Cut {
@@ -96,6 +61,24 @@ T* locate(T* base, int64_t width, int64_t sample, const AffineArgs& args, int64_
   return reinterpret_cast<Byte*>(base) + width * (sample * args.N + at);
 }
 
+// What of a sample, besides its registers and Fc, the row reads.
+struct Reads {
+  bool unguided, perturbed, momentum, variance;
+};
+
+Reads settle(Stretch& s, const AffineArgs& args, int64_t b) {
+  const Row& row = *s.row;
+  s.by = scalars(row.coef, args.guidance[b], args.mix ? args.mix + b * kMix : nullptr);
+  s.clamps = s.by.lo > -INFINITY || s.by.hi < INFINITY;
+  const Reads reads = {row.reads_model && args.unguided && (s.by.w != 1.0f || row.e_unguided),
+                       row.reads_model && args.perturbed && s.by.s != 0.0f,
+                       row.reads_model && args.momentum && s.by.m != 0.0f,
+                       row.spreads_noise && args.variance && row.terms};
+  s.extras = row.reads_e || reads.perturbed || reads.momentum || reads.variance || s.by.post != 1.0f ||
+             (reads.unguided && s.by.u != 1.0f);
+  return reads;
+}
+
 void run_blocks(const Call& call, int64_t begin, int64_t end) {
   const AffineArgs& args = call.args;
   const Cut& cut = call.cut;
@@ -104,6 +87,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   int64_t decoded = -1, sample = -1;
   PhiloxSchedule key{};
   Stretch s{};
+  Reads reads{};
   s.row = &row;
   s.model_out_dtype = args.model_out_dtype;
   s.model_in_dtype = args.model_in_dtype;
@@ -123,7 +107,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
     }
     if (b != sample) {
       sample = b;
-      s.w = guidance_weight(row.gain, args.guidance[b]);
+      reads = settle(s, args, b);
       if (row.terms) {
         key = philox_schedule(static_cast<uint64_t>(args.seed[b]));
         own.z.resize(static_cast<size_t>(row.terms));
@@ -137,11 +121,16 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    const auto branch = [&](const void* base, bool read) {
+      return read ? locate(base, out_width, b, args, first) : nullptr;
+    };
     if (row.reads_model) {
-      const bool guided = args.model_out_batch == 2 && s.w != 1.0f;
-      s.conditional = locate(args.model_out, out_width, b, args, first);
-      s.unconditional = guided ? locate(args.model_out, out_width, args.B + b, args, first) : nullptr;
+      s.conditional = branch(args.model_out, true);
+      s.unguided = branch(args.unguided, reads.unguided);
+      s.perturbed = branch(args.perturbed, reads.perturbed);
+      s.momentum = reads.momentum ? args.momentum + b * args.N + first : nullptr;
     }
+    s.variance = branch(args.variance, reads.variance);
     s.denoised = args.denoised && row.reads_model ? cell(args.denoised, 0) : nullptr;
     for (int64_t copy = 0; copy < args.model_in_batch; ++copy)
       s.emit[copy] = locate(args.model_in, in_width, copy * args.B + b, args, first);
@@ -178,7 +167,7 @@ Error survey(const AffineArgs& args, int64_t& work) {
     if (i < 0 || i >= args.R) continue;
     if (i != decoded) {
       if (const Error error = decoder.decode(args, i); error != kOk) return error;
-      if (decoder.row.reads_model && (!args.model_out || args.model_out_batch == 0)) return kNullPointer;
+      if (decoder.row.reads_model && !args.model_out) return kNullPointer;
       decoded = i;
       elements = args.N * (1 + (args.noise ? 0 : kNormalCost * decoder.row.terms));
     }
@@ -203,7 +192,7 @@ Error affine_step(const AffineArgs& args) {
   int64_t work = 0;
   if (const Error error = survey(args, work); error != kOk) return error;
   if (work > 0) {
-    const Call call{args, *kExecutors[isa()], Cut(args)};
+    const Call call{args, executor(), Cut(args)};
     const int64_t blocks = args.B * call.cut.blocks;
     if (work < 2 * kGrain) {
       run_blocks(call, 0, blocks);
@@ -240,20 +229,10 @@ FASTDIFF_EXPORT const char* fastdiff_error(int code) {
     case kBadDtype: return "the model's dtype is none of float32, float16, bfloat16";
     case kBadRegister: return "a row names a register the state does not hold, or has no output";
     case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
+    case kBadRule: return "the guide op has no such rule";
     case kThreads: return "torch's thread pool reported a failure";
     default: return "unknown error";
   }
-}
-
-// 0 scalar, 1 AVX2, 2 AVX-512: use it if this machine has it (for tests). -1: as it stands. Returns what is in use.
-FASTDIFF_EXPORT int fastdiff_cpu_isa(int wanted) {
-  if (wanted >= 0 && wanted <= cpu::best_isa()) cpu::chosen_isa.store(wanted, std::memory_order_relaxed);
-  return cpu::isa();
-}
-
-FASTDIFF_EXPORT const char* fastdiff_cpu_isa_name(int which) {
-  constexpr int count = sizeof cpu::kExecutors / sizeof *cpu::kExecutors;
-  return which >= 0 && which < count ? cpu::kExecutors[which]->name : "";
 }
 
 FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint32_t stream, uint32_t* words) {
@@ -280,7 +259,7 @@ FASTDIFF_EXPORT void fastdiff_normal_from(int64_t first, int64_t n, uint64_t see
   float block[cpu::kBlock + cpu::kFillSlack];
   for (int64_t i = 0; i < n; i += cpu::kBlock) {
     const int64_t count = n - i < cpu::kBlock ? n - i : cpu::kBlock;
-    cpu::kExecutors[cpu::isa()]->normals(block, key, id, stream, first + i, count);
+    cpu::executor().normals(block, key, id, stream, first + i, count);
     std::memcpy(out + i, block, static_cast<size_t>(count) * sizeof *out);
   }
 }
