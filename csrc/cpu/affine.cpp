@@ -17,6 +17,7 @@ namespace {
 
 // Drawing a normal takes about as long as this many plain elements held in cache.
 constexpr int64_t kNormalCost = 6;
+constexpr uintptr_t kLine = 64;
 
 // How a sample is cut: blocks of whole pixels, so that a block of channels_last noise is complete in itself.
 struct Cut {
@@ -39,6 +40,11 @@ struct Scratch {
   Decoder decoder;
   std::vector<float> normals;
   std::vector<const float*> z;
+
+  // Where noise begins: on a cache line, or every load of a full register would touch two.
+  float* aligned() {
+    return normals.data() + (-reinterpret_cast<uintptr_t>(normals.data()) % kLine) / sizeof(float);
+  }
 };
 
 Scratch& scratch() {
@@ -79,12 +85,13 @@ Reads settle(Stretch& s, const AffineArgs& args, int64_t b) {
   return reads;
 }
 
-void run_blocks(const Call& call, int64_t begin, int64_t end) {
+// decoded: the row that this thread's decoder holds, or -1.
+void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
   const AffineArgs& args = call.args;
   const Cut& cut = call.cut;
   Scratch& own = scratch();
   Row& row = own.decoder.row;
-  int64_t decoded = -1, sample = -1;
+  int64_t sample = -1;
   PhiloxSchedule key{};
   Stretch s{};
   Reads reads{};
@@ -92,6 +99,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   s.model_out_dtype = args.model_out_dtype;
   s.model_in_dtype = args.model_in_dtype;
   const int64_t out_width = width_of(args.model_out_dtype), in_width = width_of(args.model_in_dtype);
+  const int64_t noise_stride = (cut.block + kFillSlack + 15) & ~int64_t{15};
 
   for (int64_t index = begin; index < end; ++index) {
     const int64_t b = index / cut.blocks, first = index % cut.blocks * cut.block;
@@ -111,7 +119,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
       if (row.terms) {
         key = philox_schedule(static_cast<uint64_t>(args.seed[b]));
         own.z.resize(static_cast<size_t>(row.terms));
-        const size_t want = static_cast<size_t>(row.terms) * static_cast<size_t>(cut.block + kFillSlack);
+        const size_t want = static_cast<size_t>(row.terms * noise_stride) + kLine / sizeof(float);
         if (!args.noise && own.normals.size() < want) own.normals.resize(want);
       }
     }
@@ -121,16 +129,16 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
-    const auto branch = [&](const void* base, bool read) {
-      return read ? locate(base, out_width, b, args, first) : nullptr;
-    };
+    const auto branch = [&](const void* base) { return locate(base, out_width, b, args, first); };
     if (row.reads_model) {
-      s.conditional = branch(args.model_out, true);
-      s.unguided = branch(args.unguided, reads.unguided);
-      s.perturbed = branch(args.perturbed, reads.perturbed);
-      s.momentum = reads.momentum ? args.momentum + b * args.N + first : nullptr;
+      s.conditional = branch(args.model_out);
+      s.unguided = reads.unguided ? branch(args.unguided) : nullptr;
     }
-    s.variance = branch(args.variance, reads.variance);
+    if (s.extras) {
+      s.perturbed = reads.perturbed ? branch(args.perturbed) : nullptr;
+      s.momentum = reads.momentum ? args.momentum + b * args.N + first : nullptr;
+      s.variance = reads.variance ? branch(args.variance) : nullptr;
+    }
     s.denoised = args.denoised && row.reads_model ? cell(args.denoised, 0) : nullptr;
     for (int64_t copy = 0; copy < args.model_in_batch; ++copy)
       s.emit[copy] = locate(args.model_in, in_width, copy * args.B + b, args, first);
@@ -141,7 +149,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
         own.z[static_cast<size_t>(t)] = args.noise + (term.id * args.B + b) * args.N + first;
         continue;
       }
-      float* z = own.normals.data() + t * (cut.block + kFillSlack);
+      float* z = own.aligned() + t * noise_stride;
       own.z[static_cast<size_t>(t)] = z;
       if (cut.channels > 1) {
         const Patch patch{first / cut.channels, s.count / cut.channels, cut.channels, cut.plane};
@@ -158,10 +166,11 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements.
-Error survey(const AffineArgs& args, int64_t& work) {
+// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements, `decoded`
+// the row decoded last.
+Error survey(const AffineArgs& args, int64_t& work, int64_t& decoded) {
   Decoder& decoder = scratch().decoder;
-  int64_t decoded = -1, elements = 0;
+  int64_t elements = 0;
   for (int64_t b = 0; b < args.B; ++b) {
     const int64_t i = args.row[b];
     if (i < 0 || i >= args.R) continue;
@@ -189,17 +198,17 @@ void finish(const AffineArgs& args) {
 
 Error affine_step(const AffineArgs& args) {
   if (const Error error = check(args); error != kOk) return error;
-  int64_t work = 0;
-  if (const Error error = survey(args, work); error != kOk) return error;
+  int64_t work = 0, decoded = -1;
+  if (const Error error = survey(args, work, decoded); error != kOk) return error;
   if (work > 0) {
     const Call call{args, executor(), Cut(args)};
     const int64_t blocks = args.B * call.cut.blocks;
     if (work < 2 * kGrain) {
-      run_blocks(call, 0, blocks);
+      run_blocks(call, 0, blocks, decoded);
     } else {
       const int64_t grain = blocks * kGrain / work;
       const auto body = [](int64_t begin, int64_t end, void* context) {
-        run_blocks(*static_cast<const Call*>(context), begin, end);
+        run_blocks(*static_cast<const Call*>(context), begin, end, -1);
       };
       if (torch_parallel_for(0, blocks, grain > 0 ? grain : 1, body, const_cast<Call*>(&call)) != AOTI_TORCH_SUCCESS)
         return kThreads;
