@@ -67,8 +67,8 @@ FASTDIFF_INLINE bool has_sums(int32_t rule, const Asked& a) {
   return rule == kRescale ? a.guided || a.perturbs : rule != kPlain && a.guided;
 }
 
-// Count, mean and sum of squared deviations from it. Merging two (Chan, Golub, LeVeque 1983) loses no digits to a mean
-// far from zero; means are kept relative to the sample's first element, so neither do they.
+// Count, mean and sum of squared deviations from it, of values that count from the sample's first; merging two as Chan,
+// Golub and LeVeque 1983 do. A mean far from zero costs no digits.
 struct Moments {
   float n, mean, m2;
 };

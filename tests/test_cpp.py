@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdiff.compiler import layout as at
-from fastdiff.engine import native, ops, reference
+from fastdiff.engine import guide, native, ops, reference
 from fastdiff.engine import noise as counter_noise
 from fastdiff.errors import BackendUnavailable
 
@@ -180,7 +180,9 @@ def test_random_rows_against_float64(case: row_cases.Case) -> None:
             if register in written:
                 error = (tensors.state[register, b].double() - want["state"][register, b]).abs().max()
                 own = (torch_own.state[register, b].double() - want["state"][register, b]).abs().max()
-                assert error <= 2 * own + 4e-7 * widest(before, b), f"register {register} of sample {b}: {error} against torch's {own}"
+                assert error <= 2 * own + 4e-7 * widest(before, b), (
+                    f"register {register} of sample {b}: {error} against torch's {own}"
+                )
             else:
                 assert same_bits(tensors.state[register, b], before.state[register, b])
         assert tensors.row[b] == (i + 1 if active else i)
@@ -226,6 +228,33 @@ def test_instruction_sets_agree_to_the_bit(seed: int) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
+def test_a_learned_spread_is_an_exponential(instruction_set: int, dtype: torch.dtype) -> None:
+    exponents = torch.linspace(-30, 30, 100_003).to(dtype)
+    case = Case(
+        shape=(len(exponents),), batch=1, guided=False, spread=True, injected=True, terms=1, rows=1, registers=1,
+        model_dtype=dtype,
+    )  # fmt: skip
+    tensors = case.tensors()
+    passing_on(tensors)
+    tensors.coef[0, [at.OUTPUT + at.OUT_B, at.SPREAD_SLOPE, at.NOISE]] = torch.tensor([0.0, 1.0, 1.0])
+    tensors.ids[0, [at.FLAGS, at.TERMS]] = torch.tensor([at.READS_MODEL + at.SPREADS_NOISE, 1], dtype=torch.int32)
+    tensors.ids[0, at.TERM_IDS] = 0
+    tensors.noise.fill_(1.0)  # type: ignore[union-attr]
+    tensors.variance = exponents[None].clone()
+    run(tensors, instruction_set)
+    want = exponents.double().exp()
+    assert ((tensors.state[0, 0].double() - want).abs() <= 1.5e-7 * want).all()
+    tensors.variance[0, :3] = torch.tensor([float("nan"), -1e30, 1e30])
+    tensors.row.zero_()
+    run(tensors, instruction_set)
+    none, least, most = tensors.state[0, 0, :3].tolist()
+    assert none != none
+    assert 0 <= least < 1e-37
+    assert most > 1e38
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_every_half_precision_value_loads_and_stores(instruction_set: int, dtype: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
@@ -253,7 +282,9 @@ def passing_on(tensors: ops.StepTensors) -> None:
     tensors.coef.zero_()
     tensors.coef[0, [at.Q, at.EMIT_SCALE, at.OUTPUT + at.OUT_B]] = 1.0
     tensors.coef[0, [at.CLAMP_LO, at.CLAMP_HI]] = torch.tensor([-float("inf"), float("inf")])
-    tensors.ids[0] = torch.tensor([0, -1, -1, -1, -1, -1, 0, -1, -1, at.READS_MODEL, 0, 0, 0, 0, 0, 0])
+    tensors.ids[0] = 0
+    tensors.ids[0, at.DEST + 1 : at.DEST + 3] = -1
+    tensors.ids[0, at.FLAGS] = at.READS_MODEL
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -278,6 +309,36 @@ def test_a_value_that_is_not_finite_names_its_row(
     run(tensors, instruction_set)
     assert tensors.status.tolist() == [0, -1, -1, 0]
     assert tensors.row.tolist() == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("branches", ["stacked", "apart"])
+def test_only_branches_that_are_read_are_watched(instruction_set: int, branches: str) -> None:
+    case = Case(shape=(70,), batch=3, rows=1, registers=1, terms=0, branches=branches, perturbed=True)
+    tensors = case.tensors()
+    passing_on(tensors)
+    tensors.row.zero_()
+    tensors.coef[0, [at.GAIN, at.PERTURB]] = 1.0
+    tensors.guidance.fill_(1.0)
+    tensors.mix[:] = torch.tensor(at.PLAIN_MIX)  # type: ignore[index]
+    tensors.mix[1, at.MIX_S] = 0.5  # type: ignore[index]
+    apart = branches == "apart"
+    unguided = tensors.unguided if apart else tensors.model_out[3:6]
+    perturbed = tensors.perturbed if apart else tensors.model_out[6:]
+    unguided.fill_(float("nan"))  # type: ignore[union-attr]
+    perturbed[:2, -1] = float("inf")  # type: ignore[index]
+    conditional = tensors.model_out[0].clone()
+    run(tensors, instruction_set)
+    assert tensors.status.tolist() == [-1, 0, -1]
+    assert torch.equal(tensors.state[0, 0], conditional)
+
+    # A second estimate by the unguided branch reads it, whatever the weight.
+    tensors.row.zero_()
+    tensors.status.fill_(-1)
+    tensors.coef[0, at.OUTPUT + at.OUT_E] = 1.0
+    tensors.ids[0, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED
+    run(tensors, instruction_set)
+    assert tensors.status.tolist() == [0, 0, 0]
 
 
 def one_row(batch: int, layout: torch.memory_format, shape: tuple[int, ...]) -> ops.StepTensors:
@@ -366,6 +427,51 @@ def test_an_unlike_model_output_is_refused() -> None:
     for other in (tensors.model_out[:2], tensors.model_out.double(), tensors.model_out.contiguous()):
         with pytest.raises(ValueError, match="the model output is .* the one bound was"):
             step(other)
+    with pytest.raises(ValueError, match="unguided was absent when it was bound and is given now"):
+        step(tensors.model_out, tensors.model_out[:2])
+
+    tensors = Case(shape=(3, 4, 4), branches="apart").tensors()
+    step = ops.bind(tensors, "cpp")
+    with pytest.raises(ValueError, match="unguided was given when it was bound and is absent now"):
+        step(tensors.model_out)
+    with pytest.raises(ValueError, match="the unguided branch is .* the one bound was"):
+        step(tensors.model_out, tensors.unguided.half())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rule", [at.PLAIN, at.RESCALE, at.APG, at.CFG_ZERO])
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 7), (4, 37, 41)])
+def test_instruction_sets_guide_alike_to_the_bit(rule: int, shape: tuple[int, ...]) -> None:
+    found = []
+    for instruction_set in INSTRUCTION_SETS:
+        assert native.load().fastdiff_cpu_isa(instruction_set) == instruction_set
+        step = Case(shape=shape, batch=6, perturbed=True, mixed=True, model_dtype=torch.bfloat16, seed=3).tensors()
+        tensors = guide.GuideTensors(
+            **{name: getattr(step, name) for name in ("state", "model_out", "coef", "ids", "row", "guidance", "mix")},
+            settings=torch.tensor([0.7, 0.3, -0.5, 1.0, 0.9, 3.0, 0.0, 0.0]),
+            partial=torch.zeros(6, at.PARTS, at.SUMS),
+            ticket=step.ticket,
+            momentum=step.momentum,
+        )
+        guide.bind(tensors, rule, True, "cpp")(tensors.model_out)
+        found.append(tensors)
+    for other in found[1:]:
+        assert same_bits(found[0].mix, other.mix)
+        assert same_bits(found[0].momentum, other.momentum)
+
+
+def test_a_guide_whose_row_names_a_register_that_is_not_there_is_refused() -> None:
+    step = Case(shape=(5,), batch=1, rows=1, mixed=True).tensors()
+    passing_on(step)
+    step.row.zero_()
+    step.coef[0, at.P], step.ids[0, at.SLOT] = 1.0, 7
+    names = ("state", "model_out", "coef", "ids", "row", "guidance", "mix", "ticket")
+    tensors = guide.GuideTensors(
+        **{name: getattr(step, name) for name in names},
+        settings=torch.zeros(at.SETTINGS),
+        partial=torch.zeros(1, at.PARTS, at.SUMS),
+    )
+    with pytest.raises(RuntimeError, match="guide on cpp: a row names a register the state does not hold"):
+        guide.bind(tensors, at.PLAIN, True, "cpp")(tensors.model_out)
 
 
 def test_a_missing_extension_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,17 +41,24 @@ FASTDIFF_INLINE double add_lanes(const typename L::F (&v)[n]) {
   return total;
 }
 
-// Fc and F; absent elements are 0.
-template <class L, bool kPartial, int count>
-FASTDIFF_INLINE void load_guided(const Part& p, const Scalars& by, int64_t at, int64_t n, typename L::F (&c)[count],
-                                 typename L::F (&f)[count]) {
-  typename L::F g[count], away[count];
-  load_model<L, kPartial>(p.conditional, p.model_out_dtype, at, n, c);
-  for (int u = 0; u < count; ++u) g[u] = away[u] = L::set(0.0f);
-  if (p.unguided) load_model<L, kPartial>(p.unguided, p.model_out_dtype, at, n, g);
-  if (p.perturbed) load_model<L, kPartial>(p.perturbed, p.model_out_dtype, at, n, away);
-  for (int u = 0; u < count; ++u) f[u] = combine<L>(c[u], g[u], away[u], p.asked, by);
-}
+// Fc, Fu, Fp; absent elements, and branches that are not read, are 0.
+template <class L>
+struct Branches {
+  using Group = typename L::F[registers<L>];
+  Group c, g, away;
+
+  template <bool kPartial>
+  FASTDIFF_MEMBER void load(const Part& p, int64_t at, int64_t n) {
+    load_model<L, kPartial>(p.conditional, p.model_out_dtype, at, n, c);
+    for (int u = 0; u < registers<L>; ++u) g[u] = away[u] = L::set(0.0f);
+    if (p.unguided) load_model<L, kPartial>(p.unguided, p.model_out_dtype, at, n, g);
+    if (p.perturbed) load_model<L, kPartial>(p.perturbed, p.model_out_dtype, at, n, away);
+  }
+
+  FASTDIFF_MEMBER void combine(const Asked& a, const Scalars& by, Group& f) const {
+    for (int u = 0; u < registers<L>; ++u) f[u] = fastdiff::combine<L>(c[u], g[u], away[u], a, by);
+  }
+};
 
 // Deviations of one quantity from its value at the head of each lane, which keeps a large mean out of the sums.
 template <class L>
@@ -80,15 +87,15 @@ struct Spread {
     }
   }
 
-  // Into the sums of (v - origin) and of its square, over `size` elements.
-  FASTDIFF_MEMBER void settle(int64_t size, double origin, double (&total)[2]) const {
+  // Into the sums of v and of its square, over `size` elements.
+  FASTDIFF_MEMBER void settle(int64_t size, double (&total)[2]) const {
     float first[kLanes], sums[kLanes], squares[kLanes];
     to_lanes<L>(head, first);
     to_lanes<L>(sum, sums);
     to_lanes<L>(square, squares);
     for (int i = 0; i < kLanes && i < size; ++i) {
       const double n = static_cast<double>((size - i + kLanes - 1) / kLanes);
-      const double above = static_cast<double>(sums[i]) / n, mean = static_cast<double>(first[i]) - origin + above;
+      const double above = static_cast<double>(sums[i]) / n, mean = static_cast<double>(first[i]) + above;
       total[0] += n * mean;
       total[1] += static_cast<double>(squares[i]) - n * above * above + n * mean * mean;
     }
@@ -100,30 +107,39 @@ inline Moments moments(const double (&total)[2], int64_t size) {
   return {static_cast<float>(n), static_cast<float>(mean), m2 < 0.0 ? 0.0f : static_cast<float>(m2)};
 }
 
+// Each branch counts from its value at the sample's first element: F is then as exact as its deviations are.
 template <class L>
 Sums rescale_sums(const Part& p) {
   constexpr int count = registers<L>;
-  using Group = typename L::F[count];
-  Group c, f;
-  float head[kLanes];
-  load_guided<L, true>(p, p.asked.by, 0, 1, c, f);
-  to_lanes<L>(c, head);
-  const double origin = head[0];
-  to_lanes<L>(f, head);
-  const double guided_origin = head[0];
+  Branches<L> branches;
+  float c0[kLanes], g0[kLanes], away0[kLanes];
+  branches.template load<true>(p, 0, 1);
+  to_lanes<L>(branches.c, c0);
+  to_lanes<L>(branches.g, g0);
+  to_lanes<L>(branches.away, away0);
+  typename L::F f[count];
+  const auto load = [&](auto partial, int64_t at, int64_t n) {
+    branches.template load<partial.value>(p, at, n);
+    for (int u = 0; u < count; ++u) {
+      branches.c[u] = branches.c[u] - L::set(c0[0]);
+      branches.g[u] = branches.g[u] - L::set(g0[0]);
+      branches.away[u] = branches.away[u] - L::set(away0[0]);
+    }
+    branches.combine(p.asked, p.asked.by, f);
+  };
 
   double plain[2] = {}, guided[2] = {};
   for (int64_t done = 0; done < p.count; done += kSpan) {
     const int64_t size = p.count - done < kSpan ? p.count - done : kSpan, first = p.first + done;
-    load_guided<L, true>(p, p.asked.by, first, size, c, f);
-    Spread<L> of_c(c), of_f(f);
+    load(std::true_type{}, first, size);
+    Spread<L> of_c(branches.c), of_f(f);
     each_group(first, size, [&](auto partial, int64_t at, int64_t n) {
-      load_guided<L, partial.value>(p, p.asked.by, at, n, c, f);
-      of_c.template add<partial.value>(c, n);
+      load(partial, at, n);
+      of_c.template add<partial.value>(branches.c, n);
       of_f.template add<partial.value>(f, n);
     });
-    of_c.settle(size, origin, plain);
-    of_f.settle(size, guided_origin, guided);
+    of_c.settle(size, plain);
+    of_f.settle(size, guided);
   }
   return {moments(plain, p.count), moments(guided, p.count), {}};
 }
@@ -179,8 +195,10 @@ void magnitudes(const Part& p, const Scalars& by, float* to) {
   constexpr int count = registers<L>, w = L::kWidth;
   each_group(p.first, p.count, [&](auto partial, int64_t at, int64_t n) {
     constexpr bool kPartial = partial.value;
-    F c[count], f[count];
-    load_guided<L, kPartial>(p, by, at, n, c, f);
+    Branches<L> branches;
+    F f[count];
+    branches.template load<kPartial>(p, at, n);
+    branches.combine(p.asked, by, f);
     for (int u = 0; u < count; ++u) {
       const int left = clip(n - u * w, w);
       const F x = p.x ? load<L, kPartial>(p.x + at + u * w, left) : L::set(0.0f);

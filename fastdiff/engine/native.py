@@ -173,7 +173,9 @@ def _bind(
     def place(name: str, given: Tensor | None) -> None:
         bound = getattr(tensors, name)
         if (given is None) != (bound is None):
-            raise ValueError(f"{op}: {name} was {_given(bound)} when it was bound and is {_given(given)} now; bind again")
+            raise ValueError(
+                f"{op}: {name} was {_given(bound)} when it was bound and is {_given(given)} now; bind again"
+            )
         if given is None:
             return
         unlike = given.shape != bound.shape or given.dtype is not dtype or given.device != kind
