@@ -1,6 +1,8 @@
 // What both executors refuse before they touch anything. Shapes and dtypes of tensors are checked in Python, once.
 #pragma once
 
+#include <initializer_list>
+
 #include "affine.h"
 #include "guide.h"
 
