@@ -65,6 +65,7 @@ KERNELS = Path(fastdiff.kernels.__path__[0]) / "__init__.py"
 with interpretation():
     load("kernels_under_test", KERNELS)
     affine = importlib.import_module("kernels_under_test.affine")
+    layout = importlib.import_module("kernels_under_test.layout")
     philox_module = importlib.import_module("kernels_under_test.philox")
 philox, philox_words = philox_module.philox, philox_module.philox_words
 row_cases = load("row_cases", Path(__file__).with_name("row_cases.py"))
@@ -195,11 +196,16 @@ def copy_step(step: StepTensors, device: torch.device | str = "cpu") -> StepTens
     return StepTensors(*[move(tensor) for tensor in step.arguments()])  # type: ignore[arg-type]
 
 
+def launch(step: StepTensors, **options: int) -> None:
+    """One row on the Triton executor, in place."""
+    affine.bind(*step.arguments(), **options)(step.model_out, step.unguided, step.perturbed)
+
+
 def run(step: StepTensors, **options: int) -> StepTensors:
     """The step after one row on the Triton executor, back on the CPU."""
     there = copy_step(step, DEVICE)
     check(there)
-    affine.affine_step(*there.arguments(), **options)
+    launch(there, **options)
     return copy_step(there)
 
 
@@ -431,12 +437,12 @@ def test_a_row_without_model_or_noise_reads_neither() -> None:
 
 
 def test_columns_are_those_of_the_layout() -> None:
-    names = [name for name in dir(affine) if name.isupper() and hasattr(at, name)]
-    assert len(names) >= 22
+    names = [name for name in dir(layout) if name.isupper()]
+    assert len(names) >= 50
     for name in names:
-        assert getattr(affine, name).value == getattr(at, name), name
-    assert affine.NOISE.value == at.COEF_FIXED
-    assert affine.TERM_IDS.value == at.IDS_FIXED
+        assert getattr(layout, name).value == getattr(at, name), name
+    assert layout.NOISE.value == at.COEF_FIXED
+    assert layout.TERM_IDS.value == at.IDS_FIXED
     assert (at.MAX_OUTPUTS, at.MAX_SLOTS) == (3, 6)
 
 
@@ -457,12 +463,12 @@ def test_a_captured_step_replays_every_row() -> None:
     step.row.zero_()
     eager, captured = copy_step(step, DEVICE), copy_step(step, DEVICE)
     warm = copy_step(step, DEVICE)
-    affine.affine_step(*warm.arguments())
+    launch(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        affine.affine_step(*captured.arguments())
+        launch(captured)
     for _ in range(5):
-        affine.affine_step(*eager.arguments())
+        launch(eager)
         graph.replay()
     torch.cuda.synchronize()
     assert captured.row.tolist() == [4, 4, 4]
@@ -485,7 +491,7 @@ def test_rows_advance_once_under_contention() -> None:
     step.coef[:, at.CLAMP_LO] = torch.arange(launches, device=DEVICE, dtype=torch.float32)
     step.ids[:, at.FLAGS] = at.READS_MODEL
     for launch in range(launches):
-        affine.affine_step(*step.arguments(), programs=2**20)
+        launch(step, programs=2**20)
         assert bool((step.state == launch).all()), "a program saw the next row"
         assert step.row.tolist() == [launch + 1] * 2 and step.ticket.tolist() == [0, 0]
 
@@ -502,5 +508,5 @@ def test_offsets_beyond_32_bits() -> None:
     step.state = torch.zeros(4, 1, length, device=DEVICE)
     step.state[2, 0] = torch.arange(length, device=DEVICE, dtype=torch.float32)
     step.model_out = torch.zeros(1, length, device=DEVICE, dtype=torch.float16)
-    affine.affine_step(*step.arguments())
+    launch(step)
     assert torch.equal(step.state[3], step.state[2])

@@ -78,7 +78,8 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
 
     affine.affine_kernel = Launches()
     for specialisation in wanted:
-        affine.affine_step(*tensors(specialisation))
+        step = tensors(specialisation)
+        affine.bind(*step)(step[1])
     return [describe(kernel, options["BLOCK"]) for kernel, options in compiled]
 
 
@@ -100,7 +101,7 @@ def tensors(specialisation: Specialisation) -> list[Any]:
         images(2 * batch, specialisation.model_out),
         images(2 * batch, specialisation.model_in),
         torch.zeros(2 * batch),
-        torch.zeros(7, 32 + 4 * terms),
+        torch.zeros(7, 40 + 4 * terms),
         torch.zeros(7, 16 + 2 * terms, dtype=torch.int32),
         integers(torch.int32),
         integers(torch.int64),
