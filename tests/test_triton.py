@@ -265,6 +265,95 @@ def test_random_rows_of_other_tables(seed: int) -> None:
     assert_row(step, run(step))
 
 
+FEATURES = [
+    {"branches": "apart"},
+    {"mixed": True},
+    {"spread": True},
+    {"perturbed": True},
+    {"perturbed": True, "guided": False, "branches": "apart"},
+    {"perturbed": True, "branches": "apart", "mixed": True, "spread": True},
+]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(map(str, features.values())))
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3, 5, 7), torch.contiguous_format),
+        ((3, 24, 20), torch.contiguous_format),
+        ((3, 24, 20), torch.channels_last),
+        ((3, 5, 5), torch.channels_last),
+    ],
+)
+def test_random_rows_with_everything_a_rule_may_add(
+    shape: tuple[int, ...], layout: torch.memory_format, features: dict[str, Any]
+) -> None:
+    for seed, dtypes in enumerate(DTYPES):
+        case = Case(shape, 3, layout, *dtypes, injected=seed == 1, idle=seed == 2, seed=seed + sum(shape), **features)
+        step = case.tensors()
+        assert_row(step, run(step, programs=(affine.PROGRAMS, 1, 2)[seed]))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_tables_with_everything_a_rule_may_add(seed: int) -> None:
+    features = FEATURES[seed % len(FEATURES)]
+    case = Case((3, 4, 5), 7, emit_dtype=(None, torch.float32)[seed % 2], terms=seed % 4, seed=100 + seed, **features)
+    step = case.tensors()
+    assert_row(step, run(step))
+
+
+def test_a_second_estimate_is_the_conditional_one_where_there_is_no_unguided_branch() -> None:
+    step = simple_step((40,), model_out=torch.randn(1, 40), noise=torch.zeros(4, 1, 40))
+    step.state.normal_()
+    step.ids[0, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED
+    step.coef[0, [at.P, at.Q, at.CLAMP_HI, at.OUTPUT + at.OUT_E]] = torch.tensor([0.5, 2.0, -9.0, 1.0])
+    step.coef[0, at.OUTPUT + at.OUT_DELTA] = 0.0
+    expected = 0.5 * step.state[0] + 2.0 * step.model_out
+    torch.testing.assert_close(run(step).state[0], expected, rtol=3e-7, atol=3e-7)
+
+
+def test_what_a_rule_switches_off_is_not_read() -> None:
+    """Scalars 0, and a guidance of 1, keep NaN in Fu, Fp, M and V away from the state and from status."""
+    case = Case((3, 4, 4), 4, branches="apart", perturbed=True, mixed=True, spread=True, rows=1, seed=3)
+    step = case.tensors()
+    step.state[step.state.isnan()] = 0.0
+    clean = run(step)
+    for name in ("unguided", "perturbed", "momentum", "variance"):
+        getattr(step, name).fill_(NAN)
+    step.ids[:, at.FLAGS] = at.READS_MODEL
+    step.guidance.fill_(1.0)
+    step.mix[:, at.MIX_S] = step.mix[:, at.MIX_M] = 0.0  # type: ignore[index]
+    got = run(step)
+    assert not clean.state.isnan().any() and not got.state.isnan().any()
+    assert got.status.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("branch", ["unguided", "perturbed"])
+def test_status_watches_every_branch_that_is_read(branch: str) -> None:
+    step = Case((3, 4, 4), 4, branches="apart", perturbed=True, mixed=True, rows=1, seed=3).tensors()
+    step.state[step.state.isnan()] = 0.0
+    step.ids[:, at.FLAGS] = at.READS_MODEL
+    step.coef[:, [at.GAIN, at.PERTURB]] = 1.0
+    step.guidance.copy_(torch.tensor([3.0, 3.0, 1.0, 3.0]))
+    step.mix[:, at.MIX_W], step.mix[:, at.MIX_S] = 1.0, torch.tensor([1.0, 1.0, 0.0, 1.0])  # type: ignore[index]
+    getattr(step, branch)[0, 0, 0, 0] = INF
+    getattr(step, branch)[2, 1, 1, 1] = NAN  # not read
+    getattr(step, branch)[3, 2, 3, 3] = NAN
+    assert run(step).status.tolist() == [0, -1, -1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_learned_spread_is_exact_to_a_millionth(dtype: torch.dtype) -> None:
+    variance = torch.linspace(-20, 20, 2001, dtype=torch.float64).to(dtype)
+    step = simple_step((2001,), variance=variance[None], noise=torch.ones(4, 1, 2001))
+    step.model_out = step.model_out.to(dtype)
+    step.coef[0, [at.SPREAD_LOG, at.SPREAD_SLOPE]] = torch.tensor([-1.25, 1.5])
+    step.ids[0, at.FLAGS] = at.SPREADS_NOISE
+    # the argument of exp is one fused operation, whose rounding is not the exponential's fault
+    argument = (1.5 * variance.double() - 1.25).float()
+    torch.testing.assert_close(run(step).state[0, 0].double(), argument.double().exp(), rtol=1e-6, atol=0)
+
+
 def simple_step(
     shape: tuple[int, ...], batch: int = 1, layout: torch.memory_format = torch.contiguous_format, **changes: Any
 ) -> StepTensors:
@@ -462,11 +551,11 @@ def test_a_captured_step_replays_every_row() -> None:
     step.state.normal_()
     step.row.zero_()
     eager, captured = copy_step(step, DEVICE), copy_step(step, DEVICE)
-    warm = copy_step(step, DEVICE)
-    launch(warm)
+    launch(copy_step(step, DEVICE))
+    bound = affine.bind(*captured.arguments())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(captured)
+        bound(captured.model_out)
     for _ in range(5):
         launch(eager)
         graph.replay()
