@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import branches
 from . import layout as at
-from .branches import guided_output, load_float, perturbed_output, where_all
+from .branches import guided_output, load_float, perturbed_output, sum_quads, where_all
 from .philox import normal_elements, normal_quads
 
 # Where the normal of an element comes from.
@@ -104,14 +104,6 @@ def _store_output(pointers, total, x, output, dest, all_samples, mask):
     out = total + tl.where(tl.load(output + at.OUT_DELTA) != 0.0, x, 0.0)
     tl.store(pointers + tl.load(dest) * all_samples, out, mask=mask)
     return out
-
-
-@triton.jit
-def _sum_quads(values):
-    """The sum of each 4 consecutive elements, fp32 [BLOCK] to [BLOCK / 4]; a thread has them all."""
-    even, odd = tl.split(tl.reshape(values, [values.shape[0] // 4, 2, 2]))
-    first, second = tl.split(even + odd)
-    return first + second
 
 
 @triton.jit
@@ -225,7 +217,7 @@ def affine_kernel(
             unguided + unguided_place * all_samples + sample + start + local, where_all(mask, reads_unguided)
         )
         # a branch is 0 where it is not read; 0 times infinity or NaN is NaN, and stays NaN in a sum
-        broken += _sum_quads(tl.math.fma(second, 0.0, conditional * 0.0))
+        broken += sum_quads(tl.math.fma(second, 0.0, conditional * 0.0))
         if mix is None:
             raw = guided_output(conditional, second, weight, guided)
         else:
@@ -235,7 +227,7 @@ def affine_kernel(
                 third = load_float(
                     perturbed + perturbed_place * all_samples + sample + start + local, where_all(mask, perturbs)
                 )
-                broken += _sum_quads(third * 0.0)
+                broken += sum_quads(third * 0.0)
                 raw = perturbed_output(raw, conditional, third, strength, perturbs)
 
         x0 = tl.where(raw_weight != 0.0, tl.math.fma(raw_weight, raw, x_weight * x), x_weight * x)

@@ -28,6 +28,14 @@ def load_float(pointers, mask):
 
 
 @triton.jit
+def sum_quads(values):
+    """The sum of each 4 consecutive elements, [BLOCK] to [BLOCK / 4]; a thread has them all."""
+    even, odd = tl.split(tl.reshape(values, [values.shape[0] // 4, 2, 2]))
+    first, second = tl.split(even + odd)
+    return first + second
+
+
+@triton.jit
 def guided_output(conditional, second, weight, guided):
     """F of the two branches, Fu already scaled: Fu + w (Fc - Fu), or Fc where the row is not guided."""
     return tl.where(guided, tl.math.fma(weight, conditional - second, second), conditional)

@@ -1,26 +1,16 @@
-"""The Triton executor against the reference: on a GPU when there is one, else interpreted on the CPU.
-
-Triton decides whether a function is compiled or interpreted when it is decorated, so without a GPU this file loads a
-second copy of fastdiff.kernels with interpretation on, and leaves the installed copy and the environment alone.
-"""
+"""The Triton executor against the reference: on a GPU when there is one, else interpreted on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import fastdiff.kernels
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
+from interpreted import DEVICE, KERNELS, affine, interpreted, jit, layout, load, philox_module  # noqa: F401
+from row_cases import Case, expected
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
@@ -28,54 +18,11 @@ from fastdiff.engine import reference
 from fastdiff.engine.ops import StepTensors, check
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy under the interpreter, on inf and NaN
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-@contextlib.contextmanager
-def interpretation() -> Iterator[None]:
-    """TRITON_INTERPRET=1 unless a GPU runs the kernels."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0" if DEVICE.type == "cuda" else "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-def load(name: str, path: Path) -> ModuleType:
-    search = [str(path.parent)] if path.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=search)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def jit(function: Callable[..., None]) -> Any:
-    with interpretation():
-        return triton.jit(function)
-
-
-KERNELS = Path(fastdiff.kernels.__path__[0]) / "__init__.py"
-with interpretation():
-    load("kernels_under_test", KERNELS)
-    affine = importlib.import_module("kernels_under_test.affine")
-    layout = importlib.import_module("kernels_under_test.layout")
-    philox_module = importlib.import_module("kernels_under_test.philox")
 philox, philox_words = philox_module.philox, philox_module.philox_words
-row_cases = load("row_cases", Path(__file__).with_name("row_cases.py"))
-Case, expected = row_cases.Case, row_cases.expected
 normal_quads, normal_elements = philox_module.normal_quads, philox_module.normal_elements
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if DEVICE.type == "cuda" else "1")
 
 
 # ---- noise
