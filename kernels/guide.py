@@ -54,27 +54,68 @@ def _combined(conditional, seconds, thirds, index, mask, weight, scale, strength
 
 
 @triton.jit
-def _store_mix(mix, weight, scale, estimate, momentum_weight, mask):
-    """One sample's scalars, its bound open: w, u, p = q, m."""
+def _store_mix(mix, weight, scale, x_weight, raw_weight, momentum_weight, mask):
+    """One sample's scalars w, u, p, q, m, its bound open."""
     tl.store(mix + at.MIX_W, weight, mask=mask)
     tl.store(mix + at.MIX_U, scale, mask=mask)
-    tl.store(mix + at.MIX_P, estimate, mask=mask)
-    tl.store(mix + at.MIX_Q, estimate, mask=mask)
+    tl.store(mix + at.MIX_P, x_weight, mask=mask)
+    tl.store(mix + at.MIX_Q, raw_weight, mask=mask)
     tl.store(mix + at.MIX_M, momentum_weight, mask=mask)
     tl.store(mix + at.MIX_BOUND, float("inf"), mask=mask)
     tl.store(mix + at.MIX_POST, 1.0, mask=mask)
 
 
 @triton.jit
-def _moments(count, shift, total, square):
+def _column(partial, column, parts):
+    """One sum of every part, from the cache all multiprocessors share; 0 for parts that are not there."""
+    part = tl.arange(0, at.PARTS)
+    return tl.load(partial + part * at.SUMS + column, mask=part < parts, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _ratio(above, below, otherwise):
+    """above / below, or `otherwise` where below is 0."""
+    return tl.where(below != 0.0, above / tl.where(below != 0.0, below, 1.0), otherwise)
+
+
+@triton.jit
+def _squares(count, shift, total, square):
     """Sum of squared deviations from the mean, of parts that each have sums about a shift of their own."""
     held = tl.maximum(count, 1.0)
     offset = shift - tl.sum(tl.where(tl.arange(0, at.PARTS) == 0, shift, 0.0), 0) + total / held
-    mean = tl.sum(count * offset, 0) / tl.sum(count, 0)
-    away = offset - mean
+    away = offset - tl.sum(count * offset, 0) / tl.sum(count, 0)
     within = square - total * (total / held)
     within = tl.where(within < 0.0, 0.0, within)
     return tl.sum(within + count * (away * away), 0)
+
+
+@triton.jit
+def _find_rescale(partial, parts, length, size, settings, mix):
+    """mix_q = phi std(Fc) / std(G) + 1 - phi."""
+    count = tl.minimum(tl.maximum(length - tl.arange(0, at.PARTS) * size, 0), size).to(tl.float32)
+    above = _squares(count, _column(partial, 4, parts), _column(partial, 0, parts), _column(partial, 1, parts))
+    below = _squares(count, _column(partial, 5, parts), _column(partial, 2, parts), _column(partial, 3, parts))
+    phi = tl.load(settings + at.PHI)
+    found = tl.math.fma(phi, tl.math.sqrt_rn(_ratio(above, below, 1.0)), 1.0 - phi)
+    _store_mix(mix, 1.0, 1.0, 1.0, tl.where(below != 0.0, found, 1.0), 0.0, True)
+
+
+@triton.jit
+def _find_cfg_zero(partial, parts, mix):
+    """mix_u = <Fc, Fu> / <Fu, Fu>."""
+    scale = _ratio(tl.sum(_column(partial, 0, parts), 0), tl.sum(_column(partial, 1, parts), 0), 1.0)
+    _store_mix(mix, 1.0, scale, 1.0, 1.0, 0.0, True)
+
+
+@triton.jit
+def _find_apg(partial, parts, gain, settings, mix):
+    """mix_m = (w - 1) min(1, radius / |M|), mix_p = mix_q = 1 - mix_m (1 - eta) <M, Dc> / <Dc, Dc>."""
+    radius = tl.load(settings + at.RADIUS)
+    norm = tl.math.sqrt_rn(tl.sum(_column(partial, 0, parts), 0))
+    momentum_weight = gain * tl.where((radius > 0.0) & (radius < norm), _ratio(radius, norm, 1.0), 1.0)
+    along = _ratio(tl.sum(_column(partial, 1, parts), 0), tl.sum(_column(partial, 2, parts), 0), 0.0)
+    kept = 1.0 - momentum_weight * (1.0 - tl.load(settings + at.ETA)) * along
+    _store_mix(mix, 0.0, 1.0, kept, kept, momentum_weight, True)
 
 
 @triton.jit
@@ -109,7 +150,7 @@ def guide_kernel(
         works |= perturbs
     mix += b * at.MIX
     if works == 0:
-        _store_mix(mix, 1.0, 1.0, 1.0, 0.0, part == 0)
+        _store_mix(mix, 1.0, 1.0, 1.0, 1.0, 0.0, part == 0)
         return
 
     length = units.to(tl.int64) * UNIT
@@ -173,38 +214,12 @@ def guide_kernel(
     arrived = tl.atomic_add(ticket + b, 1, sem="acq_rel", scope="gpu")
     if arrived == parts - 1:
         tl.atomic_xchg(ticket + b, 0, sem="acquire", scope="gpu")
-        k = tl.arange(0, at.PARTS)
-        there = k < parts
-        sums = partial + k * at.SUMS
-        first = tl.load(sums, mask=there, other=0.0, cache_modifier=".cg")
-        second = tl.load(sums + 1, mask=there, other=0.0, cache_modifier=".cg")
-        third = tl.load(sums + 2, mask=there, other=0.0, cache_modifier=".cg")
         if RULE == at.RESCALE:
-            fourth = tl.load(sums + 3, mask=there, other=0.0, cache_modifier=".cg")
-            fifth = tl.load(sums + 4, mask=there, other=0.0, cache_modifier=".cg")
-            sixth = tl.load(sums + 5, mask=there, other=0.0, cache_modifier=".cg")
-            size = tiles.to(tl.int64) * BLOCK
-            count = tl.minimum(tl.maximum(length - k * size, 0), size).to(tl.float32)
-            above = _moments(count, fifth, first, second)
-            below = _moments(count, sixth, third, fourth)
-            phi = tl.load(settings + at.PHI)
-            ratio = tl.math.sqrt_rn(above / tl.where(below != 0.0, below, 1.0))
-            estimate = tl.where(below != 0.0, tl.math.fma(phi, ratio, 1.0 - phi), 1.0)
-            _store_mix(mix, 1.0, 1.0, 1.0, 0.0, True)
-            tl.store(mix + at.MIX_Q, estimate)
+            _find_rescale(partial, parts, length, tiles.to(tl.int64) * BLOCK, settings, mix)
         elif RULE == at.CFG_ZERO:
-            size = tl.sum(second, 0)
-            scale = tl.where(size != 0.0, tl.sum(first, 0) / tl.where(size != 0.0, size, 1.0), 1.0)
-            _store_mix(mix, 1.0, scale, 1.0, 0.0, True)
+            _find_cfg_zero(partial, parts, mix)
         elif RULE == at.APG:
-            radius = tl.load(settings + at.RADIUS)
-            norm = tl.math.sqrt_rn(tl.sum(first, 0))
-            shrink = tl.where((radius > 0.0) & (radius < norm), radius / tl.where(norm > 0.0, norm, 1.0), 1.0)
-            size = tl.sum(third, 0)
-            along = tl.where(size != 0.0, tl.sum(second, 0) / tl.where(size != 0.0, size, 1.0), 0.0)
-            momentum_weight = gain * shrink
-            lost = momentum_weight * (1.0 - tl.load(settings + at.ETA))
-            _store_mix(mix, 0.0, 1.0, 1.0 - lost * along, momentum_weight, True)
+            _find_apg(partial, parts, gain, settings, mix)
 
 
 @triton.jit
@@ -339,6 +354,7 @@ def bind(
     length = state[0, 0].numel()
     unit = 4 if length % 4 == 0 else 1
     block, tiles, parts = part_shape(length)
+    quantile_block = QUANTILE_BLOCK if unit == 4 else QUANTILE_BLOCK // 2
     unguided_place, perturbed_place = branches.places(model_out, unguided, perturbed, batch)
     if rule == at.PLAIN.value:
         parts = 1
@@ -350,13 +366,14 @@ def bind(
     sums: list[Any] = [*table, partial, ticket, momentum, *shape, parts, tiles, *places]
     quantile: list[Any] = [*table, momentum, *shape, *places]
     sum_up, bound = guide_kernel[(batch * parts,)], quantile_kernel[(batch,)]
+    warp = 256 if unit == 4 else 128  # elements of a warp; those of an odd sample need an address each
     common = {"UNIT": unit, "maxnreg": REGISTERS, "enable_fp_fusion": False}
 
     def find(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         apart = branches.tensors(model_out, unguided, perturbed, perturbed_place >= 0)
-        sum_up(*apart, *sums, RULE=rule, BLOCK=block, num_warps=block // 256, **common)
+        sum_up(*apart, *sums, RULE=rule, BLOCK=block, num_warps=block // warp, **common)
         if threshold:
-            bound(*apart, *quantile, BLOCK=QUANTILE_BLOCK, num_warps=QUANTILE_BLOCK // 256, **common)
+            bound(*apart, *quantile, BLOCK=quantile_block, num_warps=quantile_block // warp, **common)
 
     return find
 
@@ -364,5 +381,7 @@ def bind(
 def part_shape(length: int) -> tuple[int, int, int]:
     """BLOCK, tiles of a part and parts of a sample, from its length alone, so that a sum depends on nothing else."""
     block = BLOCK if length < LONG else LONG_BLOCK
+    if length % 4:
+        block //= 2
     tiles = triton.cdiv(triton.cdiv(length, block), at.PARTS.value)
     return block, tiles, triton.cdiv(length, block * tiles)
