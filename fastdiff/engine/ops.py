@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def bind(tensors: StepTensors, executor: str) -> Step:
 
         return native.bind(tensors, executor)
     names = [field.name for field in fields(tensors)]
-    own = dict(zip(names, tensors.arguments(), strict=True))
+    own: dict[str, Any] = dict(zip(names, tensors.arguments(), strict=True))
     if executor == "triton":
         from fastdiff.kernels import affine
 
