@@ -7,7 +7,9 @@ from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
+from fastdiff.engine import guidance
 from fastdiff.engine.backends import probe as backends
+from fastdiff.engine.gits import gits
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.errors import BackendUnavailable
@@ -28,7 +30,9 @@ __all__ = [
     "Schedule",
     "backends",
     "capture",
+    "gits",
     "grids",
+    "guidance",
     "load",
     "models",
     "plan",

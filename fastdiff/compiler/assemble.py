@@ -20,13 +20,14 @@ Terms = dict[Atom, float]
 
 @dataclass(frozen=True)
 class Output:
-    """One register a row writes: dest <- x * X + sum_j slots[j] * r_j + denoised * D + sum_k noise[k] * z_k."""
+    """One register a row writes: dest <- x X + sum_j slots[j] r_j + denoised D + other E + sum_k noise[k] z_k."""
 
     dest: int
     x: float
     slots: tuple[float, ...]
     denoised: float
     noise: tuple[float, ...]
+    other: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Row:
     gain: how much of the guidance applies here, w_row = 1 + gain * (w - 1).
     reading: how this row calls the network and reads its output, D = P x + Q F, where the plan itself knows it
     (captured from a scheduler); None: from the network's prediction type. clamp: bounds of D, None for none.
+    estimate: what E is, "unguided" (P x + Q Fu) or "unclamped" (D before its clamp); None where it is not used.
+    spread: (log, slope), the noise times exp(log + slope V), V the network's learned variance; None: as it is.
+    perturb: how much of the perturbed branch's scale applies here. muted: the network's output is taken as 0.
     """
 
     level: Level | None
@@ -49,6 +53,10 @@ class Row:
     gain: float = 1.0
     reading: Prediction | None = None
     clamp: tuple[float, float] | None = None
+    estimate: str | None = None
+    spread: tuple[float, float] | None = None
+    perturb: float = 1.0
+    muted: bool = False
 
 
 def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
@@ -78,7 +86,9 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
                 home[atom] = free.pop(0)
             outputs.append(_output(home[atom], terms, state, reads, noise, i - 1))
         _check_size(solver, i - 1, slots, outputs)
-        rows.append(Row(segment.level, x, slots, tuple(outputs), noise))
+        rows.append(
+            Row(segment.level, x, slots, tuple(outputs), noise, estimate=segment.estimate, spread=segment.spread)
+        )
     return tuple(rows), registers, rows[-1].outputs[0].dest
 
 
@@ -91,6 +101,7 @@ def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
     values.update(kept)
     if i:
         values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
+        values[Atom("E", i - 1)] = {Atom("E", i - 1): 1.0}
     else:
         values[Atom("start", 0)] = {Atom("start", 0): 1.0}
     return values
@@ -127,6 +138,7 @@ def _output(
         slots=tuple(terms.get(atom, 0.0) for atom in reads),
         denoised=terms.get(Atom("D", row), 0.0),
         noise=tuple(terms.get(Atom("z", index, stream), 0.0) for index, stream in noise),
+        other=terms.get(Atom("E", row), 0.0),
     )
 
 

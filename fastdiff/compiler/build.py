@@ -5,8 +5,7 @@ May import: process, solvers, run, assemble, plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,10 @@ def plan(
     strength: float = 1.0,
     start_step: int = 0,
     guidance_interval: tuple[float, float] | None = None,
+    guidance_schedule: Sequence[float] | Callable[[Level], float] | None = None,
+    perturbed_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    clamp: tuple[float, float] | None = None,
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -39,9 +42,8 @@ def plan(
     times on the schedule's clock, without the final clean one). grid_options: options of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
-    step count). guidance_interval: (low, high) in sigma/alpha; rows outside it evaluate the
-    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). Raises ValueError or
-    TypeError, naming what is wrong, and never a half-built plan.
+    step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`. Raises
+    ValueError or TypeError, naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
     chosen.check_options(options)
@@ -55,7 +57,13 @@ def plan(
     if chosen.upward:
         levels.reverse()
     compiled = compile_levels(solver, levels, process, name, options)
-    return compiled if guidance_interval is None else _guided_within(compiled, guidance_interval)
+    return compiled.guided(
+        interval=guidance_interval,
+        schedule=guidance_schedule,
+        perturbed_interval=perturbed_interval,
+        cfg_pp=cfg_pp,
+        clamp=clamp,
+    )
 
 
 def compile_levels(
@@ -96,16 +104,6 @@ def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, 
     low, high = schedule.time_range
     start = low + strength * (high - low)
     return np.concatenate([[start], times[times < start]])
-
-
-def _guided_within(compiled: Plan, interval: tuple[float, float]) -> Plan:
-    low, high = interval
-    if not 0.0 <= low < high:
-        raise ValueError(f"guidance_interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
-    rows = (
-        row if row.level is None else replace(row, gain=float(low <= row.level.rho <= high)) for row in compiled.rows
-    )
-    return replace(compiled, rows=tuple(rows))
 
 
 def _plain(value: Any) -> Any:

@@ -67,8 +67,9 @@ def guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> N
                   mix_w = 0, mix_m = (w - 1) c, mix_p = mix_q = 1 - mix_m (1 - eta) <M, Dc> / <Dc, Dc>
         threshold mix_bound = min(max(q, 1), ceiling), mix_post = 1 / mix_bound, q the `percentile` quantile
                   (linear interpolation) of |D| before its clamp, the rule above applied
-    A ratio with denominator 0 leaves its scalar at 1 (APG: drops the projection). Where w = 1 (and s = 0 for RESCALE)
-    the rule does nothing and M stays; a sample outside its table, or in a row without a model, is left alone.
+    A ratio with denominator 0 leaves its scalar at 1 (APG: drops the projection); where one of APG's sums is not finite
+    all are left plain, so the row reads Fu, finds the cause and reports it. Where w = 1 (and s = 0 for RESCALE) the
+    rule does nothing and M stays; a sample outside its table, or in a row without a model, is left alone.
     Deterministic; capturable on executors "triton" and "cuda". Raises as `ops.affine_step`.
     """
     torch.ops.fastdiff.guide(*tensors.arguments(), rule=rule, threshold=threshold, executor=executor)

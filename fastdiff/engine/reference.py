@@ -67,7 +67,7 @@ def affine_step(
             if denoised is not None:
                 denoised[b] = x0
 
-        spread = torch.ones(())
+        spread: Tensor | float = 1.0
         if variance is not None and index[at.FLAGS] & at.SPREADS_NOISE:
             spread = torch.exp(scalar[at.SPREAD_LOG] + scalar[at.SPREAD_SLOPE] * variance[b].float())
         results = [_output(state, b, x, x0, other, spread, scalar, index, o, seed, noise) for o in outputs]
@@ -128,7 +128,7 @@ def _output(
     x: Tensor,
     x0: Tensor,
     other: Tensor,
-    spread: Tensor,
+    spread: Tensor | float,
     scalar: list[float],
     index: list[int],
     output: int,

@@ -5,6 +5,8 @@ May import: the table's layout, the row's reference (for its branches). Formulas
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,8 @@ def _find(
         length, size = float(direction.norm()), float(estimate.square().sum())
         shrink = given[at.RADIUS] / length if 0.0 < given[at.RADIUS] < length else 1.0
         along = float((direction * estimate).sum()) / size if size > 0 else 0.0
+        if not math.isfinite(length + along):
+            return  # the row must read Fu itself to report it
         found[at.MIX_W] = 0.0
         found[at.MIX_M] = (weight - 1.0) * shrink
         found[at.MIX_P] = found[at.MIX_Q] = 1.0 - found[at.MIX_M] * (1.0 - given[at.ETA]) * along
