@@ -1,9 +1,10 @@
 """The row kernel: any row of any plan in one pass over memory, with a row number and a seed for each sample.
 
-Bytes moved per element: 4 for each register read and each output, 4 or 2 for F (twice that in a guided row) and for
-each copy of the model input, and 4 for D when asked. DPM++2M in half precision: x, history and F read, x, D and the
-model input written, 4 + 4 + 2 + 4 + 4 + 2 = 20. A program reads its table row, about 300 bytes, once for a few thousand
-elements; normals never touch memory. Must reach 90 % of copy bandwidth without noise and 80 % with.
+Bytes moved per element: 4 for each register read and each output, 4 or 2 for every branch of F that the row reads and
+for each copy of the model input, 4 for D when asked, 4 for a rule's M, 4 or 2 for a learned variance. DPM++2M in half
+precision: x, history and F read, x, D and the model input written, 4 + 4 + 2 + 4 + 4 + 2 = 20. A program reads its
+table row, about 300 bytes, once for a few thousand elements; normals never touch memory. Must reach 90 % of copy
+bandwidth without noise and 80 % with.
 
 A thread owns groups of 4 consecutive elements: 16-byte accesses to fp32 and 8-byte ones to halves, one Philox call for
 each group, and every load of a tile is issued before the first use. Bit-stable: sums of products are explicit fma.
@@ -22,13 +23,7 @@ from torch import Tensor
 from . import branches
 from . import layout as at
 from .branches import guided_output, load_float, perturbed_output, sum_quads, where_all
-from .philox import normal_elements, normal_quads
-
-# Where the normal of an element comes from.
-GIVEN = tl.constexpr(0)  # a tensor
-QUADS = tl.constexpr(1)  # the counter, memory order = element order
-PIXELS = tl.constexpr(2)  # the counter, channels_last: tiles of whole groups of 4 pixels, so Philox runs once per quad
-ELEMENTS = tl.constexpr(3)  # the counter, any channels_last: Philox runs once per element
+from .philox import ELEMENTS, GIVEN, PIXELS, QUADS, draw_tile
 
 BLOCK = 1024  # elements of a tile: 4 warps of 32 threads of twice 4 consecutive elements
 REGISTERS = 128  # of a thread, so that 4 programs of 128 threads share a multiprocessor
@@ -104,28 +99,6 @@ def _store_output(pointers, total, x, output, dest, all_samples, mask):
     out = total + tl.where(tl.load(output + at.OUT_DELTA) != 0.0, x, 0.0)
     tl.store(pointers + tl.load(dest) * all_samples, out, mask=mask)
     return out
-
-
-@triton.jit
-def _draw(start, local, seed, noise_id, stream, pixels, CHANNELS: tl.constexpr, DRAW: tl.constexpr):
-    """The normals of the tile that begins at memory index `start`, in memory order."""
-    BLOCK: tl.constexpr = local.shape[0]
-    if DRAW == QUADS:
-        quads = normal_quads(start // 4 + tl.arange(0, BLOCK // 4), seed, noise_id, stream)
-        return tl.reshape(quads, [BLOCK])
-    elif DRAW == PIXELS:
-        # memory is [pixel group, 4 pixels, channel]; quads are drawn as [pixel group, channel], 4 pixels each
-        quad = tl.arange(0, BLOCK // 4)
-        group = start // (4 * CHANNELS) + quad // CHANNELS
-        quads = normal_quads((quad % CHANNELS) * (pixels // 4) + group, seed, noise_id, stream)
-        # word-major, which is how the threads hold them, so only the gather itself moves data between threads
-        words = tl.reshape(tl.permute(quads, (1, 2, 0)), [BLOCK])
-        pixel = local // CHANNELS
-        source = (pixel % 4) * (BLOCK // 4) + (pixel // 4) * CHANNELS + local % CHANNELS
-        return tl.gather(words, source, 0)
-    else:
-        element = start + local
-        return normal_elements((element % CHANNELS) * pixels + element // CHANNELS, seed, noise_id, stream)
 
 
 @triton.jit(
@@ -276,7 +249,7 @@ def affine_kernel(
                 else:
                     stream = tl.load(ids + at.TERM_IDS + at.TERM_IDS_STRIDE * t + 1)
                     key = tl.load(seed + b)
-                    z = _draw(start, local, key, noise_id, stream, length // CHANNELS, CHANNELS, DRAW)
+                    z = draw_tile(start, local, key, noise_id, stream, length // CHANNELS, CHANNELS, DRAW)
                 if variance is not None:
                     z *= spread
                 total0 = _accumulate(total0, c0, z)

@@ -109,13 +109,18 @@ def _find_cfg_zero(partial, parts, mix):
 
 @triton.jit
 def _find_apg(partial, parts, gain, settings, mix):
-    """mix_m = (w - 1) min(1, radius / |M|), mix_p = mix_q = 1 - mix_m (1 - eta) <M, Dc> / <Dc, Dc>."""
+    """mix_m = (w - 1) min(1, radius / |M|), mix_p = mix_q = 1 - mix_m (1 - eta) <M, Dc> / <Dc, Dc>.
+
+    Plain where a sum is not finite: the row then reads Fu itself, and reports it.
+    """
     radius = tl.load(settings + at.RADIUS)
     norm = tl.math.sqrt_rn(tl.sum(_column(partial, 0, parts), 0))
     momentum_weight = gain * tl.where((radius > 0.0) & (radius < norm), _ratio(radius, norm, 1.0), 1.0)
     along = _ratio(tl.sum(_column(partial, 1, parts), 0), tl.sum(_column(partial, 2, parts), 0), 0.0)
     kept = 1.0 - momentum_weight * (1.0 - tl.load(settings + at.ETA)) * along
-    _store_mix(mix, 0.0, 1.0, kept, kept, momentum_weight, True)
+    finite = tl.abs(norm + along) < float("inf")
+    kept = tl.where(finite, kept, 1.0)
+    _store_mix(mix, tl.where(finite, 0.0, 1.0), 1.0, kept, kept, tl.where(finite, momentum_weight, 0.0), True)
 
 
 @triton.jit
