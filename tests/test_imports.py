@@ -217,7 +217,7 @@ def test_columns_of_the_headers_are_the_layout():
 
 def test_columns_of_the_kernel_are_the_layout():
     found: dict[str, int] = {}
-    for node in ast.parse((ROOT / "kernels/affine.py").read_text()).body:
+    for node in ast.parse((ROOT / "kernels/layout.py").read_text()).body:
         target = node.target if isinstance(node, ast.AnnAssign) else None
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and hasattr(layout, target.id):
