@@ -133,6 +133,8 @@ FASTDIFF_INLINE void solve(int32_t rule, const Sums& sums, float w, const float*
     const float length = Scalar::sqrt(sums.product[0]), radius = settings[kRadius];
     const float shrink = 0.0f < radius && radius < length ? radius / length : 1.0f;
     const float along = sums.product[2] > 0.0f ? sums.product[1] / sums.product[2] : 0.0f;
+    const float both = length + along;
+    if (both - both != 0.0f) return;  // not finite: the row must read Fu itself to report it
     mix[kMixW] = 0.0f;
     mix[kMixM] = (w - 1.0f) * shrink;
     mix[kMixP] = mix[kMixQ] = 1.0f - mix[kMixM] * (1.0f - settings[kEta]) * along;
