@@ -20,6 +20,7 @@ from fastdiff.compiler.plan import Plan
 LOG_RHO = math.log(1e5)  # the clock covers sigma/alpha in [1e-5, 1e5]; levels beyond are its ends
 DEEPEST = 30  # node names fit an int32
 CELLS = 6  # an end of an interval is rounded to 2^-CELLS of the shorter interval it belongs to
+FINEST = 26  # an end whose neighbours are not known is rounded to 2^-FINEST of the clock, 3.4e-7 in log(sigma/alpha)
 
 Terms = dict[int, float]
 
@@ -48,6 +49,17 @@ def increments(intervals: list[tuple[float, float]]) -> list[Terms]:
     clock = [(_clock(t), _clock(s)) for s, t in intervals]
     places = _rounded(clock)
     return [_increment(places[a], places[b]) for a, b in clock]
+
+
+def increment(rho_s: float, rho_t: float) -> Terms:
+    """Of one interval among others not known yet: {node: weight}; intervals that share an end share its place.
+
+    At most 2 * FINEST + 1 nodes. Raises ValueError where the two ends are one.
+    """
+    a, b = (round(_clock(rho) * 2.0**FINEST) / 2.0**FINEST for rho in (rho_t, rho_s))
+    if not b > a:
+        raise ValueError("noise='brownian': two levels are the same beyond sigma/alpha in [1e-5, 1e5]")
+    return _increment(a, b)
 
 
 def _clock(rho: float) -> float:

@@ -96,7 +96,7 @@ class Plan:
         A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
-        captured = self.options.get("prediction") if self.rows[1].reading is not None else None
+        captured = self.options.get("prediction") if self.rows[-1].reading is not None else None
         if captured is not None and prediction not in (captured, None):
             raise ValueError(
                 f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
