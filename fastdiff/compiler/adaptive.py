@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.compiler import explain
@@ -158,10 +159,12 @@ class AdaptivePlan(Plan):
 
         return self._phase(self.method.held, function, lasting=True)
 
+    @cached_property
     def start(self) -> Phase:
         """The rows before the first step, from the state at the first level to what is held."""
         return self._phase(1, lambda run, x: self.method.start(run, x, self.levels[0]))
 
+    @cached_property
     def finish(self) -> Phase:
         """The rows after the last step, from what is held to the sample in register 0."""
         return self._phase(self.method.held, lambda run, *held: (self.method.finish(run, self.last, *held),))
@@ -186,8 +189,8 @@ class AdaptivePlan(Plan):
         assert self.schedule is not None
         lines = [
             f"{self.solver}({options}), adaptive, schedule {self.schedule.name}",
-            f"sigma/alpha from {self.levels[0].rho:.6g} to {self.last.rho:.6g}, {self.stages} model evaluations a trial "
-            f"step, {self.registers} registers",
+            f"sigma/alpha from {self.levels[0].rho:.6g} to {self.last.rho:.6g}, {self.stages} model evaluations a "
+            f"trial step, {self.registers} registers",
             "x: the state evaluated in this row, over alpha; D: denoised estimate; r: registers",
             "the start and the first trial step; every later one is made from the error of those before it:",
             "",
@@ -234,7 +237,7 @@ def adaptive_plan(
         method=method,
         guidance_interval=guidance_interval,
     )
-    start, finish = bare.start(), bare.finish()
+    start, finish = bare.start, bare.finish
     trial = bare.trial(bare.first, bare.level(bare.first.lam + method.control.h_init))
     if start.results != tuple(range(method.held)) or finish.results != (0,):
         raise ValueError(f"{solver.name}: its start must leave what is held, and its finish the sample, in place")

@@ -113,8 +113,6 @@ def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, 
 
 
 def _check_ends(solver: str, grid: str, times: NDArray[np.float64]) -> None:
-    if len(times) < 2:
-        raise ValueError(f"{solver} goes from one level to another: the grid needs two, got {len(times)}")
     if grid == "custom" and len(times) > 2:
         raise ValueError(
             f"{solver} chooses its own levels: give the first and the last noisy one, grid=[first, last], "

@@ -57,7 +57,7 @@ def execute(
     """
     method, walk = plan.method, Walk(plan, path=path)
     registers: dict[int, Array] = {0: np.array(start, dtype=np.float64)}
-    for row in (plan.rows[0], *plan.start().rows[1:]):
+    for row in (plan.rows[0], *plan.start.rows[1:]):
         laws.execute_row(row, registers, denoise, normal)
     end, error, *carried = plan.trial(plan.first, plan.last).results
     while not walk.done:
@@ -82,7 +82,7 @@ def verify(plan: AdaptivePlan) -> Report:
     checks = [_point_mass(plan), laws.finite(plan)]
     cost = None
     if not plan.stochastic:
-        cost, fine = measure(plan), measure(_at(plan, plan.method.rtol / FINER, plan.method.atol / FINER))
+        cost, fine = measure(plan), measure(at_tolerance(plan, plan.method.rtol / FINER, plan.method.atol / FINER))
         checks.insert(1, _falls(cost, fine))
     spent = f", {cost.nfe} model evaluations on Gaussian data" if cost else ""
     return Report(f"{plan.solver}, adaptive{spent}, grid {plan.grid}", tuple(checks))
@@ -106,7 +106,8 @@ def measure(plan: AdaptivePlan) -> Cost:
     return Cost(plan.method.rtol, max(errors), most.evaluations, most.accepted, most.rejected)
 
 
-def _at(plan: AdaptivePlan, rtol: float, atol: float) -> AdaptivePlan:
+def at_tolerance(plan: AdaptivePlan, rtol: float, atol: float) -> AdaptivePlan:
+    """The plan with another tolerance."""
     return replace(plan, method=replace(plan.method, rtol=rtol, atol=atol))
 
 

@@ -32,7 +32,7 @@ class Walk:
         self.plan = plan
         self.level = plan.first
         self.accepted = self.rejected = 0
-        self.evaluations = len(plan.start().rows) - 1
+        self.evaluations = len(plan.start.rows) - 1
         self.grid = [self.level]
         self._sample, self._path = sample, path
         self._size = StepSize(plan.method.control)
@@ -75,7 +75,7 @@ class Walk:
 
     def finish(self) -> tuple[Row, ...]:
         """The rows that end the run; the first evaluates nothing."""
-        first, *rows = self.plan.finish().rows
+        first, *rows = self.plan.finish.rows
         self.evaluations += len(rows)
         return (self._commit(first, lasting=False), *rows)
 

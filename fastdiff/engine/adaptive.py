@@ -49,7 +49,7 @@ def solve(
     """
     walks = [Walk(plan, sample, path) for sample in range(buffers.batch)]
     tables = _Tables(plan, buffers, model, executor, path, advance, report)
-    start, example = plan.start(), plan.trial(plan.first, plan.last)
+    start, example = plan.start, plan.trial(plan.first, plan.last)
     if len(start.rows) > 1:
         tables.run(dict.fromkeys(range(buffers.batch), start.rows), opened=True)
     end, error, *carried = example.results

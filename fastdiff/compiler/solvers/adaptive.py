@@ -130,18 +130,17 @@ _ERROR = (71.0 / 57600.0, 0.0, -71.0 / 16695.0, 71.0 / 1920.0, -17253.0 / 339200
 
 @dataclass(frozen=True)
 class _DormandPrince(Method):
-    """Held: y, and the slope there."""
+    """Held: y, and D there, with which a step begins and the run ends."""
 
     denoise: bool
 
     def start(self, run: Run, x: Lin, top: Level) -> tuple[Lin, ...]:
         y = _with_signal(run, x, top)
         s = top if top.alpha > 0.0 else run.level_from_rho(FIRST_RHO)
-        s = Level(1.0, s.rho, s.time)
-        return y, noise_estimate(y, run.denoise(y, s), s)
+        return y, run.denoise(y, Level(1.0, s.rho, s.time))
 
     def step(self, run: Run, s: Level, t: Level, *held: Lin) -> Trial:
-        y, slopes = held[0], [held[1]]
+        y, slopes = held[0], [noise_estimate(held[0], held[1], s)]
         length = t.rho - s.rho
 
         def combined(weights: tuple[float, ...]) -> Lin:
@@ -153,11 +152,12 @@ class _DormandPrince(Method):
             ahead = y + length * combined(weights)
             if len(slopes) == len(_ERROR) - 1:
                 error = run.keep(length * combined(_ERROR[:-1]))
-            slopes.append(run.keep(noise_estimate(ahead, run.denoise(ahead, level), level)))
-        return Trial(ahead, error + (length * _ERROR[-1]) * slopes[-1], (slopes[-1],))
+            denoised = run.denoise(ahead, level)
+            slopes.append(run.keep(noise_estimate(ahead, denoised, level)))
+        return Trial(ahead, error + (length * _ERROR[-1]) * slopes[-1], (denoised,))
 
     def finish(self, run: Run, bottom: Level, *held: Lin) -> Lin:
-        return held[0] - bottom.rho * held[1] if self.denoise else held[0]
+        return held[1] if self.denoise else held[0]
 
 
 def _with_signal(run: Run, x: Lin, top: Level) -> Lin:
