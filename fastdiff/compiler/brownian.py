@@ -62,6 +62,16 @@ def increment(rho_s: float, rho_t: float) -> Terms:
     return _increment(a, b)
 
 
+def near(rho: float, step: float) -> float:
+    """The level nearest to rho whose place on the path is short: a multiple of a power of two, at most step/8 apart.
+
+    step: the length in log rho of the interval that ends there. Fewer bits are fewer nodes; and a level that rounding
+    moved a little is moved back, where the path, which is rough, would make much of it.
+    """
+    spacing = 2.0 ** max(-FINEST, math.floor(math.log2(step / (16.0 * LOG_RHO))))
+    return math.exp(LOG_RHO * (2.0 * spacing * round(_clock(rho) / spacing) - 1.0))
+
+
 def _clock(rho: float) -> float:
     log = math.log(rho) if 0.0 < rho < math.inf else math.copysign(math.inf, rho - 1.0)
     return (min(max(log, -LOG_RHO), LOG_RHO) + LOG_RHO) / (2.0 * LOG_RHO)

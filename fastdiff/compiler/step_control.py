@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 TINY = 1e-8  # added to an error, so that none is not a division by zero
+HUGE = 1e12  # stands for an error that overflowed, so that the step shrinks and is tried again
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class StepSize:
         self._past: tuple[float, float] | None = None
 
     def judge(self, error: float) -> bool:
-        """Whether a step of this error (finite, in units of the tolerance) is accepted; sets the next `h`."""
+        """Whether a step of this error (in units of the tolerance) is accepted; sets the next `h`."""
         c = self._control
+        error = HUGE if math.isnan(error) else min(error, HUGE)
         inverse = 1.0 / (error / c.aim + TINY)
         before, earlier = self._past or (inverse, inverse)
         factor = inverse ** ((c.pcoeff + c.icoeff + c.dcoeff) / c.order)

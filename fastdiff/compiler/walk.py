@@ -25,7 +25,8 @@ SILENT: Noise = ((), ())
 class Walk:
     """The steps of one sample. level: where it is. accepted, rejected, evaluations: so far; grid: levels reached.
 
-    path: noise are increments of one Brownian path, else a fresh normal for each accepted step.
+    path: noise are increments of one Brownian path, and steps end where the path has a short name (`brownian.near`);
+    else a fresh normal for each accepted step.
     """
 
     def __init__(self, plan: AdaptivePlan, sample: int = 0, path: bool = False) -> None:
@@ -34,7 +35,7 @@ class Walk:
         self.accepted = self.rejected = 0
         self.evaluations = len(plan.start.rows) - 1
         self.grid = [self.level]
-        self._sample, self._path = sample, path
+        self._sample, self._path = sample, path and plan.stochastic
         self._size = StepSize(plan.method.control)
         self._sources = tuple(range(plan.method.held))  # the registers with what is held now
         self._noise = SILENT  # to be added to register 0
@@ -52,6 +53,8 @@ class Walk:
         """
         self._check()
         target = self.plan.level(self.level.lam + self._size.h)
+        if self._path and target != self.plan.last:
+            target = self.plan.level(-math.log(brownian.near(target.rho, self._size.h)))
         down, noise = self._landing(target)
         phase = self.plan.trial(self.level, down)
         rows = (self._commit(phase.rows[0], lasting=True), *phase.rows[1:])

@@ -54,7 +54,8 @@ These choose their steps from an estimate of their error, so they have tolerance
 plot. NumPy in float64 on one sample of {elements} numbers from N(1, v): *error* of the last noisy state against the
 exact solution of the probability-flow ODE, root mean square over the data's spread, the worst of v = {variances};
 *NFE* counts the evaluations of rejected steps too. The tolerance is rtol and atol; the defaults are those of
-k-diffusion for dpm_adaptive, 0.05 and 0.0078, and 1e-5 for rk45.
+k-diffusion for dpm_adaptive, 0.05 and 0.0078, and 1e-5 for rk45. At loose tolerances dpm_adaptive may end far above
+them: in a long step its two solutions can agree by chance.
 
 | Sampler | Tolerance | NFE | Accepted | Rejected | Error |
 |---|---:|---:|---:|---:|---:|
