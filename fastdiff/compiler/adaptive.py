@@ -127,6 +127,11 @@ class AdaptivePlan(Plan):
         raise ValueError(f"{self.solver} chooses its steps while it runs; its evaluations are in sampler.last_run")
 
     @property
+    def partly_guided(self) -> bool:
+        """True when a row may evaluate the conditional branch alone."""
+        return self.guidance_interval is not None
+
+    @property
     def first(self) -> Level:
         """Where the first step starts, with alpha = 1."""
         top = self.levels[0]

@@ -71,6 +71,11 @@ class Plan:
         """True when the rows draw noise after the initial latents."""
         return self.draws > 0
 
+    @property
+    def partly_guided(self) -> bool:
+        """True when there are rows that evaluate the conditional branch alone."""
+        return any(row.gain == 0.0 for row in self.rows)
+
     def explain(self) -> str:
         """The table as readable formulas, one line per register written."""
         return explain(self)

@@ -1,8 +1,9 @@
 """The loop of an adaptive sampler: rows of the next trial step, model, row, ..., the norm of its error, decide.
 
 May import: buffers, ops, compiler, models.denoiser. Each sample has steps of its own, so a sample depends on its seed
-alone, not on the batch: the table has a row per sample. The host reads one number per sample after each trial step, its
-error; without it no next row is known. Everything else on a state is done by the row op.
+alone, not on the batch: the table has a row per sample. The host reads back once after each trial step, the error of
+every sample and whether its network failed; without it no next row is known. The tables are uploaded right after, when
+the device has nothing to do yet. Everything else on a state is done by the row op.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ def solve(
     while active := [sample for sample, walk in enumerate(walks) if not walk.done]:
         tables.run({sample: walks[sample].trial() for sample in active})
         before, after = (buffers.tensors.state[register] for register in (scale, (end, *carried)[scale]))
-        errors = norm(buffers.tensors.state[error], before, after, plan.method.rtol, plan.method.atol).tolist()
-        tables.check_finite()
+        errors = norm(buffers.tensors.state[error], before, after, plan.method.rtol, plan.method.atol)
+        errors, failed = torch.stack((errors, buffers.tensors.status.float())).tolist()
+        if max(failed) >= 0.0:
+            tables.check_finite()
         for sample in active:
             walks[sample].judge(errors[sample])
     tables.run({sample: walk.finish() for sample, walk in enumerate(walks)})

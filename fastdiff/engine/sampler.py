@@ -193,8 +193,7 @@ class Sampler:
     ) -> Tensor:
         started, spent = time.perf_counter(), 0.0
         buffers.open(self.backend)
-        eager = not self.graph or plan.guidance_interval is not None
-        graph = None if eager else self._graph_for(buffers, conditions[0], callback)
+        graph = self._graph_for(buffers, conditions[0], callback) if self.graph else None
         bar = tqdm(disable=not progress, desc=plan.solver, unit="row")
 
         def advance(half: bool) -> None:
@@ -289,7 +288,7 @@ class Sampler:
 
     def _graph_for(self, buffers: Buffers, cond: Any, callback: Callable[[RowInfo], None] | None) -> StepGraph | None:
         """The step graph, or None where this run must be eager; ValueError or the capture's error if it may not be."""
-        halves = buffers.copies == 2 and any(row.gain == 0.0 for row in self.plan.rows)
+        halves = buffers.copies == 2 and self.plan.partly_guided
         if callback is not None or halves:
             if self._insist:
                 why = "a callback" if callback is not None else "rows without guidance, which run half the batch,"
