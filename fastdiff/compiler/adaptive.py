@@ -146,7 +146,7 @@ class AdaptivePlan(Plan):
     @property
     def stages(self) -> int:
         """Evaluations of one trial step."""
-        return len(self.trial(self.first, self.level(self.first.lam + self.method.control.h_init)).rows) - 1
+        return len(self.example.rows) - 1
 
     def level(self, lam: float) -> Level:
         """The level with this log(alpha/sigma), with alpha = 1; the last one for all below it, and for what is near."""
@@ -163,6 +163,11 @@ class AdaptivePlan(Plan):
             return (step.end, step.error, *step.carried)
 
         return self._phase(self.method.held, function, lasting=True)
+
+    @cached_property
+    def example(self) -> Phase:
+        """The first trial step; every other one has its results in the same registers."""
+        return self.trial(self.first, self.level(self.first.lam + self.method.control.h_init))
 
     @cached_property
     def start(self) -> Phase:
@@ -242,8 +247,7 @@ def adaptive_plan(
         method=method,
         guidance_interval=guidance_interval,
     )
-    start, finish = bare.start, bare.finish
-    trial = bare.trial(bare.first, bare.level(bare.first.lam + method.control.h_init))
+    start, finish, trial = bare.start, bare.finish, bare.example
     if start.results != tuple(range(method.held)) or finish.results != (0,):
         raise ValueError(f"{solver.name}: its start must leave what is held, and its finish the sample, in place")
     opening, *rows = start.rows

@@ -59,7 +59,7 @@ def execute(
     registers: dict[int, Array] = {0: np.array(start, dtype=np.float64)}
     for row in (plan.rows[0], *plan.start.rows[1:]):
         laws.execute_row(row, registers, denoise, normal)
-    end, error, *carried = plan.trial(plan.first, plan.last).results
+    end, error, *carried = plan.example.results
     while not walk.done:
         for row in walk.trial():
             laws.execute_row(row, registers, denoise, normal)

@@ -57,6 +57,8 @@ class Walk:
             target = self.plan.level(-math.log(brownian.near(target.rho, self._size.h)))
         down, noise = self._landing(target)
         phase = self.plan.trial(self.level, down)
+        if phase.results != self.plan.example.results:
+            raise ValueError(f"{self.plan.solver}: a trial step left its results in other registers than the first one")
         rows = (self._commit(phase.rows[0], lasting=True), *phase.rows[1:])
         self._ahead = (phase, target, noise)
         self._sources, self._noise = tuple(range(self.plan.method.held)), SILENT

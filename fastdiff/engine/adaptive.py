@@ -50,10 +50,9 @@ def solve(
     """
     walks = [Walk(plan, sample, path) for sample in range(buffers.batch)]
     tables = _Tables(plan, buffers, model, executor, path, advance, report)
-    start, example = plan.start, plan.trial(plan.first, plan.last)
-    if len(start.rows) > 1:
-        tables.run(dict.fromkeys(range(buffers.batch), start.rows), opened=True)
-    end, error, *carried = example.results
+    if len(plan.start.rows) > 1:
+        tables.run(dict.fromkeys(range(buffers.batch), plan.start.rows), opened=True)
+    end, error, *carried = plan.example.results
     scale = plan.method.scale
     while active := [sample for sample, walk in enumerate(walks) if not walk.done]:
         tables.run({sample: walks[sample].trial() for sample in active})
