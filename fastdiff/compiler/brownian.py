@@ -21,6 +21,8 @@ LOG_RHO = math.log(1e5)  # the clock covers sigma/alpha in [1e-5, 1e5]; levels b
 DEEPEST = 30  # node names fit an int32
 CELLS = 6  # an end of an interval is rounded to 2^-CELLS of the shorter interval it belongs to
 FINEST = 26  # an end whose neighbours are not known is rounded to 2^-FINEST of the clock, 3.4e-7 in log(sigma/alpha)
+RESOLUTION = 2.0 * LOG_RHO * 2.0**-FINEST  # in log(sigma/alpha): levels closer than that are one place
+MOST_NODES = 2 * FINEST + 1  # of `increment`
 
 Terms = dict[int, float]
 
@@ -54,7 +56,7 @@ def increments(intervals: list[tuple[float, float]]) -> list[Terms]:
 def increment(rho_s: float, rho_t: float) -> Terms:
     """Of one interval among others not known yet: {node: weight}; intervals that share an end share its place.
 
-    At most 2 * FINEST + 1 nodes. Raises ValueError where the two ends are one.
+    At most MOST_NODES of them. Raises ValueError where the two ends are one.
     """
     a, b = (round(_clock(rho) * 2.0**FINEST) / 2.0**FINEST for rho in (rho_t, rho_s))
     if not b > a:

@@ -118,7 +118,7 @@ class Walk:
     def _check(self) -> None:
         where = f"sample {self._sample} at sigma/alpha={self.level.rho:.4g}, time={self.level.time:.6g}"
         counts = f"{self.accepted} steps accepted, {self.rejected} rejected"
-        if self._size.h < SMALLEST:
+        if self._size.h < (max(SMALLEST, 2.0 * brownian.RESOLUTION) if self._path else SMALLEST):
             raise FloatingPointError(
                 f"{self.plan.solver}: the step size of {where} fell to {self._size.h:.1e} in log(alpha/sigma) "
                 f"({counts}); no image was made. The network's output is not smooth at this tolerance: raise rtol and "

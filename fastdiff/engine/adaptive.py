@@ -27,7 +27,7 @@ from fastdiff.engine.buffers import Buffers
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.process.schedules import Level
 
-Advance = Callable[[bool], None]  # evaluate the model (True: the conditional half only) and run the next rows
+Advance = Callable[[Row], None]  # evaluate the branches that this row needs, and run the next row of every sample
 Report = Callable[[int, tuple[Level | None, ...], Tensor], None]  # row, level of each sample, state
 
 
@@ -101,7 +101,7 @@ class _Tables:
         self._plan, self._buffers, self._model = plan, buffers, model
         self._advance, self._report = advance, report
         tensors, device = buffers.tensors, buffers.tensors.state.device
-        terms = (2 * brownian.FINEST + 1 if path else 1) if plan.stochastic else 0
+        terms = (brownian.MOST_NODES if path else 1) if plan.stochastic else 0
         columns = at.COEF_FIXED + at.NOISE_STRIDE * terms, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms
         self._deciding = dataclasses.replace(
             tensors,
@@ -150,7 +150,7 @@ class _Tables:
         )
 
     def _evaluate(self, rows: dict[int, Row]) -> None:
-        self._advance(self._buffers.copies == 2 and all(row.gain == 0.0 for row in rows.values()))
+        self._advance(max(rows.values(), key=lambda row: abs(row.gain)))  # one that needs what any of them does
         self._seen += 1
         state = self._buffers.tensors.state
         if state.device.type == "cpu":

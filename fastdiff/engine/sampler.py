@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.compiler.adaptive import AdaptivePlan
+from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import adaptive, backends
@@ -197,12 +198,13 @@ class Sampler:
         graph = self._graph_for(buffers, conditions[0], callback) if self.graph else None
         bar = tqdm(disable=not progress, desc=plan.solver, unit="row")
 
-        def advance(half: bool) -> None:
+        def advance(row: Row) -> None:
             nonlocal spent
             bar.update()
             if graph is not None:
                 graph.replay()
                 return
+            half = row.gain == 0.0 and buffers.copies == 2
             before = time.perf_counter()
             output = self._evaluate(buffers, conditions[1] if half else conditions[0], half)
             spent += time.perf_counter() - before
