@@ -2,6 +2,7 @@
 
 from fastdiff import models
 from fastdiff.compiler import solvers
+from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.build import plan
 from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
@@ -21,6 +22,7 @@ from fastdiff.process.schedules import Level, Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptivePlan",
     "BackendUnavailable",
     "Denoiser",
     "Level",

@@ -109,7 +109,15 @@ TURNS_ROUND = {
     "heunpp2", "ipndm", "ipndm_v", "lms", "pndm", "euler_maruyama",
 }  # fmt: skip
 DROPS = {"consistency", "lcm", "sa_solver", "unipc"}
-CARRIES = sorted(set(fd.solvers.names()) - TURNS_ROUND - DROPS)
+ADAPTIVE = {"dpm_adaptive", "rk45"}
+CARRIES = sorted(set(fd.solvers.names()) - TURNS_ROUND - DROPS - ADAPTIVE)
+
+
+@pytest.mark.parametrize("solver", sorted(ADAPTIVE))
+@pytest.mark.parametrize("options", [{"cfg_pp": True}, {"guidance_schedule": lambda level: 1.0}])
+def test_rows_made_as_they_go_have_no_schedule(solver: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{solver} makes its rows as it goes.*guidance_interval"):
+        fd.plan(solver, "linear", **options)
 
 
 @pytest.mark.parametrize("solver", sorted(TURNS_ROUND | DROPS))

@@ -6,7 +6,7 @@ that reads it; the next state prefers the register of the state it replaces, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fastdiff.compiler import layout as at
@@ -64,13 +64,26 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
 
     Raises ValueError when a row needs more outputs or inputs than the kernel has.
     """
-    made = [_makes(i, segment, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
-    last_read = _last_reads(made)
-    home: dict[Atom, int] = {Atom("start", 0): 0}
-    registers = 1
+    rows, registers, _ = place(solver, segments, {Atom("start", 0): 0})
+    return rows, registers, rows[-1].outputs[0].dest
+
+
+def place(
+    solver: str, segments: list[Segment], held: Mapping[Atom, int], keep: Collection[Atom] = ()
+) -> tuple[tuple[Row, ...], int, dict[Atom, int]]:
+    """Rows, the number of registers, and where every value that outlives the rows is.
+
+    held: what lies in which register beforehand, the value that the opening row takes for x first. keep: values that
+    must outlive the rows besides the result, which is Atom("result", 0). Raises ValueError as `assemble` does.
+    """
+    first = next(iter(held))
+    made = [_makes(i, segment, first, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
+    last_read = _last_reads(made, keep)
+    home: dict[Atom, int] = dict(held)
+    registers = max(held.values()) + 1
     rows = []
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
-        state = Atom("x", i - 1) if i else Atom("start", 0)
+        state = Atom("x", i - 1) if i else first
         reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
         slots = tuple(home[a] for a in reads)
         x = home[state]
@@ -89,10 +102,10 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
         rows.append(
             Row(segment.level, x, slots, tuple(outputs), noise, estimate=segment.estimate, spread=segment.spread)
         )
-    return tuple(rows), registers, rows[-1].outputs[0].dest
+    return tuple(rows), registers, home
 
 
-def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
+def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Terms]:
     """Every value row i may have to write, the next state first, each over atoms known in that row."""
     kept: dict[Atom, Terms] = {}
     for atom, terms in segment.kept.items():
@@ -102,8 +115,8 @@ def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
     if i:
         values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
         values[Atom("E", i - 1)] = {Atom("E", i - 1): 1.0}
-    else:
-        values[Atom("start", 0)] = {Atom("start", 0): 1.0}
+    elif first.kind == "start":
+        values[first] = {first: 1.0}
     return values
 
 
@@ -115,9 +128,9 @@ def _inline(terms: Terms, known: dict[Atom, Terms]) -> Terms:
     return {atom: c for atom, c in total.items() if c != 0.0}
 
 
-def _last_reads(made: list[dict[Atom, Terms]]) -> dict[Atom, int]:
+def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[Atom, int]:
     """The last row that reads each value; values nobody reads later are dropped from `made`, last row first."""
-    last: dict[Atom, int] = {}
+    last = dict.fromkeys(keep, len(made))
     for i in reversed(range(len(made))):
         _, *others = made[i]
         for atom in others:

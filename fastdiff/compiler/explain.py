@@ -26,12 +26,13 @@ def explain(plan: Plan) -> str:
         "",
     ]
     for i, row in enumerate(plan.rows):
-        lines += _row_lines(i, row)
+        lines += row_lines(i, row)
     lines.append(f"result: r{plan.result}")
     return "\n".join(lines)
 
 
-def _row_lines(i: int, row: Row) -> list[str]:
+def row_lines(i: int, row: Row) -> list[str]:
+    """One row: where it evaluates the network, and what it writes."""
     if row.level is None:
         head = "start  x = the latents, or the state given"
     else:

@@ -16,52 +16,54 @@ from fastdiff.compiler.assemble import Output, Row
 from fastdiff.compiler.plan import Plan
 from fastdiff.process.schedules import Level
 
+Rows = tuple[Row, ...]
 Interval = tuple[float, float]
 Schedule = Sequence[float] | Callable[[Level], float]
 
 ROUNDING = 1e-9  # of a coefficient of order one
 
 
-def within(plan: Plan, interval: Interval) -> Plan:
-    """The plan with guidance off outside (low, high), in sigma/alpha (Kynkäänniemi et al. 2024).
+def within(rows: Rows, interval: Interval) -> Rows:
+    """The rows with guidance off outside (low, high), in sigma/alpha (Kynkäänniemi et al. 2024).
 
     Rows where it is off do not evaluate the unguided branch.
     """
     inside = _interval("guidance_interval", interval)
-    return _each(plan, lambda i, row, level: replace(row, gain=inside(level)))
+    return _each(rows, lambda i, row, level: replace(row, gain=inside(level)))
 
 
-def perturbed_within(plan: Plan, interval: Interval) -> Plan:
-    """The plan with the perturbed branch off, and not evaluated, outside (low, high), in sigma/alpha."""
+def perturbed_within(rows: Rows, interval: Interval) -> Rows:
+    """The rows with the perturbed branch off, and not evaluated, outside (low, high), in sigma/alpha."""
     inside = _interval("perturbed_interval", interval)
-    return _each(plan, lambda i, row, level: replace(row, perturb=inside(level)))
+    return _each(rows, lambda i, row, level: replace(row, perturb=inside(level)))
 
 
-def scheduled(plan: Plan, schedule: Schedule) -> Plan:
-    """The plan with guidance 1 + g (w - 1) in each row: g from a sequence, one per evaluation, or g(level)."""
-    given = [schedule(row.level) for row in plan.rows[1:] if row.level] if callable(schedule) else schedule
+def scheduled(rows: Rows, schedule: Schedule) -> Rows:
+    """The rows with guidance 1 + g (w - 1) in each row: g from a sequence, one per evaluation, or g(level)."""
+    given = [schedule(row.level) for row in rows[1:] if row.level] if callable(schedule) else schedule
     gains = np.array(given, dtype=np.float64)
-    if gains.shape != (plan.nfe,):
+    if gains.shape != (len(rows) - 1,):
         raise ValueError(
-            f"guidance_schedule needs one number per evaluation of the network ({plan.nfe}), or a function of the "
+            f"guidance_schedule needs one number per evaluation of the network ({len(rows) - 1}), or a function of the "
             f"level, got {schedule!r}"
         )
     if not np.isfinite(gains).all():
         raise ValueError(f"guidance_schedule must be finite in every row, got {given!r}")
-    return _each(plan, lambda i, row, level: replace(row, gain=float(gains[i]) * row.gain))
+    return _each(rows, lambda i, row, level: replace(row, gain=float(gains[i]) * row.gain))
 
 
-def clamped(plan: Plan, bounds: tuple[float, float]) -> Plan:
-    """The plan with D clamped to (low, high) in every row, the network's output used through D only."""
+def clamped(rows: Rows, bounds: tuple[float, float]) -> Rows:
+    """The rows with D clamped to (low, high) in every row, the network's output used through D only."""
     low, high = _pair("clamp", bounds)
     if not low < high:
         raise ValueError(f"clamp must be (low, high) with low < high, got {bounds}")
-    return _each(plan, lambda i, row, level: replace(row, clamp=(low, high)))
+    return _each(rows, lambda i, row, level: replace(row, clamp=(low, high)))
 
 
 def muted(plan: Plan, rows: int) -> Plan:
     """The plan with the network's output taken as 0 in its first rows (zero-init: Fan et al. 2025, CFG-Zero*)."""
-    return _each(plan, lambda i, row, level: replace(row, muted=True) if i < rows else row)
+    changed = _each(plan.rows, lambda i, row, level: replace(row, muted=True) if i < rows else row)
+    return replace(plan, rows=changed)
 
 
 def plus_plus(plan: Plan) -> Plan:
@@ -92,7 +94,7 @@ def plus_plus(plan: Plan) -> Plan:
         own = replace(following, denoised=alpha, other=following.denoised - alpha)
         return replace(row, estimate="unguided", outputs=(own, *(_unguided(output) for output in kept)))
 
-    return _each(plan, moved)
+    return replace(plan, rows=_each(plan.rows, moved))
 
 
 def _carried(plan: Plan) -> NDArray[np.float64]:
@@ -132,7 +134,6 @@ def _unguided(output: Output) -> Output:
     return replace(output, denoised=0.0, other=output.denoised)
 
 
-def _each(plan: Plan, change: Callable[[int, Row, Level], Row]) -> Plan:
-    """The plan with every row that evaluates the network changed; i counts evaluations."""
-    rows = [change(i - 1, row, row.level) if row.level is not None else row for i, row in enumerate(plan.rows)]
-    return replace(plan, rows=tuple(rows))
+def _each(rows: Rows, change: Callable[[int, Row, Level], Row]) -> Rows:
+    """The rows with every one that evaluates the network changed; i counts evaluations."""
+    return tuple(change(i - 1, row, row.level) if row.level is not None else row for i, row in enumerate(rows))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,16 +110,16 @@ class Plan:
         """
         from fastdiff.compiler import guided
 
-        plan = self
+        rows = self.rows
         if interval is not None:
-            plan = guided.within(plan, interval)
+            rows = guided.within(rows, interval)
         if perturbed_interval is not None:
-            plan = guided.perturbed_within(plan, perturbed_interval)
+            rows = guided.perturbed_within(rows, perturbed_interval)
         if cfg_pp:
-            plan = guided.plus_plus(plan)
+            rows = guided.plus_plus(replace(self, rows=rows)).rows
         if schedule is not None:
-            plan = guided.scheduled(plan, schedule)
-        return plan if clamp is None else guided.clamped(plan, clamp)
+            rows = guided.scheduled(rows, schedule)
+        return replace(self, rows=rows if clamp is None else guided.clamped(rows, clamp))
 
     def pack(
         self,
@@ -136,7 +136,7 @@ class Plan:
         A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
-        captured = self.options.get("prediction") if self.rows[1].reading is not None else None
+        captured = self.options.get("prediction") if self.rows[-1].reading is not None else None
         if captured is not None and prediction not in (captured, None):
             raise ValueError(
                 f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastdiff.compiler import layout as at
 from fastdiff.compiler import solvers
+from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.plan import Plan
 from fastdiff.process.grids import RHO_CAP
@@ -89,21 +90,31 @@ def execute(
     """
     registers: dict[int, Array] = {plan.rows[0].x: np.array(start, dtype=np.float64)}
     for row in plan.rows:
-        x = registers[row.x]
-        read = [registers[slot] for slot in row.slots]
-        estimates = x if row.level is None else denoise(x, row.level)
-        denoised, other = estimates if isinstance(estimates, tuple) else (estimates, estimates)
-        if row.noise and normal is None:
-            raise ValueError("this plan draws noise: give normal(id, stream), a function that returns the unit normals")
-        drawn = [np.asarray(normal(*name), dtype=np.float64) for name in row.noise] if normal is not None else []
-        written = {}
-        for output in row.outputs:
-            # a register that is not read may hold anything, so a zero coefficient must not touch it
-            terms = [(output.x, x), (output.denoised, denoised), (output.other, other)]
-            terms += [*zip(output.slots, read, strict=True), *zip(output.noise, drawn, strict=True)]
-            written[output.dest] = sum((c * value for c, value in terms if c != 0.0), np.zeros_like(x))
-        registers.update(written)
+        execute_row(row, registers, denoise, normal)
     return registers[plan.result]
+
+
+def execute_row(
+    row: Row,
+    registers: dict[int, Array],
+    denoise: Callable[[Array, Level], Array | tuple[Array, Array]],
+    normal: Callable[[int, int], ArrayLike] | None = None,
+) -> None:
+    """One row of `execute`, in place."""
+    x = registers[row.x]
+    read = [registers[slot] for slot in row.slots]
+    estimates = x if row.level is None else denoise(x, row.level)
+    denoised, other = estimates if isinstance(estimates, tuple) else (estimates, estimates)
+    if row.noise and normal is None:
+        raise ValueError("this plan draws noise: give normal(id, stream), a function that returns the unit normals")
+    drawn = [np.asarray(normal(*name), dtype=np.float64) for name in row.noise] if normal is not None else []
+    written = {}
+    for output in row.outputs:
+        # a register that is not read may hold anything, so a zero coefficient must not touch it
+        terms = [(output.x, x), (output.denoised, denoised), (output.other, other)]
+        terms += [*zip(output.slots, read, strict=True), *zip(output.noise, drawn, strict=True)]
+        written[output.dest] = sum((c * value for c, value in terms if c != 0.0), np.zeros_like(x))
+    registers.update(written)
 
 
 def propagate(
@@ -171,7 +182,7 @@ def verify(plan: Plan) -> Report:
             "what is known of it is in plan.options (for a capture: its mismatch against the scheduler)"
         )
     with np.errstate(all="ignore"):
-        checks = (_point_mass(plan), _gaussian(plan), _finite(plan), _last_row(plan))
+        checks = (_point_mass(plan), _gaussian(plan), finite(plan), _last_row(plan))
     return Report(f"{plan.solver}, {plan.nfe} model evaluations, grid {plan.grid}", checks)
 
 
@@ -271,7 +282,8 @@ def _law_error(plan: Plan) -> float:
     return _worst(*spread, *shift)
 
 
-def _finite(plan: Plan) -> Check:
+def finite(plan: Plan) -> Check:
+    """Every scalar of a plan, in float64 and as its table holds it."""
     exact = _scalars(plan)
     rounded = np.array(exact).astype(np.float32)
     if plan.schedule is not None:

@@ -117,6 +117,11 @@ class Reduction:
         return self.kind, self.threshold is not None
 
     @property
+    def remembers(self) -> bool:
+        """True when a row depends on the outputs of rows before it through the rule."""
+        return isinstance(self.rule, APG) and self.rule.momentum != 0.0
+
+    @property
     def muted(self) -> int:
         """In how many first evaluations the network's output is taken as 0."""
         return self.rule.zero_init if isinstance(self.rule, CFGZero) else 0

@@ -45,7 +45,8 @@ def sample(
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
 
-    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength, start_step: an image to start
+    solver, steps, grid, grid_options, **options: the plan (`fd.plan`); an adaptive solver takes its two ends from the
+    grid and a tolerance (rtol, atol) from the options. init, strength, start_step: an image to start
     from, noised to the level `strength` of the way up the model's clock, or to the one after `start_step` others.
     The rest as in `Sampler.sample` and `Sampler`.
     """

@@ -1,6 +1,6 @@
 """The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
 
-May import: buffers, branches, guidance, seeds, graphs, backends, compiler, models.denoiser.
+May import: buffers, branches, guidance, seeds, graphs, backends, adaptive, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdiff.compiler.adaptive import AdaptivePlan
+from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import backends
+from fastdiff.engine import adaptive, backends
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
 from fastdiff.engine.buffers import Buffers
 from fastdiff.engine.graphs import StepGraph
@@ -34,23 +36,32 @@ Noise = str | Tensor | Callable[[int, torch.Size], Tensor]
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What a callback receives after each row: the row, its level, D and the new state (live buffers: clone them)."""
+    """What a callback receives after each row: the row, its level, D and the new state (live buffers: clone them).
+
+    Of an adaptive run: rows is 0, since it is not known; level is the noisiest of the batch, levels has one for each
+    sample (None where it is finished); the state is x / alpha.
+    """
 
     row: int
     rows: int
     level: Level
     denoised: Tensor
     state: Tensor
+    levels: tuple[Level | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunStats:
-    """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU)."""
+    """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU).
+
+    adaptive: of an adaptive run, the evaluations and steps of each sample; nfe is then the most that one needed.
+    """
 
     nfe: int
     seconds: float
     model_seconds: float | None
     backend: str
+    adaptive: adaptive.Counts | None = None
 
 
 class Sampler:
@@ -109,6 +120,7 @@ class Sampler:
         self.memory_format = memory_format
         self._idle = threading.Lock()
         self._variants: dict[tuple[bool, int], Plan] = {}
+        self._batch_plan: tuple[int, Plan] | None = None
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
@@ -162,10 +174,16 @@ class Sampler:
             )
         try:
             with self._on_device():
-                plan = self._variant(isinstance(noise, str) and noise == "brownian", reduces)
+                path = isinstance(noise, str) and noise == "brownian"
+                if isinstance(self.plan, AdaptivePlan):
+                    plan = self._of_batch(self.plan, shape[0], noise, reduces)
+                else:
+                    plan = self._variant(path, reduces)
                 buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
                 with torch.inference_mode(False), torch.no_grad():
                     buffers.start(plan, self.model, seeds, weights, init, opening, noise, scales, reduces)
+                if isinstance(self.plan, AdaptivePlan):
+                    return self._run_adaptive(self.plan, buffers, branches, callback, progress, path)
                 return self._run(buffers, branches, callback, progress)
         finally:
             self._idle.release()
@@ -181,14 +199,71 @@ class Sampler:
         rows = tqdm(range(self.plan.nfe), disable=not progress, desc=self.plan.solver, unit="row")
         model_seconds = self._loop(buffers, branches, rows, callback)
         self._check_finite(buffers)
+        result = self._result(buffers)
+        self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
+        return result
+
+    def _run_adaptive(
+        self,
+        plan: AdaptivePlan,
+        buffers: Buffers,
+        branches: Branches,
+        callback: Callable[[RowInfo], None] | None,
+        progress: bool,
+        path: bool,
+    ) -> Tensor:
+        started, spent = time.perf_counter(), 0.0
+        buffers.open(self.backend)
+        graph = self._graph_for(buffers, branches, callback) if self.graph else None
+        bar = tqdm(disable=not progress, desc=plan.solver, unit="row")
+
+        def advance(row: Row) -> None:
+            nonlocal spent
+            bar.update()
+            if graph is not None:
+                graph.replay()
+                return
+            before = time.perf_counter()
+            outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
+            spent += time.perf_counter() - before
+            buffers.advance(self.backend, outputs)
+
+        def report(row: int, levels: tuple[Level | None, ...], state: Tensor) -> None:
+            if callback is not None and buffers.tensors.denoised is not None:
+                noisiest = max((level for level in levels if level is not None), key=lambda level: level.rho)
+                callback(RowInfo(row, 0, noisiest, buffers.tensors.denoised, state, levels))
+
+        with bar:
+            counts = adaptive.solve(plan, buffers, self.model, self.backend, path, advance, report)
+        result = self._result(buffers)
+        model_seconds = spent if self.model.device.type == "cpu" else None
+        seconds = time.perf_counter() - started
+        self.last_run = RunStats(max(counts.nfe), seconds, model_seconds, self.backend, counts)
+        return result
+
+    def _result(self, buffers: Buffers) -> Tensor:
         result = buffers.tensors.state[self.plan.result].clone(memory_format=torch.preserve_format)
         if not bool(result.isfinite().all()):
             raise FloatingPointError(
                 "the sample is inf or nan although every network output was finite: a weighted sum overflowed float32. "
                 "Lower the guidance, or check the scale of the network's output"
             )
-        self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
         return result
+
+    def _of_batch(self, plan: AdaptivePlan, batch: int, noise: Noise, reduces: Reduction | None) -> Plan:
+        if reduces is not None and (reduces.muted or reduces.remembers):
+            raise ValueError(
+                f"{plan.solver} evaluates the network in steps it may reject, so a rule cannot count evaluations: use "
+                "CFGZero(zero_init=0), or APG with momentum=0"
+            )
+        if plan.stochastic and not isinstance(noise, str):
+            raise ValueError(
+                f"{plan.solver} with eta > 0 draws as often as its steps turn out to need, so the noise cannot be "
+                "given; use noise='white' or noise='brownian'"
+            )
+        if self._batch_plan is None or self._batch_plan[0] != batch:
+            self._batch_plan = (batch, plan.for_batch(batch))
+        return self._batch_plan[1]
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
@@ -249,6 +324,8 @@ class Sampler:
     ) -> StepGraph | None:
         """The step graph, or None where this run must be eager; ValueError or the capture's error if it may not be."""
         differ = not branches.same_in(self.plan.rows[1:])
+        if isinstance(self.plan, AdaptivePlan):
+            differ = self.plan.partly_guided
         if callback is not None or differ:
             if self._insist:
                 why = "a callback" if callback is not None else "rows that leave out a branch and run a smaller batch"
