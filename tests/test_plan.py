@@ -40,9 +40,11 @@ class Numeric(Run):
     def denoise(self, x: Any, level: Level) -> Any:
         return self.denoiser(x, level)
 
-    def noise(self) -> Any:
+    def noise(self, *_: Level) -> Any:
         self.draws += 1
         return self.normals[self.draws - 1]
+
+    white_noise = noise
 
     def keep(self, value: Any) -> Any:
         return value

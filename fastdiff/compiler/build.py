@@ -77,7 +77,7 @@ def compile_levels(
         registers=registers,
         result=result,
         draws=run.draws,
-        intervals=tuple(run.drawn_over),
+        intervals=run.intervals_drawn,
         notes=tuple(run.notes),
     )
 

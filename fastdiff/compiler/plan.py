@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "fastdiff-plan-1"
 OPENINGS = ("noise", "state", "image")
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Plan:
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
     latent_scale: what multiplies the latents; None: sigma of the first level.
     notes: what the solver had to say: where it lowered its order, and why.
-    intervals: (sigma/alpha left, reached) of the step each draw belongs to; empty where the sampler does not say.
+    intervals: (sigma/alpha left, reached) that each draw covers on the way down, None where it is no part of it; empty
+    where the sampler does not say.
     """
 
     solver: str
@@ -59,7 +61,7 @@ class Plan:
     draws: int
     latent_scale: float | None = None
     notes: tuple[str, ...] = ()
-    intervals: tuple[tuple[float, float], ...] = ()
+    intervals: tuple[Interval, ...] = ()
 
     @property
     def nfe(self) -> int:
@@ -192,7 +194,7 @@ class Plan:
             draws=body["draws"],
             latent_scale=body.get("latent_scale"),
             notes=tuple(body.get("notes", ())),
-            intervals=tuple((s, t) for s, t in body.get("intervals", ())),
+            intervals=tuple(None if pair is None else (pair[0], pair[1]) for pair in body.get("intervals", ())),
         )
 
 

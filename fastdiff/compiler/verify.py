@@ -117,7 +117,9 @@ def propagate(
     v = np.atleast_1d(np.asarray(variance, dtype=np.float64))
     mu = np.broadcast_to(np.asarray(mean, dtype=np.float64), v.shape)
     first = plan.levels[0]
-    state = np.zeros((len(v), plan.draws + 2))
+    names = sorted({name for row in plan.rows for name in row.noise})
+    column = {name: 2 + i for i, name in enumerate(names)}
+    state = np.zeros((len(v), len(names) + 2))
     if start == "marginal":
         state[:, 0], state[:, 1] = first.alpha * mu, np.sqrt(first.alpha**2 * v + first.sigma**2)
     elif start == "noise":
@@ -135,8 +137,8 @@ def propagate(
         return denoised
 
     def normal(index: int, stream: int) -> Array:
-        unit = np.zeros(plan.draws + 2)
-        unit[2 + index] = 1.0
+        unit = np.zeros(len(names) + 2)
+        unit[column[index, stream]] = 1.0
         return np.broadcast_to(unit, state.shape)
 
     seen.append((plan.levels[-1], execute(plan, denoise, state, normal)))
