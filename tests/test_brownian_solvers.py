@@ -108,7 +108,13 @@ def difference(solver: str, steps: int, path: bool, **options: Any) -> float:
             seen.append(x)
             return 0.25 / (0.25 + level.sigma**2) * x
 
-        execute(plan, denoise, np.sqrt(0.25 + 400.0) * unit[0], lambda i, stream: unit[names[i, stream]])
+        execute(
+            plan,
+            denoise,
+            np.sqrt(0.25 + 400.0) * unit[0],
+            lambda i, stream: unit[names[i, stream]],
+            dict.fromkeys(plan.given, 0.0),
+        )
         before_last.append(seen[-1])
     return float(np.linalg.norm(before_last[1] - before_last[0]))
 
@@ -160,7 +166,7 @@ def test_a_solver_of_ones_own_says_what_each_draw_covers(monkeypatch: pytest.Mon
     monkeypatch.setattr("fastdiff.compiler.solvers.registry._SOLVERS", dict(solvers.registry._SOLVERS))
     solvers.solver("twice_here", order=0)(twice)
     plan = build("twice_here", "edm", 4)
-    # equal halves: their sum over sqrt(2) is the increment over the whole step, up to the rounding of the middle's place
+    # equal halves: their sum over sqrt(2) is the increment over the step, up to the rounding of the middle's place
     rows = brownian.on_path(plan).rows
     for row, (s, t) in zip(rows[1:-1], itertools.pairwise(plan.levels[:-1]), strict=True):
         whole = brownian.increment(s.rho, t.rho)

@@ -51,15 +51,16 @@ class Row:
     clamp: tuple[float, float] | None = None
 
 
-def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
+def assemble(solver: str, segments: list[Segment], givens: int = 0) -> tuple[tuple[Row, ...], int, int]:
     """Rows, the number of registers, and the register of the result. The first row is the opening row.
 
-    Raises ValueError when a row needs more outputs or inputs than the kernel has.
+    givens: how many tensors the caller fills before it; the k-th is in register 1 + k until its last use. Raises
+    ValueError when a row needs more outputs or inputs than the kernel has.
     """
     made = [_makes(i, segment, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
     last_read = _last_reads(made)
-    home: dict[Atom, int] = {Atom("start", 0): 0}
-    registers = 1
+    home: dict[Atom, int] = {Atom("start", 0): 0, **{Atom("given", k): 1 + k for k in range(givens)}}
+    registers = len(home)
     rows = []
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
         state = Atom("x", i - 1) if i else Atom("start", 0)

@@ -1,8 +1,8 @@
 """Noise as increments of one Brownian path per sample, so that a seed gives the same path at any number of steps.
 
-May import: assemble, layout, plan, run, process. The path lives on the clock u = log(sigma/alpha), scaled to [0, 1] over a
-range that every schedule shares and cut into 64 cells; within a cell it is Lévy's dyadic construction (Lévy 1948;
-Karatzas and Shreve, section 2.3), so that over cell c, of size 1/64,
+May import: assemble, layout, plan, run, process. The path lives on the clock u = log(sigma/alpha), scaled to [0, 1]
+over a range that every schedule shares and cut into 64 cells; within a cell it is Lévy's dyadic construction (Lévy
+1948; Karatzas and Shreve, section 2.3), so that over cell c, of size 1/64,
     W(u) - W(c / 64) = Z_c (64 u - c) / 8 + sum_{l >= 6, k} Z_{l,k} e_{l,k}(u),
 e_{l,k} the tent on [k, k + 1] / 2^l of height 2^-(l/2 + 1). The nodes are named c and 2^l + k, so nothing is stored and
 every executor draws them as it draws any noise term.

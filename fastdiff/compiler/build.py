@@ -66,7 +66,8 @@ def compile_levels(
     chosen = solvers.get(solver)
     chosen.check_schedule(schedule)
     run = Run(solver, levels, schedule)
-    rows, registers, result = assemble(solver, record(solver, chosen.function, run, plain))
+    segments = record(solver, chosen.function, run, plain)
+    rows, registers, result = assemble(solver, segments, len(run.givens))
     return Plan(
         solver=solver,
         options={**{k: v for k, v in chosen.options().items() if v is not None}, **plain},
@@ -79,6 +80,8 @@ def compile_levels(
         draws=run.draws,
         intervals=run.intervals_drawn,
         notes=tuple(run.notes),
+        given={name: 1 + k for k, name in enumerate(run.givens)},
+        centre=run.centre,
     )
 
 

@@ -19,6 +19,7 @@ def explain(plan: Plan) -> str:
         f"{plan.nfe} model evaluations, {plan.registers} registers, "
         + (f"{plan.draws} noise draws" if plan.stochastic else "deterministic after the latents"),
         "x: the state evaluated in this row; D: denoised estimate; r: registers; z: unit normals",
+        *(f"given: {name}, in r{register} at the start" for name, register in plan.given.items()),
         *(f"note: {text}" for text in plan.notes),
         "",
     ]

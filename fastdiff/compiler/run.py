@@ -41,6 +41,8 @@ class Run:
         self.drawn_in: list[int] = []
         self.drawn_over: dict[int, tuple[float, float] | None] = {}
         self._interval: tuple[float, float] | None = None
+        self.givens: list[str] = []
+        self.centre: str | None = None
         self.notes: list[str] = []
         self._kept = 0
         self.start = self._lin(Atom("start", 0))
@@ -93,6 +95,18 @@ class Run:
     def intervals_drawn(self) -> tuple[tuple[float, float] | None, ...]:
         """(sigma/alpha left, reached) of every draw, None for white noise; () if the solver did not say of all."""
         return tuple(self.drawn_over[i] for i in range(self.draws)) if len(self.drawn_over) == self.draws else ()
+
+    def given(self, name: str, *, centre: bool = False) -> Lin:
+        """A tensor of the state's shape that the caller gives each run: `Sampler.sample(..., given={name: tensor})`.
+
+        centre: the process runs about it, x = alpha x0 + (1 - alpha) centre + sigma n, so that a run which starts from
+        noise starts from centre + sigma n, and one which starts from an image from that image noised in this way.
+        """
+        if name not in self.givens:
+            self.givens.append(name)
+        if centre:
+            self.centre = name
+        return self._lin(Atom("given", self.givens.index(name)))
 
     def keep(self, value: Lin) -> Lin:
         """Record a combination in a register of its own, so that later rows read it instead of its parts."""

@@ -6,7 +6,7 @@ May import: ops, noise, compiler, models.denoiser.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,11 +78,13 @@ class Buffers:
         init: Tensor | None,
         opening: str,
         noise: str | Tensor | Callable[[int, torch.Size], Tensor],
+        given: Mapping[str, Tensor],
     ) -> None:
-        """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
+        """Load a run: table, seeds, guidance, state, noise and tensors given; every sample at the opening row."""
         t = self.tensors
         if init is not None:
-            self._check_init(init)
+            self._check_image("init", init)
+        self._check_given(plan, given)
         external = self._external_noise(plan, seeds, noise)
         if (external is None) != (t.noise is None):
             self._steps.clear()
@@ -97,15 +99,29 @@ class Buffers:
         t.status.fill_(-1)
         if init is not None:
             t.state[plan.rows[0].x].copy_(init)
+        for name, image in given.items():
+            t.state[plan.given[name]].copy_(image)
 
-    def _check_init(self, init: Tensor) -> None:
-        expected = (self.batch, *self._sample)
-        if tuple(init.shape) != expected or not init.is_floating_point():
+    def _check_given(self, plan: Plan, given: Mapping[str, Tensor]) -> None:
+        if set(given) != set(plan.given):
+            wanted = f"given={{{', '.join(f'{name!r}: tensor' for name in plan.given)}}}" if plan.given else "no given="
             raise ValueError(
-                f"init must be a floating-point tensor of shape {expected}, got {init.dtype} {tuple(init.shape)}"
+                f"{plan.solver} takes {wanted}, got {', '.join(sorted(given)) or 'none'}; "
+                f"give a tensor of shape {(self.batch, *self._sample)} for each name"
             )
-        if not bool(init.isfinite().all()):
-            raise ValueError("init holds inf or nan; give a finite image or state")
+        for name, image in given.items():
+            self._check_image(f"given[{name!r}]", image)
+
+    def _check_image(self, name: str, image: Tensor) -> None:
+        expected = (self.batch, *self._sample)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {expected}, got {type(image).__name__}")
+        if tuple(image.shape) != expected or not image.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape {expected}, got {image.dtype} {tuple(image.shape)}"
+            )
+        if not bool(image.isfinite().all()):
+            raise ValueError(f"{name} holds inf or nan; give a finite image or state")
 
     def _load_table(self, plan: Plan, model: Denoiser, opening: str, latent_id: int) -> None:
         wanted = (id(plan), model.prediction, model.sigma_data, opening, latent_id)

@@ -34,6 +34,7 @@ def sample(
     graph: bool | str = "auto",
     memory_format: torch.memory_format = torch.contiguous_format,
     grid_options: Mapping[str, Any] | None = None,
+    given: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
@@ -64,5 +65,5 @@ def sample(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
     return Sampler(plan, model, backend, graph, memory_format).sample(
-        shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening="image"
+        shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening="image", given=given
     )

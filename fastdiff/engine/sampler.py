@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,7 @@ class Sampler:
         callback: Callable[[RowInfo], None] | None = None,
         progress: bool = False,
         opening: str = "state",
+        given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Draw samples: fp32 [B, *S] on the model's device.
 
@@ -122,7 +123,8 @@ class Sampler:
         (opening="image"). noise: "white"; "brownian", increments of one path per seed, the same path at any number of
         steps (fastdiff.compiler.brownian); a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
         cond, uncond: conditions of the network, batch first. guidance: w of Fu + w (Fc - Fu), a number or one per
-        sample; 1 evaluates cond only. callback: called after each row. Raises ValueError or TypeError for arguments
+        sample; 1 evaluates cond only. callback: called after each row. given: the tensors [B, *S] the solver asks for
+        by name (mean_reverting: {"mu": the degraded images}). Raises ValueError or TypeError for arguments
         that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
         """
         if isinstance(shape, int):
@@ -144,7 +146,7 @@ class Sampler:
                 plan = self._on_path() if isinstance(noise, str) and noise == "brownian" else self.plan
                 buffers = self._prepare(plan, shape, 2 if guided else 1, callback is not None)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(plan, self.model, seeds, weights, init, opening, noise)
+                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, given or {})
                 conditions = prepare(cond, uncond if guided else None, shape[0], self.model.device)
                 return self._run(buffers, conditions, callback, progress)
         finally:

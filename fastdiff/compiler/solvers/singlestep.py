@@ -66,13 +66,14 @@ def dpmsolver(
     return multistep(run, x, order, k=-1.0, correction=correction, curvature=curvature, lower_final=lower_final)
 
 
-@solver("dpm_fast", order=2, denoises={"denoise": True})
-def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
+@solver("dpm_fast", order=2, exact_marginal={"s_noise": 1.0}, denoises={"denoise": True})
+def dpm_fast(run: Run, x: Lin, denoise: bool = True, eta: float = 0.0, s_noise: float = 1.0) -> Lin:
     """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., and what is left, in `steps` calls.
 
     The grid gives the two ends and the number of evaluations; the levels between are uniform in lambda. denoise: the
     last evaluation is x' = D at the last noisy level; False spends all of them on the way there and ends there, as
-    k-diffusion does.
+    k-diffusion does. eta: each singlestep goes to the lower level of an ancestral split, or to the last noisy level if
+    that is higher, and noise goes back up, s_noise sqrt(rho_t^2 - rho_down^2).
     """
     top, bottom, final = run.levels[0], run.levels[-2], run.levels[-1]
     evaluations = run.steps - 1 if denoise else run.steps
@@ -89,7 +90,11 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     orders = orders if evaluations else []
     ends = [run.level_between(top, bottom, i / len(orders)) for i in range(1, len(orders))]
     for s, t, order in zip([top, *ends], [*ends, bottom], orders, strict=False):
-        x = _singlestep(run, x, s, t, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        rho_down = max(ancestral_split(s, t, eta)[0], min(bottom.rho, t.rho))
+        down = t if eta == 0.0 else run.level_from_rho(rho_down)
+        x = _singlestep(run, x, s, down, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        added = s_noise * t.alpha * math.sqrt(max(0.0, t.rho**2 - down.rho**2))
+        x = (t.alpha / down.alpha) * x + added * run.noise(s, t) if added > 0.0 else x
     return final.alpha * run.denoise(x, bottom) if denoise else (final.alpha / bottom.alpha) * x
 
 
