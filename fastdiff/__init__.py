@@ -8,6 +8,7 @@ from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
 from fastdiff.engine.backends import probe as backends
+from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.errors import BackendUnavailable
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "Denoiser",
+    "FrameNoise",
     "Level",
     "Plan",
     "RowInfo",

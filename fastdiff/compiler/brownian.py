@@ -41,14 +41,19 @@ def on_path(plan: Plan) -> Plan:
     """
     if not plan.draws:
         return plan
+    draws = draws_of(plan)
+    return replace(plan, rows=tuple(_row(row, draws) for row in plan.rows))
+
+
+def draws_of(plan: Plan) -> list[Terms | None]:
+    """Each draw of a plan as a sum of the path's nodes, None for white noise; ValueError as in `on_path`."""
     if len(plan.intervals) != plan.draws:
         raise ValueError(
             f"noise='brownian': {plan.solver} does not say which levels each of its draws covers, and draws more than "
             "once in a step or at levels that do not descend; use noise='white'. In a solver of your own write "
             "run.noise(s, t) for a draw on the way from level s to level t, run.white_noise() for any other"
         )
-    draws = [None if interval is None else increment(*interval) for interval in plan.intervals]
-    return replace(plan, rows=tuple(_row(row, draws) for row in plan.rows))
+    return [None if interval is None else increment(*interval) for interval in plan.intervals]
 
 
 def increments(intervals: Sequence[tuple[float, float]]) -> list[Terms]:

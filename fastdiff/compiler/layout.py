@@ -25,3 +25,4 @@ READS_MODEL = 1  # bit of FLAGS
 
 # noise streams
 STREAM_LATENT, STREAM_STEP, STREAM_BROWNIAN, STREAM_TRAINING = range(4)
+STREAM_SHARED = 4  # added to a stream: what all frames of a sample have in common

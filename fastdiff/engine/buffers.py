@@ -1,6 +1,6 @@
 """Everything a run reads and writes on the device, allocated once per shape and reused.
 
-May import: ops, noise, compiler, models.denoiser.
+May import: ops, external, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import noise as counter_noise
-from fastdiff.engine import ops
+from fastdiff.engine import external, ops
 from fastdiff.models.denoiser import Denoiser
 
 
@@ -77,23 +76,24 @@ class Buffers:
         guidance: Sequence[float],
         init: Tensor | None,
         opening: str,
-        noise: str | Tensor | Callable[[int, torch.Size], Tensor],
+        noise: external.Noise,
         given: Mapping[str, Tensor],
+        executor: str,
     ) -> None:
         """Load a run: table, seeds, guidance, state, noise and tensors given; every sample at the opening row."""
         t = self.tensors
         if init is not None:
             self._check_image("init", init)
         self._check_given(plan, given)
-        external = self._external_noise(plan, seeds, noise)
-        if (external is None) != (t.noise is None):
+        t.seed.copy_(seeds)
+        made = external.fill(noise, plan, t, lambda count: self._registers(count, t.state.device), executor)
+        if (made is None) != (t.noise is None):
             self._steps.clear()
             self._opening_step = self.graph = None
-            t.noise = external
-        elif external is not None and t.noise is not None:
-            t.noise.copy_(external)
-        self._load_table(plan, model, "noise" if init is None else opening, plan.draws if external is not None else 0)
-        t.seed.copy_(seeds)
+            t.noise = made
+        elif made is not None and t.noise is not None:
+            t.noise.copy_(made)
+        self._load_table(plan, model, "noise" if init is None else opening, plan.draws if made is not None else 0)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
         t.row.zero_()
         t.status.fill_(-1)
@@ -167,31 +167,6 @@ class Buffers:
 
     def _registers(self, count: int, device: torch.device) -> Tensor:
         return self._images(count * self.batch, torch.float32, device).unflatten(0, (count, self.batch))
-
-    def _external_noise(
-        self, plan: Plan, seeds: Tensor, noise: str | Tensor | Callable[[int, torch.Size], Tensor]
-    ) -> Tensor | None:
-        if isinstance(noise, str):
-            if noise not in ("white", "brownian"):
-                raise ValueError(
-                    f"noise must be 'white', 'brownian', a tensor or a function f(id, shape), got {noise!r}"
-                )
-            return None
-        shape = torch.Size((self.batch, *self._sample))
-        given = torch.stack([noise(i, shape) for i in range(plan.draws)]) if callable(noise) and plan.draws else noise
-        expected = (plan.draws, *shape)
-        if isinstance(given, Tensor) and tuple(given.shape) != expected:
-            raise ValueError(
-                f"noise must have shape {expected} ([draws, *shape] of this plan), got {tuple(given.shape)}"
-            )
-        device = self.tensors.state.device
-        table = self._registers(plan.draws + 1, device)
-        if isinstance(given, Tensor):
-            table[:-1].copy_(given)
-        for b, seed in enumerate(seeds.tolist()):
-            latent = counter_noise.normal(seed, table[-1, b].numel(), 0, at.STREAM_LATENT)
-            table[-1, b].copy_(torch.from_numpy(latent).view(self._sample))
-        return table
 
 
 def _empty_table(rows: int, terms: int, device: torch.device) -> tuple[Tensor, Tensor]:

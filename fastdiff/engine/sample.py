@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.build import plan as build_plan
-from fastdiff.engine.sampler import Noise, RowInfo, Sampler
+from fastdiff.engine.external import Noise
+from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.models.denoiser import Condition, Denoiser
 
 

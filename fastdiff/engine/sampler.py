@@ -22,13 +22,12 @@ from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends
 from fastdiff.engine.buffers import Buffers
 from fastdiff.engine.conditions import prepare
+from fastdiff.engine.external import Noise
 from fastdiff.engine.graphs import StepGraph
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process.schedules import Level
-
-Noise = str | Tensor | Callable[[int, torch.Size], Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ class Sampler:
         shape: [B, *S]. seed: one per sample, or an integer s for seeds s, s+1, ... init: [B, *S], the state at the
         plan's first level, used as it is (opening="state"), or a clean image to be noised to that level
         (opening="image"). noise: "white"; "brownian", increments of one path per seed, the same path at any number of
-        steps (fastdiff.compiler.brownian); a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
+        steps (fastdiff.compiler.brownian); a `FrameNoise`, for the frames of a video; a tensor [plan.draws, B, *S]; or
+        f(id, shape) giving one draw [B, *S].
         cond, uncond: conditions of the network, batch first. guidance: w of Fu + w (Fc - Fu), a number or one per
         sample; 1 evaluates cond only. callback: called after each row. given: the tensors [B, *S] the solver asks for
         by name (mean_reverting: {"mu": the degraded images}). Raises ValueError or TypeError for arguments
@@ -146,7 +146,7 @@ class Sampler:
                 plan = self._on_path() if isinstance(noise, str) and noise == "brownian" else self.plan
                 buffers = self._prepare(plan, shape, 2 if guided else 1, callback is not None)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, given or {})
+                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, given or {}, self.backend)
                 conditions = prepare(cond, uncond if guided else None, shape[0], self.model.device)
                 return self._run(buffers, conditions, callback, progress)
         finally:
