@@ -20,6 +20,7 @@ from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.convergence import variance_error
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.verify import execute, propagate
+from fastdiff.engine import noise
 from fastdiff.process.schedules import Level
 
 OVERLAPPING = ("dpmpp_sde",)  # its two draws in a step are two increments of the path that start together
@@ -117,6 +118,30 @@ def difference(solver: str, steps: int, path: bool, **options: Any) -> float:
         )
         before_last.append(seen[-1])
     return float(np.linalg.norm(before_last[1] - before_last[0]))
+
+
+BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ["dpmpp_sde", "seeds_3", "langevin_pc", "sa_solver", "dpmpp_2m_sde"])
+def test_the_engine_draws_the_nodes_of_the_path(solver: str, backend: str) -> None:
+    """In fp32 with in-kernel normals what `execute` computes from the normals of the nodes' names."""
+    model = fd.Denoiser(lambda x, t: torch.tanh(x), "vp", "x0")
+    plan = fd.plan(solver, model.schedule, 6, "logsnr")
+    got = fd.Sampler(plan, model, backend).sample((2, 3, 4, 5), seed=[7, 2**63], noise="brownian")
+
+    def normal(index: int, stream: int) -> Any:
+        return np.stack([noise.normal(seed, 60, index, stream).reshape(3, 4, 5) for seed in (7, 2**63)])
+
+    start = plan.levels[0].sigma * normal(0, 0).astype(np.float64)
+    expected = execute(brownian.on_path(plan), lambda x, level: np.tanh(x), start, normal)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_the_formulas_tell_nodes_from_draws() -> None:
+    text = brownian.on_path(fd.plan("langevin_pc", "edm", 3)).explain()
+    assert " z0" in text and " w" in text
 
 
 STRONG = [

@@ -150,6 +150,27 @@ def test_a_solver_of_ones_own_takes_tensors(backend: str, monkeypatch: pytest.Mo
             np.testing.assert_allclose(sampler.sample(SHAPE, init=start, given=given), expected, rtol=1e-5, atol=1e-5)
 
 
+def about(run: Run, x: Any) -> Any:
+    """One step; what the start holds besides the centre is kept by the opening row and returned."""
+    centre = run.given("centre", centre=True)
+    rest = run.keep(x - centre)
+    return 0.0 * run.denoise(x, run.levels[0]) + rest
+
+
+def test_the_opening_row_may_read_the_centre_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.compiler.solvers.registry._SOLVERS", dict(solvers.registry._SOLVERS))
+    solvers.solver("about_here", order=0)(about)
+    seen: list[torch.Tensor] = []
+    model = recorded("x0", seen)
+    plan = fd.plan("about_here", model.schedule, 1)
+    sampler, centre = fd.Sampler(plan, model), images(2)
+    latent = torch.stack([torch.from_numpy(noise.normal(s, 60, 0, 0)).view(SHAPE[1:]) for s in (0, 1)])
+    sigma = plan.levels[0].sigma
+    assert torch.allclose(sampler.sample(SHAPE, given={"centre": centre}), sigma * latent, atol=1e-6)
+    assert torch.allclose(seen[-1], centre + sigma * latent, atol=1e-6)
+    assert torch.allclose(sampler.sample(SHAPE, init=centre, given={"centre": centre}), torch.zeros(SHAPE), atol=1e-6)
+
+
 def test_refusals() -> None:
     model = fd.Denoiser(lambda x, t: x, "vp", "x0")
     sampler = fd.Sampler(fd.plan("mean_reverting", model.schedule, 4, "logsnr"), model)
@@ -170,7 +191,7 @@ def test_refusals() -> None:
         sampler.sample(SHAPE, given={"mu": mu / 0.0})
     with pytest.raises(ValueError, match="ddim takes no given=, got mu"):
         fd.sample(model, SHAPE, "ddim", 4, given={"mu": mu})
-    with pytest.raises(ValueError, match="for a network that predicts 'x0', got one that predicts 'eps'; compile it"):
+    with pytest.raises(ValueError, match="for a network that predicts 'x0', got one that predicts 'eps'; its option"):
         fd.Sampler(fd.plan("mean_reverting", "vp", 4, "logsnr"), fd.Denoiser(lambda x, t: x, "vp", "eps"))
     with pytest.raises(ValueError, match="says nothing of the image where alpha = 0"):
         fd.plan("mean_reverting", "rectified_flow", 4, "trailing", prediction="eps")

@@ -27,7 +27,7 @@ from fastdiff.process.schedules import Level
 
 LOG_RHO = math.log(1e5)  # the clock covers sigma/alpha in [1e-5, 1e5]; levels beyond are its ends
 FIRST = 6  # the cells are 2^-FIRST of the clock, 0.36 in log(sigma/alpha): what a step of a short run covers
-DEPTH = 18  # a level is rounded to 2^-DEPTH of the clock, 9e-5 in log(sigma/alpha)
+DEPTH = 18  # a level is rounded to 2^-DEPTH of the clock, 9e-5 in log(sigma/alpha); 16 spoils strong order at 160 steps
 SAME = 1e-6  # foreign code's sigmas this close (relative) to a level of its plan are that level
 
 Terms = dict[int, float]
@@ -70,7 +70,8 @@ def increment(left: float, reached: float) -> Terms:
     if not b > a:
         raise ValueError(
             f"noise='brownian': sigma/alpha = {left:.6g} and {reached:.6g} are one place of the path, which covers "
-            "[1e-5, 1e5] and tells levels apart that differ by 1e-4; choose levels further apart, or noise='white'"
+            "[1e-5, 1e5] and tells levels apart that differ by 1e-4 of themselves; choose levels further apart, or "
+            "noise='white'"
         )
     scale = 1.0 / math.sqrt(b - a)
     cells = 2**FIRST

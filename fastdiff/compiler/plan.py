@@ -108,7 +108,7 @@ class Plan:
             if self.rows[1].reading is None:
                 raise ValueError(
                     f"this plan of {self.solver} is for a network that predicts {expected!r}, got one that predicts "
-                    f"{prediction!r}; compile it again with the option prediction={prediction!r}"
+                    f"{prediction!r}; its option prediction= says what the network predicts"
                 )
             raise ValueError(
                 f"this plan was captured from a scheduler whose network predicts {expected!r}, got a network that "
