@@ -69,6 +69,19 @@ def test_overlapping_increments_have_the_paths_covariance() -> None:
         assert dot(brownian.increment(b, a), brownian.increment(d, c)) == pytest.approx(expected, abs=1e-13)
 
 
+def test_a_level_of_few_bits_is_one_place_at_any_depth() -> None:
+    """So an adaptive run that asks for deeper places, to take shorter steps, is on the same path."""
+    clock = np.array([0.75, 0.5 + 2.0**-12, 0.5, 0.5 - 2.0**-18])
+    s, m, t, u = np.exp(brownian.LOG_RHO * (2.0 * clock - 1.0))
+    for pair in ((s, m), (m, t), (t, u)):
+        deep, usual = brownian.increment(*pair, depth=26), brownian.increment(*pair)
+        assert deep.keys() == usual.keys() and deep == pytest.approx(usual, rel=1e-12)
+        assert len(deep) <= 2**brownian.FIRST + 1 + 2 * (26 - brownian.FIRST)
+    with pytest.raises(ValueError, match="differ by 9e-05"):
+        brownian.increment(t, t * (1.0 - 1e-6))
+    assert dot(*[brownian.increment(t, t * (1.0 - 1e-6), depth=26)] * 2) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_rows_stay_short() -> None:
     plan = brownian.on_path(fd.plan("dpmpp_2m_sde", "edm", 20))
     # a step of 1.3 in log rho covers parts of five cells, and each of its ends hangs on the 12 levels below them

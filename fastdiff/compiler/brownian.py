@@ -61,17 +61,18 @@ def increments(intervals: Sequence[tuple[float, float]]) -> list[Terms]:
     return [increment(s, t) for s, t in intervals]
 
 
-def increment(left: float, reached: float) -> Terms:
+def increment(left: float, reached: float, depth: int = DEPTH) -> Terms:
     """The unit normal of the path from rho = `left` down to `reached`: {node: weight}, squares summing to 1.
 
-    The same for these two numbers in any grid. Raises ValueError where both are one place of the path.
+    The same for these two numbers in any grid. depth: bits of a place, at most 30; it is the same place in more bits
+    where it has fewer. At most 2^FIRST + 1 + 2 (depth - FIRST) nodes. Raises ValueError where both are one place.
     """
-    a, b = place(reached), place(left)
+    a, b = place(reached, depth), place(left, depth)
     if not b > a:
         raise ValueError(
             f"noise='brownian': sigma/alpha = {left:.6g} and {reached:.6g} are one place of the path, which covers "
-            "[1e-5, 1e5] and tells levels apart that differ by 1e-4 of themselves; choose levels further apart, or "
-            "noise='white'"
+            f"[1e-5, 1e5] and tells levels apart that differ by {LOG_RHO * 2.0 ** (1 - depth):.0e} of themselves; choose "
+            "levels further apart, or noise='white'"
         )
     scale = 1.0 / math.sqrt(b - a)
     cells = 2**FIRST
@@ -79,7 +80,7 @@ def increment(left: float, reached: float) -> Terms:
     for cell in range(int(a * cells), math.ceil(b * cells)):
         covered = min(b * cells, cell + 1.0) - max(a * cells, float(cell))
         weights[cell] = covered * 2.0 ** (-FIRST / 2) * scale
-    for level in range(FIRST, DEPTH):
+    for level in range(FIRST, depth):
         count = 2.0**level
         height = 0.5 * math.sqrt(1.0 / count)
         for node in {int(a * count), int(b * count)}:
@@ -89,11 +90,11 @@ def increment(left: float, reached: float) -> Terms:
     return weights
 
 
-def place(rho: float) -> float:
-    """Where on the clock, in [0, 1], a level is: a multiple of 2^-DEPTH."""
+def place(rho: float, depth: int = DEPTH) -> float:
+    """Where on the clock, in [0, 1], a level is: a multiple of 2^-depth."""
     log = math.log(rho) if 0.0 < rho < math.inf else math.copysign(math.inf, rho - 1.0)
     clock = (min(max(log, -LOG_RHO), LOG_RHO) + LOG_RHO) / (2.0 * LOG_RHO)
-    return round(clock * 2.0**DEPTH) / 2.0**DEPTH
+    return round(clock * 2.0**depth) / 2.0**depth
 
 
 def partitioned(run: Run, rows: Sequence[Row], levels: Sequence[Level]) -> tuple[Interval, ...]:
