@@ -72,7 +72,7 @@ def increment(left: float, reached: float, depth: int = DEPTH) -> Terms:
         raise ValueError(
             f"noise='brownian': sigma/alpha = {left:.6g} and {reached:.6g} are one place of the path. It covers "
             f"[1e-5, 1e5] and tells levels apart that differ by {LOG_RHO * 2.0 ** (1 - depth):.0e} of themselves: "
-            "levels further apart, or noise='white'"
+            "choose levels further apart, or noise='white'"
         )
     scale = 1.0 / math.sqrt(b - a)
     cells = 2**FIRST
