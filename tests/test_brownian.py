@@ -74,12 +74,23 @@ def test_a_level_of_few_bits_is_one_place_at_any_depth() -> None:
     clock = np.array([0.75, 0.5 + 2.0**-12, 0.5, 0.5 - 2.0**-18])
     s, m, t, u = np.exp(brownian.LOG_RHO * (2.0 * clock - 1.0))
     for pair in ((s, m), (m, t), (t, u)):
-        deep, usual = brownian.increment(*pair, depth=26), brownian.increment(*pair)
+        deep, usual = brownian.increment(*pair, depth=brownian.FINEST), brownian.increment(*pair)
         assert deep.keys() == usual.keys() and deep == pytest.approx(usual, rel=1e-12)
-        assert len(deep) <= 2**brownian.FIRST + 1 + 2 * (26 - brownian.FIRST)
+    assert len(brownian.increment(9e4, 2e-5, depth=brownian.FINEST)) <= brownian.MOST_NODES
     with pytest.raises(ValueError, match="differ by 9e-05"):
         brownian.increment(t, t * (1.0 - 1e-6))
-    assert dot(*[brownian.increment(t, t * (1.0 - 1e-6), depth=26)] * 2) == pytest.approx(1.0, abs=1e-12)
+    assert dot(*[brownian.increment(t, t * (1.0 - 1e-6), depth=brownian.FINEST)] * 2) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.1, 1e-3])
+def test_a_step_may_end_where_the_path_has_a_short_name(step: float) -> None:
+    for rho in np.exp(np.random.default_rng(0).uniform(-5.0, 4.0, 50)):
+        end = brownian.near(rho, step)
+        assert abs(np.log(end / rho)) <= step / 16.0
+        place = brownian.place(end, brownian.FINEST)
+        assert place == brownian.place(end * (1.0 + 1e-9), brownian.FINEST)
+        bits = int(place * 2**brownian.FINEST)
+        assert bits & -bits >= 2**brownian.FINEST * step / (32.0 * brownian.LOG_RHO)
 
 
 def test_rows_stay_short() -> None:

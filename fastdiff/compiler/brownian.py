@@ -28,6 +28,9 @@ from fastdiff.process.schedules import Level
 LOG_RHO = math.log(1e5)  # the clock covers sigma/alpha in [1e-5, 1e5]; levels beyond are its ends
 FIRST = 6  # the cells are 2^-FIRST of the clock, 0.36 in log(sigma/alpha): what a step of a short run covers
 DEPTH = 18  # a level is rounded to 2^-DEPTH of the clock, 9e-5 in log(sigma/alpha); 16 spoils strong order at 160 steps
+FINEST = 26  # bits of a place where steps are made as they go, 3e-7 in log(sigma/alpha)
+RESOLUTION = LOG_RHO * 2.0 ** (1 - FINEST)  # in log(sigma/alpha): levels closer than that are one place even there
+MOST_NODES = 2**FIRST + 1 + 2 * (FINEST - FIRST)  # of an increment at depth FINEST
 SAME = 1e-6  # foreign code's sigmas this close (relative) to a level of its plan are that level
 
 Terms = dict[int, float]
@@ -64,8 +67,8 @@ def increments(intervals: Sequence[tuple[float, float]]) -> list[Terms]:
 def increment(left: float, reached: float, depth: int = DEPTH) -> Terms:
     """The unit normal of the path from rho = `left` down to `reached`: {node: weight}, squares summing to 1.
 
-    The same for these two numbers in any grid. depth: bits of a place, at most 30; it is the same place in more bits
-    where it has fewer. At most 2^FIRST + 1 + 2 (depth - FIRST) nodes. Raises ValueError where both are one place.
+    The same for these two numbers in any grid. depth: bits of a place, DEPTH or FINEST; a level whose place has few
+    bits (`near`) is at the same place with either. Raises ValueError where both are one place.
     """
     a, b = place(reached, depth), place(left, depth)
     if not b > a:
@@ -88,6 +91,16 @@ def increment(left: float, reached: float, depth: int = DEPTH) -> Terms:
             if weight != 0.0:
                 weights[(1 << level) + node] = weight
     return weights
+
+
+def near(rho: float, step: float) -> float:
+    """The level nearest to rho whose place has few bits, a multiple of a power of two at most step/8 long.
+
+    step: the length in log rho of the interval that ends there. A step that is free to end where it likes ends here:
+    fewer bits are fewer nodes, and rounding cannot move the end to another place, where the path is another.
+    """
+    spacing = 2.0 ** max(-FINEST, math.floor(math.log2(step / (16.0 * LOG_RHO))))
+    return math.exp(LOG_RHO * (2.0 * spacing * round(place(rho, FINEST) / spacing) - 1.0))
 
 
 def place(rho: float, depth: int = DEPTH) -> float:
