@@ -75,6 +75,7 @@ on random tensors is compared with the table, state by state. *Mismatch* is the 
 *Registers* is what the table keeps in memory; *width* is the most outputs and inputs of one row (the kernel has 3 and
 6; the model output and the noise are not counted). A class that is refused says why. `DPMSolverSDEScheduler` and
 `CosineDPMSolverMultistepScheduler` draw from a Brownian tree; their tables draw independent normals instead.
+Every draw is given the levels it covers, so `noise="brownian"` puts any of them on our own path.
 
 | Scheduler | Configuration | Evaluations | Registers | Width | Draws | Arithmetic | Mismatch | Outcome |
 |---|---|---|---|---|---|---|---|---|

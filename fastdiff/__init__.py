@@ -10,6 +10,7 @@ from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
 from fastdiff.engine import guidance
 from fastdiff.engine.backends import probe as backends
+from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptivePlan",
     "BackendUnavailable",
     "Denoiser",
+    "FrameNoise",
     "Level",
     "Plan",
     "RowInfo",

@@ -20,9 +20,17 @@ from fastdiff.process import schedules
 
 STEPS = (1, 2, 3, 10, 14, 15, 20, 50)
 RTOL = {1: 1e-5, 2: 1e-5, 3: 1e-4, 4: 1e-4}
+CHURN = {"s_churn": 6.0, "s_tmin": 0.5, "s_tmax": 40.0, "s_noise": 1.007}
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], int]] = [
     ("euler", "sample_euler", {}, {}, 1),
+    ("euler", "sample_euler", CHURN, CHURN, 1),
+    ("heun", "sample_heun", CHURN, CHURN, 2),
+    ("dpm_2", "sample_dpm_2", CHURN, CHURN, 2),
     ("euler_ancestral", "sample_euler_ancestral", {"eta": 0.7}, {"eta": 0.7}, 1),
+    ("euler_ancestral", "sample_euler_ancestral", {"s_noise": 1.1}, {"s_noise": 1.1}, 1),
+    ("dpmpp_2s_ancestral", "sample_dpmpp_2s_ancestral", {"s_noise": 1.1}, {"s_noise": 1.1}, 2),
+    ("dpmpp_sde", "sample_dpmpp_sde", {"s_noise": 0.9}, {"s_noise": 0.9}, 2),
+    ("dpmpp_2m_sde", "sample_dpmpp_2m_sde", {"s_noise": 0.9}, {"s_noise": 0.9}, 2),
     ("heun", "sample_heun", {}, {}, 2),
     ("edm", "sample_heun", {"s_churn": 0.0}, {}, 2),
     ("dpm_2", "sample_dpm_2", {}, {}, 2),
@@ -71,6 +79,9 @@ def test_sampler(
     if "noise_sampler" in inspect.signature(sampler).parameters:
         sampler = functools.partial(sampler, noise_sampler=lambda *_: next(draws))
     sigmas = levels(steps)
+    if "s_churn" in theirs:  # these draw in every step, ours where there is churn
+        monkeypatch.setattr(torch, "randn_like", lambda _: next(draws))
+        normals = normals[:steps][(sigmas[:-1] >= theirs["s_tmin"]) & (sigmas[:-1] <= theirs["s_tmax"])]
     model = Denoised(steps)
     start = torch.from_numpy(60.0 * np.random.default_rng(steps + 100).standard_normal(SIZE))
     end = sampler(model, start, torch.from_numpy(sigmas), disable=True, **theirs)
@@ -78,16 +89,21 @@ def test_sampler(
     model.compare(plan, end, normals, RTOL[order])
 
 
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"eta": 0.6, "s_noise": 1.1}], ids=str)
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 20])
-def test_dpm_fast(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpm_fast(steps: int, options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """All evaluations on the way from the first level to the last noisy one, where k-diffusion stops."""
     sampling = k_diffusion_sampling(monkeypatch)
     model = Denoised(steps)
     start = torch.from_numpy(60.0 * np.random.default_rng(0).standard_normal(SIZE))
     monkeypatch.setattr(torch, "tensor", functools.partial(torch.tensor, dtype=torch.float64))
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, dtype=torch.float64))
-    silent = lambda x: lambda *_: torch.zeros_like(x)  # noqa: E731
-    monkeypatch.setattr(sampling, "default_noise_sampler", silent)
-    end = sampling.sample_dpm_fast(model, start, 0.05, 60.0, steps, disable=True)
-    plan = build("dpm_fast", schedules.edm(), grid=levels(steps), grid_options={"unit": "rho"}, denoise=False)
-    model.compare(plan, end, np.zeros((1, *SIZE)), 1e-5)
+    normals = np.random.default_rng(steps).standard_normal((steps, *SIZE))
+    draws = iter(torch.from_numpy(normals))
+    end = sampling.sample_dpm_fast(
+        model, start, 0.05, 60.0, steps, disable=True, noise_sampler=lambda *_: next(draws), **options
+    )
+    plan = build(
+        "dpm_fast", schedules.edm(), grid=levels(steps), grid_options={"unit": "rho"}, denoise=False, **options
+    )
+    model.compare(plan, end, normals, 1e-5)

@@ -20,7 +20,7 @@ def step_tensors(
     plan = fd.plan(solver, model.schedule, 6, "karras")
     shape = torch.Size((2, 3, 5, 4))
     buffers = Buffers(plan, shape, 2, True, model.device, model.dtype, layout)
-    buffers.start(plan, model, torch.tensor([3, 4]), [2.0, 1.0], None, "state", "white")
+    buffers.start(plan, model, torch.tensor([3, 4]), [2.0, 1.0], None, "state", "white", {}, "reference")
     generator = torch.Generator().manual_seed(0)
     buffers.tensors.state.copy_(torch.randn(buffers.tensors.state.shape, generator=generator))
     buffers.tensors.model_out = torch.randn(4, 3, 5, 4, generator=generator).contiguous(memory_format=layout)

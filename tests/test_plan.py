@@ -29,6 +29,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 DATA = Mixture([1.0, 2.0, 1.0], [[-1.0, 0.5], [0.3, 0.2], [0.8, -1.0]], [0.05, 0.2, 0.1])
 
 
+GIVEN = 0.3
+
+
 class Numeric(Run):
     """A run on arrays instead of registers: the sampler's function itself, which its table must reproduce."""
 
@@ -40,9 +43,14 @@ class Numeric(Run):
     def denoise(self, x: Any, level: Level) -> Any:
         return self.denoiser(x, level)
 
-    def noise(self) -> Any:
+    def noise(self, *_: Level) -> Any:
         self.draws += 1
         return self.normals[self.draws - 1]
+
+    white_noise = noise
+
+    def given(self, name: str, *, centre: bool = False) -> Any:
+        return GIVEN
 
     def keep(self, value: Any) -> Any:
         return value
@@ -71,7 +79,7 @@ def test_the_table_computes_what_the_function_computes(name: str, schedule: sche
     rng = np.random.default_rng(3)
     start, normals = rng.standard_normal((5, 2)), rng.standard_normal((200, 5, 2))
     expected = solvers.get(name).function(Numeric(plan, DATA, normals), start, **options)
-    got = execute(plan, DATA, start, lambda i, _: normals[i])
+    got = execute(plan, DATA, start, lambda i, _: normals[i], dict.fromkeys(plan.given, GIVEN))
     np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -88,7 +88,8 @@ FROM_THE_TOP = [s for s in map(fd.solvers.get, fd.solvers.names()) if not (s.flo
 @pytest.mark.parametrize("solver", [s.name for s in FROM_THE_TOP if s.name != "euler_maruyama"])
 def test_one_step_from_the_top_returns_the_estimate_or_a_finite_walk(solver: str) -> None:
     constant = fd.Denoiser(lambda x, t: torch.full_like(x, 0.25), fd.schedules.edm(), "x0")
-    x = fd.sample(constant, (2, 3, 4, 4), solver=solver, steps=1)
+    given = {name: torch.ones(2, 3, 4, 4) for name in fd.plan(solver, "edm", 1).given}
+    x = fd.sample(constant, (2, 3, 4, 4), solver=solver, steps=1, given=given)
     assert torch.equal(x, torch.full_like(x, 0.25))
 
 

@@ -104,8 +104,12 @@ def test_vp_and_ve_coordinates_draw_the_same_sample(case: Case) -> None:
     ends = []
     for schedule in (schedules.vp(), schedules.edm()):
         plan = build(case.solver, schedule, grid=rhos, grid_options={"unit": "rho"}, **case.options)
-        ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i]))
+        ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i], given(plan)))
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+
+
+def given(plan: Plan, value: float = 0.0) -> dict[str, float]:
+    return dict.fromkeys(plan.given, value)
 
 
 EXECUTORS = [name for name, backend in fd.backends().items() if backend.ok and "cpu" in backend.devices]
@@ -121,13 +125,15 @@ def test_the_engine_runs_the_table(case: Case, backend: str) -> None:
     rng = np.random.default_rng(0)
     start = max(plan.levels[0].sigma, 0.5) * rng.standard_normal(shape)
     normals = rng.standard_normal((max(1, plan.draws), *shape))
-    expected = execute(plan, lambda x, level: np.tanh(x) - 0.3 * level.sigma, start, lambda i, _: normals[i])
+    drawn = (lambda i, _: normals[i], given(plan, 0.4))
+    expected = execute(plan, lambda x, level: np.tanh(x) - 0.3 * level.sigma, start, *drawn)
     levels = [row.level for row in plan.rows if row.level is not None]
     model = fd.Denoiser(lambda x, t: torch.tanh(x) - 0.3 * next(sigmas), schedule, "x0")
     sigmas = iter([level.sigma for level in levels])
     sampler = fd.Sampler(plan, model, backend=backend)
     noise = torch.from_numpy(normals[: plan.draws]).float() if plan.draws else "white"
-    got = sampler.sample(shape, seed=0, init=torch.from_numpy(start).float(), noise=noise)
+    images = {name: torch.full(shape, 0.4) for name in plan.given}
+    got = sampler.sample(shape, seed=0, init=torch.from_numpy(start).float(), noise=noise, given=images)
     np.testing.assert_allclose(got.numpy(), expected, rtol=2e-4, atol=2e-4 * float(np.abs(expected).max()))
 
 

@@ -59,12 +59,14 @@ class Row:
     muted: bool = False
 
 
-def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
+def assemble(solver: str, segments: list[Segment], givens: int = 0) -> tuple[tuple[Row, ...], int, int]:
     """Rows, the number of registers, and the register of the result. The first row is the opening row.
 
-    Raises ValueError when a row needs more outputs or inputs than the kernel has.
+    givens: how many tensors the caller fills before it; the k-th is in register 1 + k until its last use. Raises
+    ValueError when a row needs more outputs or inputs than the kernel has.
     """
-    rows, registers, _ = place(solver, segments, {Atom("start", 0): 0})
+    held = {Atom("start", 0): 0, **{Atom("given", k): 1 + k for k in range(givens)}}
+    rows, registers, _ = place(solver, segments, held)
     return rows, registers, rows[-1].outputs[0].dest
 
 

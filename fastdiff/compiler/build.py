@@ -88,7 +88,8 @@ def compile_levels(
         )
     chosen.check_schedule(schedule)
     run = Run(solver, levels, schedule)
-    rows, registers, result = assemble(solver, record(solver, chosen.function, run, plain))
+    segments = record(solver, chosen.function, run, plain)
+    rows, registers, result = assemble(solver, segments, len(run.givens))
     return Plan(
         solver=solver,
         options={**{k: v for k, v in chosen.options().items() if v is not None}, **plain},
@@ -99,8 +100,10 @@ def compile_levels(
         registers=registers,
         result=result,
         draws=run.draws,
-        intervals=tuple(run.drawn_over),
+        intervals=run.intervals_drawn,
         notes=tuple(run.notes),
+        given={name: 1 + k for k, name in enumerate(run.givens)},
+        centre=run.centre,
     )
 
 

@@ -1,13 +1,16 @@
-"""A plan as text a person can check against the paper. May import: nothing that runs."""
+"""A plan as text a person can check against the paper. May import: layout, and nothing that runs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastdiff.compiler import layout as at
 from fastdiff.compiler.assemble import Output, Row
 
 if TYPE_CHECKING:
     from fastdiff.compiler.plan import Plan
+
+_NORMALS = {at.STREAM_STEP: "z", at.STREAM_BROWNIAN: "w"}
 
 
 _ESTIMATES = {"unguided": "of the unguided branch", "unclamped": "before the clamp"}
@@ -21,7 +24,8 @@ def explain(plan: Plan) -> str:
         f"{plan.solver}({options}) on grid {plan.grid}, schedule {schedule}",
         f"{plan.nfe} model evaluations, {plan.registers} registers, "
         + (f"{plan.draws} noise draws" if plan.stochastic else "deterministic after the latents"),
-        "x: the state evaluated in this row; D: denoised estimate; r: registers; z: unit normals",
+        "x: the state evaluated in this row; D: denoised estimate; r: registers; z, w: unit normals, w on a path",
+        *(f"given: {name}, in r{register} at the start" for name, register in plan.given.items()),
         *(f"note: {text}" for text in plan.notes),
         "",
     ]
@@ -57,7 +61,7 @@ def row_lines(i: int, row: Row) -> list[str]:
 def _formula(row: Row, output: Output) -> str:
     parts = [(output.x, "x"), (output.denoised, "D"), (output.other, "E")]
     parts += [(c, f"r{register}") for c, register in zip(output.slots, row.slots, strict=True)]
-    parts += [(c, f"z{index}") for c, (index, _) in zip(output.noise, row.noise, strict=True)]
+    parts += [(c, f"{_NORMALS[stream]}{index}") for c, (index, stream) in zip(output.noise, row.noise, strict=True)]
     text = ""
     for c, name in parts:
         if c == 0.0:

@@ -37,3 +37,4 @@ SETTINGS, PARTS, SUMS = 8, 64, 8
 
 # noise streams
 STREAM_LATENT, STREAM_STEP, STREAM_BROWNIAN, STREAM_TRAINING = range(4)
+STREAM_SHARED = 4  # added to a stream: what all frames of a sample have in common

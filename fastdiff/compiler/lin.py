@@ -17,8 +17,8 @@ class Atom(NamedTuple):
     """A value known when its row runs.
 
     kind "x": the state row `number` evaluates the model at; "D": that row's denoised estimate; "E": its second one
-    (the unguided branch's, or D before its clamp);
-    "kept": recorded combination `number`; "start": the state the plan begins with;
+    (the unguided branch's, or D before its clamp); "kept": recorded combination `number`; "start": the state the plan
+    begins with; "given": tensor `number` that the caller fills before the first row;
     "z": the unit normal with id `number` on noise stream `stream`.
     """
 

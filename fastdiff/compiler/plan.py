@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "fastdiff-plan-1"
 OPENINGS = ("noise", "state", "image")
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Plan:
     draws: how many unit normals the rows name (noise ids 0 .. draws - 1).
     latent_scale: what multiplies the latents; None: sigma of the first level.
     notes: what the solver had to say: where it lowered its order, and why.
-    intervals: (sigma/alpha left, reached) of the step each draw belongs to; empty where the sampler does not say.
+    intervals: (sigma/alpha left, reached) that each draw covers on the way down, None where it is no part of it; empty
+    where the sampler does not say.
+    given: the register of each tensor that the caller fills before a run, by name. centre: which of them the process
+    runs about, x = alpha x0 + (1 - alpha) centre + sigma n; None: about 0.
     """
 
     solver: str
@@ -59,7 +63,9 @@ class Plan:
     draws: int
     latent_scale: float | None = None
     notes: tuple[str, ...] = ()
-    intervals: tuple[tuple[float, float], ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    given: Mapping[str, int] = field(default_factory=dict)
+    centre: str | None = None
 
     @property
     def nfe(self) -> int:
@@ -132,14 +138,20 @@ class Plan:
 
         prediction: what the network returns (fastdiff.process.predictions); None: D itself. sigma_data: for "edm".
         opening: "noise" starts from sigma_0 N(latent), "state" from register 0 as it is, "image" from
-        alpha_0 * register 0 + sigma_0 N(latent). latent_id: the noise id of the latents.
+        alpha_0 * register 0 + sigma_0 N(latent); with a centre, "noise" adds it and "image" (1 - alpha_0) of it.
+        latent_id: the noise id of the latents.
         A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
-        captured = self.options.get("prediction") if self.rows[-1].reading is not None else None
-        if captured is not None and prediction not in (captured, None):
+        expected = self.options.get("prediction")
+        if expected is not None and prediction not in (expected, None):
+            if self.rows[-1].reading is None:
+                raise ValueError(
+                    f"this plan of {self.solver} is for a network that predicts {expected!r}, got one that predicts "
+                    f"{prediction!r}; its option prediction= says what the network predicts"
+                )
             raise ValueError(
-                f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
+                f"this plan was captured from a scheduler whose network predicts {expected!r}, got a network that "
                 f"predicts {prediction!r}; give the scheduler its prediction_type and capture it again"
             )
         terms = max(len(row.noise) for row in self.rows) + 1
@@ -197,6 +209,19 @@ class Plan:
             coef[column + at.OUT_DELTA] = 0.0
             coef[column + at.OUT_K] = output.x * first.alpha if opening == "image" else 0.0
             coef[at.NOISE + at.NOISE_STRIDE * term + o] = output.x * sigma
+        if self.centre is not None:
+            slot = self._opening_slot(self.given[self.centre], ids)
+            weight = 1.0 - first.alpha if opening == "image" else 1.0
+            for o, output in enumerate(self.rows[0].outputs):
+                coef[at.OUTPUT + at.OUTPUT_STRIDE * o + at.OUT_A + slot] += output.x * weight
+
+    def _opening_slot(self, register: int, ids: NDArray[np.int32]) -> int:
+        """Which input of the opening row this register is; a new one where the row does not read it yet."""
+        if register in self.rows[0].slots:
+            return self.rows[0].slots.index(register)
+        slot = int(ids[at.SLOTS])
+        ids[at.SLOTS], ids[at.SLOT + 1 + slot] = slot + 1, register
+        return slot
 
     def to_json(self) -> str:
         """The plan as JSON text with a digest; `Plan.from_json` gives it back bit for bit."""
@@ -237,7 +262,9 @@ class Plan:
             draws=body["draws"],
             latent_scale=body.get("latent_scale"),
             notes=tuple(body.get("notes", ())),
-            intervals=tuple((s, t) for s, t in body.get("intervals", ())),
+            intervals=tuple(None if pair is None else (pair[0], pair[1]) for pair in body.get("intervals", ())),
+            given=body.get("given", {}),
+            centre=body.get("centre"),
         )
 
 

@@ -1,7 +1,7 @@
 """Run a solver function once on symbolic registers and write down what it did.
 
 May import: lin, process. A solver sees a `Run`: its levels, `denoise` (one model evaluation, one row),
-`noise` (a fresh unit normal) and `keep` (record a combination in a register).
+`noise` (a fresh unit normal), `keep` (record a combination in a register) and `given` (a register the caller fills).
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class Run:
         self.schedule = schedule
         self.segments = [Segment(level=None)]
         self.draws = 0
-        self.drawn_over: list[tuple[float, float]] = []
+        self.drawn_in: list[int] = []
+        self.drawn_over: dict[int, tuple[float, float] | None] = {}
         self._interval: tuple[float, float] | None = None
+        self.givens: list[str] = []
+        self.centre: str | None = None
         self.notes: list[str] = []
         self._kept = 0
         self.start = self._lin(Atom("start", 0))
@@ -79,12 +82,46 @@ class Run:
         """
         self.segments[-1].spread = (0.5 * (log_low + log_high), 0.5 * (log_high - log_low))
 
-    def noise(self) -> Lin:
-        """A fresh unit normal; use the same value again to reuse the draw."""
+    def noise(self, s: Level | None = None, t: Level | None = None) -> Lin:
+        """A fresh unit normal; use the same value again to reuse the draw.
+
+        s, t: the levels it covers on the way down, by default the interval the solver is in. Under noise="brownian" it
+        is the increment of the sample's path there, so a solver that draws twice in an interval says which part each
+        draw covers: parts that overlap give correlated normals.
+        """
+        if s is not None and t is not None:
+            self.drawn_over[self.draws] = s.rho, t.rho
+        elif self._interval is not None:
+            self.drawn_over[self.draws] = self._interval
+            self._interval = None  # a second draw here does not say what it covers
+        return self._draw()
+
+    def white_noise(self) -> Lin:
+        """A fresh unit normal under any noise: for churn and Langevin steps, which are no part of the way down."""
+        self.drawn_over[self.draws] = None
+        return self._draw()
+
+    def _draw(self) -> Lin:
         self.draws += 1
-        if self._interval is not None:
-            self.drawn_over.append(self._interval)
+        self.drawn_in.append(len(self.segments) - 1)
         return self._lin(Atom("z", self.draws - 1, STREAM_STEP))
+
+    @property
+    def intervals_drawn(self) -> tuple[tuple[float, float] | None, ...]:
+        """(sigma/alpha left, reached) of every draw, None for white noise; () if the solver did not say of all."""
+        return tuple(self.drawn_over[i] for i in range(self.draws)) if len(self.drawn_over) == self.draws else ()
+
+    def given(self, name: str, *, centre: bool = False) -> Lin:
+        """A tensor of the state's shape that the caller gives each run: `Sampler.sample(..., given={name: tensor})`.
+
+        centre: the process runs about it, x = alpha x0 + (1 - alpha) centre + sigma n, so that a run which starts from
+        noise starts from centre + sigma n, and one which starts from an image from that image noised in this way.
+        """
+        if name not in self.givens:
+            self.givens.append(name)
+        if centre:
+            self.centre = name
+        return self._lin(Atom("given", self.givens.index(name)))
 
     def keep(self, value: Lin) -> Lin:
         """Record a combination in a register of its own, so that later rows read it instead of its parts."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ ROUNDING = 64 * 2.0**-52  # times the largest coefficient: what float64 loses wh
 SMALL = 1e-6  # relative error of the variance that needs no refinement to pass
 DATA_VARIANCES = (0.05, 0.25, 1.0, 4.0)
 DATA_MEAN = 1.0
+GIVEN = 0.5  # the value of tensors that the caller would give
 REFINEMENTS = (4, 16, 64)
 BUDGET = 5e7  # rows x draws of the largest table compiled to see an error shrink
 
@@ -80,15 +81,21 @@ def execute(
     denoise: Callable[[Array, Level], Array | tuple[Array, Array]],
     start: ArrayLike,
     normal: Callable[[int, int], ArrayLike] | None = None,
+    given: Mapping[str, ArrayLike] | None = None,
 ) -> Array:
     """Run a plan in float64 NumPy: the slow executor the others are held against.
 
     denoise(x, level): D for the state x at a level, called once per row in order, or (D, E) where a row's second
     estimate is not D itself. start: the state at the plan's first
     level, any shape. normal(id, stream): the unit normal of that name, of start's shape; needed if the plan draws.
+    given: the tensors the plan takes from the caller, by name, of start's shape or broadcast to it.
     Returns the sample. Deterministic.
     """
     registers: dict[int, Array] = {plan.rows[0].x: np.array(start, dtype=np.float64)}
+    if set(given or {}) != set(plan.given):
+        raise ValueError(f"this plan takes given={{{', '.join(plan.given) or 'nothing'}}}, got {sorted(given or {})}")
+    for name, value in (given or {}).items():
+        registers[plan.given[name]] = np.broadcast_to(np.asarray(value, np.float64), registers[plan.rows[0].x].shape)
     for row in plan.rows:
         execute_row(row, registers, denoise, normal)
     return registers[plan.result]
@@ -125,16 +132,19 @@ def propagate(
     D = mu + alpha v (x - alpha mu) / (alpha^2 v + sigma^2). Every state is m + sum_k c_k z_k over the latent and the
     draws; the vector (m, c_0, c_1, ...) goes through the table, so nothing is estimated.
     mean, variance: scalars or [V]; variance 0 is the point mass, whose D == mean. start: "marginal", the law
-    N(alpha mu, alpha^2 v + sigma^2) of the first level, or "noise", N(0, sigma^2), what a sampler begins with.
+    N(alpha mu, alpha^2 v + sigma^2) of the first level, or "noise", N(0, sigma^2), what a sampler begins with. Where
+    the process runs about a centre c (`Plan.centre`), c = GIVEN, states have (1 - alpha) c more, and noise c.
     """
     v = np.atleast_1d(np.asarray(variance, dtype=np.float64))
     mu = np.broadcast_to(np.asarray(mean, dtype=np.float64), v.shape)
     first = plan.levels[0]
-    state = np.zeros((len(v), plan.draws + 2))
+    names = sorted({name for row in plan.rows for name in row.noise})
+    column = {name: 2 + i for i, name in enumerate(names)}
+    state = np.zeros((len(v), len(names) + 2))
     if start == "marginal":
-        state[:, 0], state[:, 1] = first.alpha * mu, np.sqrt(first.alpha**2 * v + first.sigma**2)
+        state[:, 0], state[:, 1] = first.alpha * mu + _shift(plan, first), np.sqrt(first.alpha**2 * v + first.sigma**2)
     elif start == "noise":
-        state[:, 1] = first.sigma
+        state[:, 0], state[:, 1] = 0.0 if plan.centre is None else GIVEN, first.sigma
     else:
         raise ValueError(f"start must be 'marginal' or 'noise', got {start!r}")
     seen: list[tuple[Level, Array]] = []
@@ -144,20 +154,35 @@ def propagate(
         total = level.alpha**2 * v + level.sigma**2
         gain = np.divide(level.alpha * v, total, out=np.zeros_like(v), where=total > 0)
         denoised: Array = gain[:, None] * x
-        denoised[:, 0] += mu * (1.0 - gain * level.alpha)
+        shift = _shift(plan, level)
+        denoised[:, 0] += mu * (1.0 - gain * level.alpha) - gain * shift
+        if _reads_noise(plan):
+            denoised[:, 0] += shift / level.alpha
         return denoised
 
     def normal(index: int, stream: int) -> Array:
-        unit = np.zeros(plan.draws + 2)
-        unit[2 + index] = 1.0
+        unit = np.zeros(len(names) + 2)
+        unit[column[index, stream]] = 1.0
         return np.broadcast_to(unit, state.shape)
 
-    seen.append((plan.levels[-1], execute(plan, denoise, state, normal)))
+    constant = np.zeros_like(state)
+    constant[:, 0] = GIVEN
+    seen.append((plan.levels[-1], execute(plan, denoise, state, normal, dict.fromkeys(plan.given, constant))))
     return Moments(
         levels=tuple(level for level, _ in seen),
         mean=np.array([x[:, 0] for _, x in seen]),
         variance=np.array([np.square(x[:, 1:]).sum(axis=1) for _, x in seen]),
     )
+
+
+def _shift(plan: Plan, level: Level) -> float:
+    """What the centre adds to the mean of the states at a level."""
+    return 0.0 if plan.centre is None else (1.0 - level.alpha) * GIVEN
+
+
+def _reads_noise(plan: Plan) -> bool:
+    """True where D comes from a prediction of the noise about a centre, so that it is x0 + (1/alpha - 1) centre."""
+    return plan.centre is not None and plan.options.get("prediction") in ("eps", "score")
 
 
 def verify(plan: Plan) -> Report:
@@ -253,7 +278,7 @@ def _point_mass_errors(plan: Plan) -> tuple[float, float]:
     mean = variance = 0.0
     for i, level in enumerate(states.levels):
         size = math.hypot(level.alpha * DATA_MEAN, level.sigma)
-        off = abs(float(states.mean[i, 0]) - level.alpha * DATA_MEAN) / size
+        off = abs(float(states.mean[i, 0]) - level.alpha * DATA_MEAN - _shift(plan, level)) / size
         spread = abs(float(states.variance[i, 0]) - level.sigma**2) / (level.sigma**2 or 1.0)
         mean, variance = _worst(mean, off), _worst(variance, spread)
     return mean, variance
@@ -278,7 +303,7 @@ def _law_error(plan: Plan) -> float:
     level = states.levels[last]
     target = level.alpha**2 * np.array(DATA_VARIANCES) + level.sigma**2
     spread = np.abs(states.variance[last] / target - 1.0)
-    shift = np.abs(states.mean[last] - level.alpha * DATA_MEAN) / np.sqrt(target)
+    shift = np.abs(states.mean[last] - level.alpha * DATA_MEAN - _shift(plan, level)) / np.sqrt(target)
     return _worst(*spread, *shift)
 
 
@@ -303,7 +328,11 @@ def _scalars(plan: Plan) -> list[float]:
 def _last_row(plan: Plan) -> Check:
     row, final = plan.rows[-1], plan.levels[-1]
     output = next(output for output in row.outputs if output.dest == plan.result)
-    others = (output.x, *output.slots, *output.noise)
+    slots = list(output.slots)
+    taken = 1.0 - 1.0 / plan.levels[-2].alpha if _reads_noise(plan) else 0.0
+    if taken != 0.0:  # of the centre, because a reading of the noise has added it to D
+        slots[row.slots.index(plan.given[str(plan.centre)])] -= taken
+    others = (output.x, *slots, *output.noise)
     off = _worst(abs(output.denoised + output.other - final.alpha), *(abs(c) for c in others))
     formula = f"the last row is x' = {output.denoised:.6g} D"
     formula += "".join(

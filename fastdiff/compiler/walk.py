@@ -112,7 +112,7 @@ class Walk:
             return down, SILENT
         if not self._path:
             return down, (((self.accepted, at.STREAM_STEP),), (added,))
-        draw = brownian.increment(self.level.rho, t.rho)
+        draw = brownian.increment(self.level.rho, t.rho, brownian.FINEST)
         return down, (tuple((node, at.STREAM_BROWNIAN) for node in draw), tuple(added * w for w in draw.values()))
 
     def _check(self) -> None:

@@ -1,12 +1,12 @@
 """Everything a run reads and writes on the device, allocated once per shape and reused.
 
-May import: ops, guide, guidance, branches, noise, compiler, models.denoiser.
+May import: ops, external, guide, guidance, branches, compiler, models.denoiser.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import noise as counter_noise
-from fastdiff.engine import ops
+from fastdiff.engine import external, ops
 from fastdiff.engine.branches import Outputs
 from fastdiff.engine.guidance import Reduction
 from fastdiff.engine.guide import GuideTensors
@@ -95,23 +94,26 @@ class Buffers:
         guidance: Sequence[float],
         init: Tensor | None,
         opening: str,
-        noise: str | Tensor | Callable[[int, torch.Size], Tensor],
+        noise: external.Noise,
+        given: Mapping[str, Tensor],
+        executor: str,
         perturbed_scale: Sequence[float] = (0.0,),
         reduction: Reduction | None = None,
     ) -> None:
-        """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
+        """Load a run: table, seeds, guidance, state, noise and tensors given; every sample at the opening row."""
         t = self.tensors
         if init is not None:
-            self._check_init(init)
-        external = self._external_noise(plan, seeds, noise)
-        if (external is None) != (t.noise is None):
+            self._check_image("init", init)
+        self._check_given(plan, given)
+        t.seed.copy_(seeds)
+        made = external.fill(noise, plan, t, lambda count: self._registers(count, t.state.device), executor)
+        if (made is None) != (t.noise is None):
             self._steps.clear()
             self._opening_step = self.graph = None
-            t.noise = external
-        elif external is not None and t.noise is not None:
-            t.noise.copy_(external)
-        self._load_table(plan, model, "noise" if init is None else opening, plan.draws if external is not None else 0)
-        t.seed.copy_(seeds)
+            t.noise = made
+        elif made is not None and t.noise is not None:
+            t.noise.copy_(made)
+        self._load_table(plan, model, "noise" if init is None else opening, plan.draws if made is not None else 0)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
         if t.mix is not None:
             mix = torch.tensor(at.PLAIN_MIX, dtype=torch.float32).repeat(self.batch, 1)
@@ -125,15 +127,29 @@ class Buffers:
         t.status.fill_(-1)
         if init is not None:
             t.state[plan.rows[0].x].copy_(init)
+        for name, image in given.items():
+            t.state[plan.given[name]].copy_(image)
 
-    def _check_init(self, init: Tensor) -> None:
-        expected = (self.batch, *self._sample)
-        if tuple(init.shape) != expected or not init.is_floating_point():
+    def _check_given(self, plan: Plan, given: Mapping[str, Tensor]) -> None:
+        if set(given) != set(plan.given):
+            wanted = f"given={{{', '.join(f'{name!r}: tensor' for name in plan.given)}}}" if plan.given else "no given="
             raise ValueError(
-                f"init must be a floating-point tensor of shape {expected}, got {init.dtype} {tuple(init.shape)}"
+                f"{plan.solver} takes {wanted}, got {', '.join(sorted(given)) or 'none'}; "
+                f"give a tensor of shape {(self.batch, *self._sample)} for each name"
             )
-        if not bool(init.isfinite().all()):
-            raise ValueError("init holds inf or nan; give a finite image or state")
+        for name, image in given.items():
+            self._check_image(f"given[{name!r}]", image)
+
+    def _check_image(self, name: str, image: Tensor) -> None:
+        expected = (self.batch, *self._sample)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {expected}, got {type(image).__name__}")
+        if tuple(image.shape) != expected or not image.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape {expected}, got {image.dtype} {tuple(image.shape)}"
+            )
+        if not bool(image.isfinite().all()):
+            raise ValueError(f"{name} holds inf or nan; give a finite image or state")
 
     def _load_table(self, plan: Plan, model: Denoiser, opening: str, latent_id: int) -> None:
         wanted = (id(plan), model.prediction, model.sigma_data, opening, latent_id)
@@ -205,31 +221,6 @@ class Buffers:
 
     def _registers(self, count: int, device: torch.device) -> Tensor:
         return self._images(count * self.batch, torch.float32, device).unflatten(0, (count, self.batch))
-
-    def _external_noise(
-        self, plan: Plan, seeds: Tensor, noise: str | Tensor | Callable[[int, torch.Size], Tensor]
-    ) -> Tensor | None:
-        if isinstance(noise, str):
-            if noise not in ("white", "brownian"):
-                raise ValueError(
-                    f"noise must be 'white', 'brownian', a tensor or a function f(id, shape), got {noise!r}"
-                )
-            return None
-        shape = torch.Size((self.batch, *self._sample))
-        given = torch.stack([noise(i, shape) for i in range(plan.draws)]) if callable(noise) and plan.draws else noise
-        expected = (plan.draws, *shape)
-        if isinstance(given, Tensor) and tuple(given.shape) != expected:
-            raise ValueError(
-                f"noise must have shape {expected} ([draws, *shape] of this plan), got {tuple(given.shape)}"
-            )
-        device = self.tensors.state.device
-        table = self._registers(plan.draws + 1, device)
-        if isinstance(given, Tensor):
-            table[:-1].copy_(given)
-        for b, seed in enumerate(seeds.tolist()):
-            latent = counter_noise.normal(seed, table[-1, b].numel(), 0, at.STREAM_LATENT)
-            table[-1, b].copy_(torch.from_numpy(latent).view(self._sample))
-        return table
 
 
 def _empty_table(rows: int, terms: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.build import plan as build_plan
+from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
-from fastdiff.engine.sampler import Noise, RowInfo, Sampler
+from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.models.denoiser import Condition, Denoiser
 
 
@@ -41,6 +42,7 @@ def sample(
     perturbed: Denoiser | None = None,
     perturbed_cond: Condition = None,
     perturbed_scale: float | Sequence[float] | Tensor = 0.0,
+    given: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
@@ -73,5 +75,5 @@ def sample(
         )
     return Sampler(plan, model, backend, graph, memory_format, guide, perturbed).sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
-        rule, threshold, perturbed_cond, perturbed_scale,
+        rule, threshold, perturbed_cond, perturbed_scale, given,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,12 @@ from fastdiff.compiler.plan import Plan
 from fastdiff.engine import adaptive, backends
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
 from fastdiff.engine.buffers import Buffers
+from fastdiff.engine.external import Noise
 from fastdiff.engine.graphs import StepGraph
 from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
 from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process.schedules import Level
-
-Noise = str | Tensor | Callable[[int, torch.Size], Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,19 +141,21 @@ class Sampler:
         threshold: DynamicThreshold | None = None,
         perturbed_cond: Condition = None,
         perturbed_scale: float | Sequence[float] | Tensor = 0.0,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Draw samples: fp32 [B, *S] on the model's device.
 
         shape: [B, *S]. seed: one per sample, or an integer s for seeds s, s+1, ... init: [B, *S], the state at the
         plan's first level, used as it is (opening="state"), or a clean image to be noised to that level
         (opening="image"). noise: "white"; "brownian", increments of one path per seed, the same path at any number of
-        steps (fastdiff.compiler.brownian); a tensor [plan.draws, B, *S]; or f(id, shape) giving one draw [B, *S].
-        cond, uncond: conditions of the network, batch first; a negative prompt is an uncond. guidance: w of
-        Fu + w (Fc - Fu), a number or one per sample; 1 evaluates cond only. rule: `fd.guidance.Rescale`, `APG` or
-        `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of s (Fc - Fp), a number or one per
-        sample, Fp from the perturbed network, or from this one on perturbed_cond. callback: called after each row.
-        Raises ValueError or TypeError for arguments that do not fit and FloatingPointError, naming the row, when the
-        network returns inf or nan.
+        steps (fastdiff.compiler.brownian); a `FrameNoise`, for the frames of a video; a tensor [plan.draws, B, *S]; or
+        f(id, shape) giving one draw [B, *S]. cond, uncond: conditions of the network, batch first; a negative prompt is
+        an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 evaluates cond only. rule:
+        `fd.guidance.Rescale`, `APG` or `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of
+        s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond.
+        given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). callback:
+        called after each row. Raises ValueError or TypeError for arguments that do not fit and FloatingPointError,
+        naming the row, when the network returns inf or nan.
         """
         shape = batch_shape(shape)
         seeds = seeds_of(seed, shape[0])
@@ -181,7 +182,19 @@ class Sampler:
                     plan = self._variant(path, reduces)
                 buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
                 with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(plan, self.model, seeds, weights, init, opening, noise, scales, reduces)
+                    buffers.start(
+                        plan,
+                        self.model,
+                        seeds,
+                        weights,
+                        init,
+                        opening,
+                        noise,
+                        given or {},
+                        self.backend,
+                        scales,
+                        reduces,
+                    )
                 if isinstance(self.plan, AdaptivePlan):
                     return self._run_adaptive(self.plan, buffers, branches, callback, progress, path)
                 return self._run(buffers, branches, callback, progress)

@@ -6,7 +6,7 @@ OTHER = "Other samplers"
 FAMILIES = {
     "One slope or two": ("ddim", "euler", "ancestral"),
     "Stages within a step": ("singlestep",),
-    "Multistep in log(alpha/sigma)": ("dpmpp", "multistep", "unipc"),
+    "Multistep in log(alpha/sigma)": ("dpmpp", "multistep", "mean_reverting", "unipc"),
     "Multistep in sigma/alpha, momentum": ("adams", "momentum"),
     "Stochastic and Langevin": ("er_sde", "sa_solver", "sde", "langevin"),
     "Flow": ("flow",),
@@ -19,7 +19,10 @@ PROMISED: dict[str, tuple[int, str]] = {
         "the second difference has half the weight that integrates a parabola; `curvature='exact'` is of order 3",
     ),
     "dpmpp_3m_sde": (3, "the weights of `dpmpp_3m`, so of order 2 for the same reason"),
-    "dpmpp_sde": (2, "two evaluations a step, but an error of first order in the variance"),
+    "dpmpp_sde": (
+        2,
+        "its two draws in a step are independent; as increments of one path (`noise='brownian'`) it has 2",
+    ),
     "er_sde": (3, "the first derivative is a backward difference in every step"),
     "edm": (2, "Heun's order is that of the ODE (`heun`, or `s_churn=0`); the churn of the default settings has 1"),
     "heunpp2": (2, "the mean of up to three slopes, one of them from beyond the step"),

@@ -12,7 +12,8 @@ is compared with the table, state by state, and anything that is not affine diff
 
 The rows are in D where the scheduler says what its network predicts (`pred_original_sample`, a clamp, or the
 prediction type in its config), else in D := F; each row carries P, Q, c_in = scale_model_input, the model time and the
-clamp, so the network's own `prediction` is only compared with the scheduler's. Brownian noise becomes white noise.
+clamp, so the network's own `prediction` is only compared with the scheduler's. A Brownian tree of the scheduler's is
+replaced by named normals, and each draw is given the levels it covers, so noise="brownian" puts them on our path.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from fastdiff.compiler.assemble import Row, assemble
+from fastdiff.compiler.brownian import partitioned
 from fastdiff.compiler.capture import readings
 from fastdiff.compiler.capture.basis import Found, measure
 from fastdiff.compiler.capture.proof import prove, witness_of
@@ -65,7 +67,7 @@ def _plan(source: Source, found: Found) -> Plan:
         replace(row, reading=reading, clamp=clamp)
         for row, reading, clamp in zip(evaluated, found.readings, found.clamps, strict=True)
     ]
-    drawn = any(row.noise for row in rows)
+    draws = found.run.draws if any(row.noise for row in rows) else 0
     levels = [row.level for row in read if row.level is not None]
     prediction = readings.kind(source.scheduler)
     return Plan(
@@ -82,7 +84,8 @@ def _plan(source: Source, found: Found) -> Plan:
         rows=(opening, *read),
         registers=registers,
         result=home,
-        draws=found.run.draws if drawn else 0,
+        draws=draws,
+        intervals=partitioned(found.run, rows, [*levels, found.last]) if draws else (),
         latent_scale=found.latent_scale,
     )
 

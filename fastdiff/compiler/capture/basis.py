@@ -44,7 +44,7 @@ def measure(source: Source) -> Found:
     """Run the scheduler once on unit vectors and write down every step as a segment of a run."""
     run = Run(source.name, (), None)
     basis = Basis(run, source.name, _free_size(source))
-    scheduler = source.fresh(lambda *_: basis.draw((1, 1, 1, basis.numel), torch.float64))
+    scheduler = source.fresh(basis.draw_between)
     times = source.times(scheduler)
     found: list[Prediction] = []
     folds: list[_Fold] = []
@@ -181,8 +181,16 @@ class Basis(Intercept):
         return terms
 
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        (atom,) = self.run.noise().terms
-        return self.vector({atom: 1.0}, dtype).reshape(shape)
+        return self._normal(self.run.noise(), dtype).reshape(shape)
+
+    def draw_between(self, sigma: Any, following: Any) -> Tensor:
+        """A draw of the scheduler's Brownian tree, from one sigma to another."""
+        low, high = sorted((float(sigma), float(following)))
+        return self._normal(self.run.noise(Level(1.0, high), Level(1.0, low)), torch.float64)
+
+    def _normal(self, drawn: Lin, dtype: torch.dtype) -> Tensor:
+        (atom,) = drawn.terms
+        return self.vector({atom: 1.0}, dtype)
 
     def clamp(self, value: Tensor, low: float, high: float) -> Tensor:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
@@ -14,11 +14,14 @@ from fastdiff.compiler.solvers.steps import ancestral_split
 from fastdiff.process.schedules import Level
 
 
-def walk(run: Run, x: Lin, s: Level, t: Level, tau: float, temperature: float) -> Lin:
-    """x/alpha += tau score + sqrt(2 tau T) z, score = (D - x/alpha) / rho^2, then carried to level t's scale."""
+def walk(run: Run, x: Lin, s: Level, t: Level, tau: float, temperature: float, draw: Callable[[], Lin]) -> Lin:
+    """x/alpha += tau score + sqrt(2 tau T) z, score = (D - x/alpha) / rho^2, then carried to level t's scale.
+
+    draw: of z, `run.noise` where the walk goes down, `run.white_noise` where it stays at a level.
+    """
     denoised = run.denoise(x, s)
     ahead = (t.alpha * (1.0 - tau / s.rho**2) / s.alpha) * x + (t.alpha * tau / s.rho**2) * denoised
-    return ahead + (t.alpha * math.sqrt(2.0 * tau * temperature)) * run.noise() if temperature > 0.0 else ahead
+    return ahead + (t.alpha * math.sqrt(2.0 * tau * temperature)) * draw() if temperature > 0.0 else ahead
 
 
 @solver("annealed_langevin", order=1, exact_marginal=False, denoises={"denoise": True})
@@ -34,7 +37,7 @@ def annealed_langevin(run: Run, x: Lin, epsilon: float = 0.2, inner: int = 20, d
     for i, s, t in run.intervals():
         for j in range(inner):
             target = t if j == inner - 1 and i < last else s
-            x = walk(run, x, s, target, 0.5 * epsilon * s.rho**2, 1.0)
+            x = walk(run, x, s, target, 0.5 * epsilon * s.rho**2, 1.0, run.white_noise)
     s, t = run.levels[last], run.levels[-1]
     return t.alpha * run.denoise(x, s) if denoise else (t.alpha / s.alpha) * x
 
@@ -71,7 +74,7 @@ def random_walk(
         last = i == run.steps - 1
         if last and denoise and tau is None:
             return t.alpha * run.denoise(x, s)
-        x = walk(run, x, s, t, steps[i], 0.0 if last else heat[i])
+        x = walk(run, x, s, t, steps[i], 0.0 if last else heat[i], run.noise)
     return x
 
 
@@ -88,7 +91,7 @@ def langevin_pc(run: Run, x: Lin, snr: float = 0.16, corrections: int = 1, predi
     _check_signal("langevin_pc", run)
     for _, s, t in run.intervals():
         for _ in range(corrections):
-            x = walk(run, x, s, s, 2.0 * (snr * s.rho) ** 2, 1.0)
+            x = walk(run, x, s, s, 2.0 * (snr * s.rho) ** 2, 1.0, run.white_noise)
         if predictor == "reverse_diffusion":
             x = reverse_step(run, x, s, t, "langevin_pc")
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.solvers.exponential import (
@@ -12,7 +14,7 @@ from fastdiff.compiler.solvers.exponential import (
     phi_curve,
     phi_slope,
 )
-from fastdiff.compiler.solvers.history import History, check_choice, check_order
+from fastdiff.compiler.solvers.history import History, check_choice
 from fastdiff.compiler.solvers.registry import solver
 from fastdiff.compiler.solvers.steps import ancestral_target, half_log_snr_step, ode_step
 from fastdiff.process.schedules import Level
@@ -68,19 +70,6 @@ def dpmpp_3m_sde(
     )
 
 
-@solver("mean_reverting", order=2)
-def mean_reverting(run: Run, x: Lin, order: int = 2, noise: str = "ode") -> Lin:
-    """MRS for mean-reverting diffusion dx = theta (mu - x) dt + g dw (Li et al. 2025): the usual solver on y = x - mu.
-
-    y' = (sigma_t/sigma_s) e^(-eta h) y + alpha_t (phi_1 D + ...) + sigma_t sqrt(1 - e^(-2 eta h)) z, eta = 0 ("ode") or
-    1 ("sde"), order 1..3. The plan's state, its denoised estimate and its sample are y: subtract mu, the image to
-    restore, from what goes in (x0 = y0 + mu) and add it to what comes out.
-    """
-    check_order("mean_reverting", order, 3)
-    check_choice("mean_reverting", "noise", noise, ("ode", "sde"))
-    return multistep(run, x, order, eta=1.0 if noise == "sde" else 0.0, correction="heun")
-
-
 def multistep(
     run: Run,
     x: Lin,
@@ -92,11 +81,15 @@ def multistep(
     correction: str = "midpoint",
     curvature: str = "published",
     lower_final: bool = False,
+    evaluate: Callable[[Lin, Level], tuple[Lin, Lin]] | None = None,
 ) -> Lin:
-    """The multistep loop of order 1, 2 or 3 for either prediction (k) and any strength of noise (eta, k = 1 only)."""
+    """The multistep loop of order 1, 2 or 3 for either prediction (k) and any strength of noise (eta, k = 1 only).
+
+    evaluate(x, level): x again and D, for a solver whose x is not the state the network sees.
+    """
     history = History(run, order, lower_final=lower_final)
     for i, s, t in run.intervals():
-        denoised = run.denoise(x, s)
+        x, denoised = (x, run.denoise(x, s)) if evaluate is None else evaluate(x, s)
         if t.sigma == 0.0:
             history.order(i, t)
             return t.alpha * denoised

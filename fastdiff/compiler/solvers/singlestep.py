@@ -66,13 +66,14 @@ def dpmsolver(
     return multistep(run, x, order, k=-1.0, correction=correction, curvature=curvature, lower_final=lower_final)
 
 
-@solver("dpm_fast", order=2, denoises={"denoise": True})
-def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
+@solver("dpm_fast", order=2, exact_marginal={"s_noise": 1.0}, denoises={"denoise": True})
+def dpm_fast(run: Run, x: Lin, denoise: bool = True, eta: float = 0.0, s_noise: float = 1.0) -> Lin:
     """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., and what is left, in `steps` calls.
 
     The grid gives the two ends and the number of evaluations; the levels between are uniform in lambda. denoise: the
     last evaluation is x' = D at the last noisy level; False spends all of them on the way there and ends there, as
-    k-diffusion does.
+    k-diffusion does. eta: each singlestep goes to the lower level of an ancestral split, or to the last noisy level if
+    that is higher, and noise goes back up, s_noise sqrt(rho_t^2 - rho_down^2).
     """
     top, bottom, final = run.levels[0], run.levels[-2], run.levels[-1]
     evaluations = run.steps - 1 if denoise else run.steps
@@ -89,7 +90,11 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     orders = orders if evaluations else []
     ends = [run.level_between(top, bottom, i / len(orders)) for i in range(1, len(orders))]
     for s, t, order in zip([top, *ends], [*ends, bottom], orders, strict=False):
-        x = _singlestep(run, x, s, t, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        rho_down = max(ancestral_split(s, t, eta)[0], min(bottom.rho, t.rho))
+        down = t if eta == 0.0 else run.level_from_rho(rho_down)
+        x = _singlestep(run, x, s, down, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        added = s_noise * t.alpha * math.sqrt(max(0.0, t.rho**2 - down.rho**2))
+        x = (t.alpha / down.alpha) * x + added * run.noise(s, t) if added > 0.0 else x
     return final.alpha * run.denoise(x, bottom) if denoise else (final.alpha / bottom.alpha) * x
 
 
@@ -126,7 +131,8 @@ def dpmpp_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float
     """DPM-Solver++ SDE (k-diffusion's sample_dpmpp_sde): two ancestral steps from x, to lambda_s + r h and to t.
 
     x_u = ancestral(x, D_s, s -> u), x' = ancestral(x, (1 - 1/(2r)) D_s + 1/(2r) D_u, s -> t), the split in
-    rho = sigma/alpha (`ancestral_split`) and a fresh normal in each.
+    rho = sigma/alpha (`ancestral_split`) and a fresh normal in each. The two cover [s, u] and [s, t]: with
+    noise="brownian" they are correlated, as the state at u and at t of one path are, and the order rises from 1 to 2.
     """
     weight = 0.5 / _fraction("dpmpp_sde", r)
 
@@ -134,7 +140,7 @@ def dpmpp_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, r: float
         rho_down, rho_up = ancestral_split(s, t, eta)
         ahead = (t.alpha * rho_down / s.sigma) * x + t.alpha * (1.0 - rho_down / s.rho) * estimate
         added = s_noise * t.alpha * rho_up
-        return ahead + added * run.noise() if added > 0.0 else ahead
+        return ahead + added * run.noise(s, t) if added > 0.0 else ahead
 
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
@@ -234,7 +240,7 @@ def _singlestep(
         return ode_step(x, denoised, s, t)
     h = half_log_snr_step(s, t)
     first = model_value(run, x, denoised, s, k)
-    noise, before = None, 0.0
+    noise, before, above = None, 0.0, s
 
     def at(end: Level, fraction: float, slope: Lin | None, mean: bool) -> Lin:
         z = (k + eta) * fraction * h
@@ -246,14 +252,15 @@ def _singlestep(
 
     slope = None
     for j, fraction in enumerate((*fractions, 1.0)):
+        last = j == len(fractions)
+        stage = t if last else levels[j] if levels else run.level_between(s, t, fraction)
         if eta > 0.0 and fraction > before:
             passed = (fraction - before) * h
-            fresh = noise_scale(Level(1.0, 1.0), passed, eta) * run.noise()
+            fresh = noise_scale(Level(1.0, 1.0), passed, eta) * run.noise(above, stage)
             noise = fresh if noise is None else math.exp(-eta * passed) * noise + fresh
-            before = fraction
-        if j == len(fractions):
+            before, above = fraction, stage
+        if last:
             break
-        stage = levels[j] if levels else run.level_between(s, t, fraction)
         ahead = at(stage, fraction, slope, mean=averaged)
         slope = (model_value(run, ahead, run.denoise(ahead, stage), stage, k) - first) / fraction
     return at(t, 1.0, slope, mean=len(fractions) == 1 and not exact)

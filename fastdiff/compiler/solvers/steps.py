@@ -67,11 +67,12 @@ def churn(
     """Raise the noise level before a step (Karras et al. 2022, Alg. 2 lines 4-6), levels in rho = sigma / alpha.
 
     gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= rho <= s_tmax; rho_hat = rho (1 + gamma);
-    x/alpha += s_noise sqrt(rho_hat^2 - rho^2) z. A level above the schedule's last is shown the last one's time.
+    x/alpha += s_noise sqrt(rho_hat^2 - rho^2) z, white noise since it leads up. A level above the schedule's last is
+    shown the last one's time.
     """
     if s_churn <= 0.0 or not s_tmin <= s.rho <= s_tmax or math.isinf(s.rho):
         return x, s
     rho = s.rho * (1.0 + min(s_churn / run.steps, math.sqrt(2.0) - 1.0))
     higher = run.level_from_rho(rho)
     added = s_noise * math.sqrt(rho**2 - s.rho**2)
-    return (higher.alpha / s.alpha) * x + (higher.alpha * added) * run.noise(), higher
+    return (higher.alpha / s.alpha) * x + (higher.alpha * added) * run.white_noise(), higher

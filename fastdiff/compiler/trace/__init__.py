@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.assemble import assemble
+from fastdiff.compiler.brownian import partitioned
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.trace.proof import prove
@@ -44,7 +45,8 @@ def trace(
     of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
     levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
     was trained on, or its name; without it the network is called with sigma itself. kw: further arguments of fn. A
-    `noise_sampler` argument of fn is filled with independent unit normals, so Brownian trees are not built.
+    `noise_sampler` argument of fn is filled with unit normals, so Brownian trees are not built; the sigmas it is asked
+    for say what each covers, so noise="brownian" puts them on our path.
     The plan's `options` hold kw and the largest relative mismatch of a second run, on random tensors.
     Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
     Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything
@@ -72,7 +74,8 @@ def trace(
             f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
         )
     rows, registers, home = assemble(name, run.finish(result.lin))
-    drawn = any(row.noise for row in rows)
+    draws = run.draws if any(row.noise for row in rows) else 0
+    visited = [row.level for row in rows if row.level is not None]
     plan = Plan(
         solver=f"trace:{name}",
         options={key: _plain(value) for key, value in kw.items()},
@@ -82,7 +85,8 @@ def trace(
         rows=rows,
         registers=registers,
         result=home,
-        draws=run.draws if drawn else 0,
+        draws=draws,
+        intervals=partitioned(run, rows, [*visited, points[-1]]) if draws else (),
     )
     mismatch = prove(fn, name, plan, arguments)
     return replace(plan, options={**plan.options, "mismatch": float(f"{mismatch:.1e}")})

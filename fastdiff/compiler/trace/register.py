@@ -96,9 +96,12 @@ class Tracer:
         self._alive.append(weakref.ref(register))
         return register
 
-    def noise(self, *_: Any, **__: Any) -> Register:
-        """The next draw; k-diffusion's noise_sampler(sigma, sigma_next)."""
-        return self.register(self.run.noise())
+    def noise(self, *sigmas: Any, **_: Any) -> Register:
+        """The next draw; with its two sigmas, as k-diffusion's noise_sampler(sigma, sigma_next) is called."""
+        if len(sigmas) != 2 or any(isinstance(sigma, Register) for sigma in sigmas):
+            return self.register(self.run.noise())
+        low, high = sorted(self.number(sigma, "draws noise at") for sigma in sigmas)
+        return self.register(self.run.noise(Level(1.0, high), Level(1.0, low)))
 
     def evaluate(self, x: Register, sigma: Any, *_: Any, **__: Any) -> Register:
         """The model as the function sees it: D(x; sigma), the end of a row."""
