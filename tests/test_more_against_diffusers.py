@@ -18,8 +18,8 @@ from fastdiff.process.schedules import CLEAN, Level
 
 pytest.importorskip("diffusers")
 from peers import (
-    NAMES,
     BETA_END,
+    NAMES,
     RTOL,
     STEPS,
     TRAIN,
