@@ -6,8 +6,6 @@ import ast
 import importlib.util
 import itertools
 import math
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +103,6 @@ def scheduler_of(module: str, name: str, **options: Any) -> Any:
     return getattr(importlib.import_module(f"diffusers.schedulers.{module}"), name)(**options)
 
 
-def stub_torchsde(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty `torchsde` where it is not installed: two schedulers import it for the noise that the test replaces."""
-    if importlib.util.find_spec("torchsde") is None:
-        monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
-
-
 def stages_in_double(scheduler: Any) -> None:
     """Every level of a two-stage scheduler in float64, its inner ones computed again from its sigmas."""
     for name in ("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "log_sigmas"):
@@ -146,7 +138,6 @@ def test_dpm_2_ancestral(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @every_count
 def test_dpmpp_sde(steps: int, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub_torchsde(monkeypatch)
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     scheduler = scheduler_of("scheduling_dpmsolver_sde", "DPMSolverSDEScheduler", **config(prediction_type=kind))
     scheduler.set_timesteps(steps)
@@ -161,7 +152,6 @@ def test_dpmpp_sde(steps: int, prediction: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("correction", ["midpoint", "heun"])
 @every_count
 def test_dpmpp_2m_sde_of_the_cosine_scheduler(steps: int, correction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub_torchsde(monkeypatch)
     options = {"solver_type": correction, "sigma_min": 0.3, "sigma_max": 80.0}
     scheduler = scheduler_of("scheduling_cosine_dpmsolver_multistep", "CosineDPMSolverMultistepScheduler", **options)
     scheduler.set_timesteps(steps)
