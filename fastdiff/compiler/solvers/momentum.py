@@ -32,7 +32,10 @@ def hb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
             x = ode_step(x, denoised, s, t)
             continue
         now = combine_values(constant_step(history.order(i, t)), history.values)
-        velocity = run.keep(now if velocity is None else (1.0 - beta) * velocity + beta * now)
+        if velocity is None:  # the step of ddim, written without large terms that cancel
+            velocity, x = now, ode_step(x, denoised, s, t)
+            continue
+        velocity = run.keep((1.0 - beta) * velocity + beta * now)
         x = slope_step(x, velocity, s, t)
     return x
 
@@ -58,7 +61,11 @@ def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
         if s.alpha == 0.0:
             x, velocity = ode_step(x, denoised, s, t), None
             continue
-        x = slope_step(x, combine_values(mix_weights(history.order(i, t), beta), history.values), s, t)
+        order = history.order(i, t)
+        if order == 1 and len(history.values) == 1:
+            x = ode_step(x, denoised, s, t)
+            continue
+        x = slope_step(x, combine_values(mix_weights(order, beta), history.values), s, t)
     return x
 
 

@@ -238,10 +238,11 @@ def _singlestep(
 
     def at(end: Level, fraction: float, slope: Lin | None, mean: bool) -> Lin:
         z = (k + eta) * fraction * h
-        combined = phi(z) * first
+        # in E, the step of first order is written with D: no large terms that cancel
+        ahead = ode_step(x, denoised, s, end) if k < 0.0 else exponential_step(x, phi(z) * first, s, end, k, eta)
         if slope is not None:
-            combined = combined + (0.5 * phi(z) if mean else phi_slope(z)) * fraction * slope
-        ahead = exponential_step(x, combined, s, end, k, eta)
+            weight = (0.5 * phi(z) if mean else phi_slope(z)) * fraction
+            ahead = ahead + ((end.sigma if k < 0.0 else end.alpha) * weight) * slope
         return ahead + (s_noise * end.sigma) * noise if noise is not None else ahead
 
     slope = None
