@@ -7,6 +7,7 @@ from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
+from fastdiff.engine import suite
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -37,5 +38,6 @@ __all__ = [
     "schedules",
     "solver",
     "solvers",
+    "suite",
     "trace",
 ]

