@@ -13,7 +13,7 @@ from fastdiff.compiler import convergence
 from fastdiff.compiler.convergence import Measurement
 from fastdiff.compiler.verify import DATA_VARIANCES
 from fastdiff.report import plot
-from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
+from fastdiff.report.families import FAMILIES, OTHER, PROMISED, REMARKS, family
 
 HEADER = """# Samplers and their measured order
 
@@ -24,6 +24,17 @@ data N(0, v) through its table exactly: nothing is drawn and no network is calle
 ```
 fastdiff verify --solver dpmpp_2m      # the laws, order, bias and cost of one sampler
 fastdiff verify --solver my_solver.py  # the same for your own: a file that registers it with @fd.solver
+fastdiff verify --solver my_package.samplers:mine  # or a module of your package
+```
+
+`--solver` also runs the suite that every sampler here passes: each schedule, grid, prediction and executor of the CPU.
+In a test of your own:
+
+```python
+@pytest.mark.parametrize("trial", fd.suite.trials("mine"), ids=str)
+def test_mine(trial):
+    outcome = trial.run()
+    assert outcome.ok, outcome.sentence
 ```
 
 *Error*: of the variance of the state that enters the last evaluation, relative to the exact one, signed (below 0 the
@@ -105,6 +116,9 @@ def text(measured: Sequence[Measurement], picture: str) -> str:
         sections.append(
             "## Where the order is below what a paper, a library or the name promises\n\n" + "\n".join(notes)
         )
+    remarks = [f"- `{m.solver.name}`: {REMARKS[m.solver.name]}." for m in measured if m.solver.name in REMARKS]
+    if remarks:
+        sections.append("## What the measured order does not say\n\n" + "\n".join(remarks))
     unjudged = [m for m in measured if m.unjudged]
     if unjudged:
         sections.append(

@@ -12,7 +12,13 @@ from fastdiff.compiler.solvers.exponential import exponential_step, model_value,
 from fastdiff.compiler.solvers.history import check_choice, check_order
 from fastdiff.compiler.solvers.multistep import CORRECTIONS, multistep
 from fastdiff.compiler.solvers.registry import solver
-from fastdiff.compiler.solvers.steps import ancestral_split, ancestral_target, half_log_snr_step, ode_step
+from fastdiff.compiler.solvers.steps import (
+    ancestral_split,
+    ancestral_target,
+    half_log_snr_step,
+    noise_estimate,
+    ode_step,
+)
 from fastdiff.process.schedules import Level
 
 
@@ -233,7 +239,7 @@ def _singlestep(
     if t.sigma == 0.0 or (k < 0.0 and s.alpha == 0.0):
         return ode_step(x, denoised, s, t)
     h = half_log_snr_step(s, t)
-    first = model_value(run, x, denoised, s, k)
+    first = denoised if k > 0.0 else noise_estimate(x, denoised, s)  # not kept: x and D are
     noise, before = None, 0.0
 
     def at(end: Level, fraction: float, slope: Lin | None, mean: bool) -> Lin:
