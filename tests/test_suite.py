@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from solver_cases import CASES, FLOW_ONLY, Case
 
 import fastdiff as fd
+from fastdiff import cli
 from fastdiff.compiler import solvers
 from fastdiff.compiler.build import compile_levels
+from fastdiff.compiler.solvers import registry
 from fastdiff.compiler.verify import verify
 from fastdiff.engine import suite
-from fastdiff.process import grids, predictions
+from fastdiff.process import grids, predictions, schedules
 from fastdiff.process.schedules import CLEAN, Level, Schedule
 
 SHIPPED = sorted({case.solver for case in CASES})
@@ -114,3 +120,178 @@ def meaningless(trial: suite.Trial) -> bool:
     if trial.what == "prediction":
         return first.alpha == 0.0 and trial.name in ("eps", "score", "edm")
     return any(reason(trial.solver, schedule, levels_of(trial.grid, schedule, n)) for n in suite.STEPS)
+
+
+MINE = '''
+"""A sampler of somebody's package."""
+
+import fastdiff as fd
+from {package}.steps import down
+
+
+@fd.solver("{name}", order=1)
+def {name}(run, x):
+    """Euler in x / alpha."""
+    for _, s, t in run.intervals():
+        denoised = run.denoise(x, s)
+        x = down(x, denoised, s, t)
+    return x
+'''
+STEPS_OF_MINE = """
+def down(x, denoised, s, t):
+    ratio = t.sigma / s.sigma
+    return {step}
+"""
+RIGHT = "ratio * x + (t.alpha - s.alpha * ratio) * denoised"
+IGNORES_ALPHA = "ratio * x + (1.0 - ratio) * denoised"  # right where alpha = 1, and where alpha + sigma = 1
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_SOLVERS", dict(registry._SOLVERS))
+
+
+def package(folder: Path, name: str, step: str = RIGHT) -> str:
+    """A package with a sampler that imports another of its modules; its name."""
+    inside = folder / f"package_of_{name}"
+    inside.mkdir()
+    (inside / "__init__.py").write_text("")
+    (inside / "steps.py").write_text(STEPS_OF_MINE.format(step=step))
+    (inside / "samplers.py").write_text(MINE.format(package=inside.name, name=name))
+    return inside.name
+
+
+def verify_solver(given: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = cli.main(["verify", "--solver", given])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("form", ["{}.samplers:{}", "{}.samplers"])
+def test_a_sampler_of_a_package(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "users_euler_" + ("named" if ":" in form else "all")
+    monkeypatch.syspath_prepend(tmp_path)
+    status, text, _ = verify_solver(form.format(package(tmp_path, name), name), capsys)
+    assert status == 0, text
+    assert f"{name}: Euler in x / alpha." in text
+    assert "ok   order: declared 1, measured 0.99" in text
+    trials = suite.trials(name)
+    assert f"ok   suite: {len(trials)} of {len(trials)} hold, over {len(suite.processes())} schedules" in text
+    assert all(trial.run().ok for trial in trials if trial.what == "executor")
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_the_suite_finds_what_one_schedule_hides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that forgets alpha is right on edm, where the order is measured, and on flows, and fails on every vp."""
+    monkeypatch.syspath_prepend(tmp_path)
+    status, text, _ = verify_solver(
+        f"{package(tmp_path, 'users_ve_only', IGNORES_ALPHA)}.samplers:users_ve_only", capsys
+    )
+    assert status == 1
+    assert "ok   order: declared 1, measured 0.99" in text
+    assert "FAIL suite" in text
+    failed = {line.split()[1] for line in text.splitlines() if line.startswith("       FAIL")}
+    assert failed == {name for name, schedule in suite.processes().items() if schedule.kind == "vp"}
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_package_in_the_folder_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    status, text, _ = verify_solver(f"{package(tmp_path, 'users_here')}.samplers:users_here", capsys)
+    assert status == 0, text
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("no_such_package.samplers", "module 'no_such_package.samplers' cannot be imported: ModuleNotFoundError"),
+        ("package_of_mine.steps", "module 'package_of_mine.steps' registers no solver; decorate one with @fd.solver"),
+        ("package_of_mine.samplers:other", "registers no solver 'other'; it registers mine"),
+        ("package_of_mine.broken", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("package_of_mine.", "cannot be imported"),
+    ],
+)
+def test_bad_modules_are_one_line(
+    given: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / package(tmp_path, "mine") / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("package_of_mine")]:
+        monkeypatch.delitem(sys.modules, name)
+    status, out, err = verify_solver(given, capsys)
+    assert (status, out) == (2, "")
+    assert says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_the_suite_in_a_test_runner(tmp_path: Path, root: Path) -> None:
+    """What docs/solvers.md says to write, in a package of its own: pytest collects a test per trial and they pass."""
+    name = package(tmp_path, "users_tested")
+    (tmp_path / "test_mine.py").write_text(
+        f"import fastdiff as fd\nimport pytest\nimport {name}.samplers\n\n\n"
+        '@pytest.mark.parametrize("trial", fd.suite.trials("users_tested"), ids=str)\n'
+        "def test_mine(trial):\n    outcome = trial.run()\n    assert outcome.ok, outcome.sentence\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{len(suite.trials('ddim'))} passed" in ran.stdout
+
+
+def broken(kind: str) -> Any:
+    def sampler(run: Any, x: Any) -> Any:
+        for _, s, t in run.intervals():
+            denoised = run.denoise(x, s)
+            if kind == "zero" and t.sigma > 0.0:
+                x = 1.0 / (t.sigma - t.sigma) * x
+            if kind == "nan" and t.sigma > 0.0:
+                x = float("nan") * x
+            ratio = t.sigma / s.sigma
+            x = ratio * x + (t.alpha - s.alpha * ratio) * denoised
+            if kind == "late" and t.sigma == 0.0:
+                x = x + 0.1 * run.noise()
+        return x
+
+    return sampler
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("zero", "ZeroDivisionError at"), ("late", "last row")],
+)
+def test_what_the_suite_says_of_a_broken_sampler(kind: str, says: str) -> None:
+    registry.solver(f"users_{kind}", order=1)(broken(kind))
+    trial = suite.Trial(f"users_{kind}", {}, "edm", "karras", _check=suite._table)
+    outcome = trial.run()
+    assert not outcome.ok and not outcome.refused
+    assert says in outcome.sentence
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_sampler_that_runs_nowhere_is_an_error() -> None:
+    registry.solver("users_nan", order=1)(broken("nan"))
+    with pytest.raises(ValueError, match="on none of the usual schedules.*multiplies a register by nan"):
+        suite.trials("users_nan")
+    with pytest.raises(ValueError, match="lcm compiles on none of the usual schedules"):
+        suite.trials("lcm", flavor="nobody")
+    with pytest.raises(ValueError, match="Unknown solver"):
+        suite.trials("nobody")
+
+
+def test_every_schedule_and_grid_is_in_the_suite() -> None:
+    trials = [trial for trial in suite.trials("ddim") if trial.what == "table"]
+    assert {trial.schedule for trial in trials} == set(schedules.names())
+    assert {trial.grid for trial in trials} == set(grids.names())
+    names = {trial.name for trial in suite.trials("ddim") if trial.what == "prediction"}
+    assert names == set(predictions.names())
+    assert {"reference", "cpp"} <= {t.name for t in suite.trials("ddim") if t.what == "executor"}
