@@ -92,10 +92,14 @@ def trials(solver: str, **options: Any) -> list[Trial]:
             found.append(Trial(solver, options, where, name, _check=_table))
     for kind in predictions.names():
         found.append(Trial(solver, options, schedule, grid, "prediction", kind, _check=_runs_with))
-    for name, backend in backends.probe().items():
-        if backend.ok and "cpu" in backend.devices:
-            found.append(Trial(solver, options, schedule, grid, "executor", name, _check=_runs_on))
+    for name in _executors():
+        found.append(Trial(solver, options, schedule, grid, "executor", name, _check=_runs_on))
     return found
+
+
+@cache
+def _executors() -> tuple[str, ...]:
+    return tuple(name for name, backend in backends.probe().items() if backend.ok and "cpu" in backend.devices)
 
 
 @cache
