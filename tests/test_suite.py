@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +296,32 @@ def test_every_schedule_and_grid_is_in_the_suite() -> None:
     names = {trial.name for trial in suite.trials("ddim") if trial.what == "prediction"}
     assert names == set(predictions.names())
     assert {"reference", "cpp"} <= {t.name for t in suite.trials("ddim") if t.what == "executor"}
+
+
+ON_TRITON = """
+import sys
+from fastdiff.engine import suite
+
+for name in sys.argv[1:]:
+    trials = [trial for trial in suite.trials(name) if trial.name == "triton"]
+    assert len(trials) == 1, "triton is not there under TRITON_INTERPRET=1"
+    outcome = trials[0].run()
+    assert outcome.ok and not outcome.refused, f"{trials[0]}: {outcome.sentence}"
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # one evaluation, history, stages, reused draws, correctors, and the widest rows there are
+        ["ddim", "dpmpp_2m_sde", "seeds_2", "sa_solver", "unipc", "heunpp2", "pndm"],
+        pytest.param([name for name in SHIPPED if name != "annealed_langevin"], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_the_interpreted_triton_executor(names: list[str]) -> None:
+    """Triton's kernel under its interpreter, two seconds a sampler, against the float64 table."""
+    command = [sys.executable, "-c", ON_TRITON, *names]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]

@@ -46,9 +46,9 @@ def exponential_ab(run: Run, x: Lin, order: int = 3, variable: str = "x0") -> Li
     """
     check_order("exponential_ab", order, 4)
     check_choice("exponential_ab", "variable", variable, ("x0", "eps", "rho", "velocity"))
-    history = History(run, order)
+    history = History(run, order, without_signal=variable == "velocity")
     if variable == "velocity":
-        return _velocity(run, x, order)
+        return _velocity(run, x, history)
     if variable == "rho":
         return _slopes(run, x, history, _lagrange_in_rho, to_zero=False)
     return _exponential(run, x, history, k=1.0 if variable == "x0" else -1.0)
@@ -218,20 +218,17 @@ def _exponential(run: Run, x: Lin, history: History, k: float) -> Lin:
     return x
 
 
-def _velocity(run: Run, x: Lin, order: int) -> Lin:
-    levels: list[Level] = []
-    values: list[Lin] = []
+def _velocity(run: Run, x: Lin, history: History) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
-        levels = [s, *levels][:order]
-        values = [run.keep(noise_estimate(x, denoised, s) - denoised), *values][:order]
-        if len(values) < order:
-            run.note(f"step {i} has order {len(values)} instead of {order}: {len(values)} model evaluations are known")
+        history.add(s, run.keep(noise_estimate(x, denoised, s) - denoised))
+        levels = history.levels[: history.order(i, t)]
         weights = lagrange_weights([_flow_time(level) for level in levels], _flow_time(s), _flow_time(t))
         total = t.alpha + t.sigma
-        x = (total / (s.alpha + s.sigma)) * x + total * combine_values(weights, values)
+        x = (total / (s.alpha + s.sigma)) * x + total * combine_values(weights, history.values)
     return x
 
 

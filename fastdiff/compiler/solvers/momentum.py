@@ -26,6 +26,7 @@ def hb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         history.add(s, run.keep(noise_estimate(x, denoised, s)))
         if s.alpha == 0.0:
@@ -54,6 +55,7 @@ def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         now = noise_estimate(x, denoised, s)
         velocity = run.keep(now if velocity is None else (1.0 - beta) * velocity + beta * now)
@@ -76,6 +78,7 @@ def gradient_estimation(run: Run, x: Lin, gamma: float = 2.0) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         history.add(s, run.keep(noise_estimate(x, denoised, s)))
         if history.order(i, t) == 1:

@@ -71,7 +71,13 @@ def sa_solver(
         if corrector_order:
             most = min(corrector_order, run.steps - i + 1) if lower_final else corrector_order
             usable = sum(level.alpha > 0.0 for level in older.levels)
-            correct = x, s, strengths[i], noise, max(1, min(most, usable + 1))
+            nodes = max(1, min(most, usable + 1))
+            if nodes < corrector_order:
+                why = (
+                    "the last steps come down to order 1" if nodes == most else f"{usable} model evaluations are known"
+                )
+                run.note(f"the corrector of step {i} has order {nodes} instead of {corrector_order}: {why}")
+            correct = x, s, strengths[i], noise, nodes
         x = _adams(x, history.levels[:order], history.values[:order], s, t, strengths[i], noise, simple)
     return x
 
