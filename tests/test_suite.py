@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import subprocess
@@ -39,6 +40,9 @@ def levels_of(grid: str, schedule: Schedule, steps: int) -> list[Level]:
 
 
 def refused_grid(grid: str, schedule: Schedule) -> bool:
+    parameters = list(inspect.signature(grids.get(grid)).parameters.values())[2:]
+    if grid != "custom" and any(parameter.default is parameter.empty for parameter in parameters):
+        return True  # it needs what no schedule has, such as a network
     if grid == "ays":
         return not math.isclose(schedule.rho_max, 14.615, rel_tol=0.01)
     return grid == "flow_shift" and schedule.kind != "flow"
@@ -51,7 +55,7 @@ def places() -> dict[tuple[str, str], list[Level]]:
     for name, schedule in suite.processes().items():
         for grid in grids.names():
             if refused_grid(grid, schedule):
-                with pytest.raises(ValueError, match=NO_GRID[grid]):
+                with pytest.raises(ValueError, match=NO_GRID.get(grid, "missing a required argument")):
                     levels_of(grid, schedule, 4)
             else:
                 found[name, grid] = levels_of(grid, schedule, 4)
@@ -117,6 +121,8 @@ def test_suite(trial: suite.Trial) -> None:
 
 def meaningless(trial: suite.Trial) -> bool:
     schedule = suite.processes()[trial.schedule]
+    if refused_grid(trial.grid, schedule):
+        return True
     first = levels_of(trial.grid, schedule, 8)[0]
     if trial.what == "prediction":
         return first.alpha == 0.0 and trial.name in ("eps", "score", "edm")
@@ -272,10 +278,23 @@ def broken(kind: str) -> Any:
 )
 def test_what_the_suite_says_of_a_broken_sampler(kind: str, says: str) -> None:
     registry.solver(f"users_{kind}", order=1)(broken(kind))
-    trial = suite.Trial(f"users_{kind}", {}, "edm", "karras", _check=suite._table)
+    trial = suite.Trial(f"users_{kind}", {}, "edm", "karras")
     outcome = trial.run()
     assert not outcome.ok and not outcome.refused
     assert says in outcome.sentence
+
+
+def test_a_failure_of_another_kind_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the compiler and the prediction may refuse; a ValueError from anywhere else fails the trial."""
+
+    def wrong(*_: Any) -> Any:
+        raise ValueError("the engine is broken")
+
+    monkeypatch.setattr(suite, "_engine", wrong)
+    for what, name in (("prediction", "x0"), ("executor", "reference")):
+        outcome = suite.Trial("ddim", {}, "edm", "karras", what, name).run()
+        assert not outcome.ok and not outcome.refused
+        assert outcome.sentence.startswith("ValueError at") and "the engine is broken" in outcome.sentence
 
 
 @pytest.mark.usefixtures("_own_registry")

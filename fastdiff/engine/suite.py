@@ -35,6 +35,10 @@ ROUNDING = 2e-4  # of the largest element: fp32 rows against float64
 HOMES = (("edm", "karras"), ("rectified_flow", "trailing"), ("vp", "linspace"), ("linear", "trailing"))
 
 
+class Refused(Exception):
+    """The combination has no meaning; the message is the ValueError that says so."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended: `ok`, with a sentence. refused: the combination has no meaning, and the sentence is why."""
@@ -57,17 +61,16 @@ class Trial:
     grid: str
     what: str = "table"
     name: str = ""
-    _check: Callable[[Trial], str] = field(default=lambda _: "", repr=False, compare=False)
 
     def __str__(self) -> str:
         given = [self.solver, *(f"{key}={value}" for key, value in self.options.items())]
         return "-".join([*given, self.schedule, self.grid, *([self.name] if self.name else [])])
 
     def run(self) -> Outcome:
-        """Never raises for what the sampler does: an exception is an outcome, a ValueError one that refuses."""
+        """Never raises for what the sampler does. A ValueError of the compiler or of the prediction is a refusal."""
         try:
-            wrong = self._check(self)
-        except ValueError as reason:
+            wrong = _CHECKS[self.what](self)
+        except Refused as reason:
             return Outcome(True, " ".join(str(reason).split()), refused=True)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -85,15 +88,15 @@ def trials(solver: str, **options: Any) -> list[Trial]:
     sampler runs on no schedule at all.
     """
     schedule, grid = home(solver, options)
-    found = [Trial(solver, options, name, grid, _check=_table) for name in processes()]
+    found = [Trial(solver, options, name, grid) for name in processes()]
     for name in grids.names():
         where = _schedule_for(name, schedule)
         if (where, name) != (schedule, grid):
-            found.append(Trial(solver, options, where, name, _check=_table))
+            found.append(Trial(solver, options, where, name))
     for kind in predictions.names():
-        found.append(Trial(solver, options, schedule, grid, "prediction", kind, _check=_runs_with))
+        found.append(Trial(solver, options, schedule, grid, "prediction", kind))
     for name in _executors():
-        found.append(Trial(solver, options, schedule, grid, "executor", name, _check=_runs_on))
+        found.append(Trial(solver, options, schedule, grid, "executor", name))
     return found
 
 
@@ -137,11 +140,14 @@ def home(solver: str, options: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def make_plan(trial: Trial, steps: int) -> Plan:
-    """The trial's plan; a grid that takes levels gets uniform ones."""
+    """The trial's plan; a grid that takes levels gets uniform ones. Raises Refused where it has none."""
     process = processes()[trial.schedule]
-    if trial.grid == "custom":
-        return build(trial.solver, process, grid=grids.make("linspace", process, steps), **trial.options)
-    return build(trial.solver, process, steps, trial.grid, **trial.options)
+    try:
+        if trial.grid == "custom":
+            return build(trial.solver, process, grid=grids.make("linspace", process, steps), **trial.options)
+        return build(trial.solver, process, steps, trial.grid, **trial.options)
+    except ValueError as reason:
+        raise Refused(str(reason)) from reason
 
 
 @cache
@@ -179,7 +185,12 @@ def _table(trial: Trial) -> str:
 
 def _runs_with(trial: Trial) -> str:
     """A network of this prediction gives the sample that its D gives in float64."""
-    return _compare(make_plan(trial, RUN_STEPS), trial.name, "reference")
+    plan = make_plan(trial, RUN_STEPS)
+    try:
+        plan.pack(trial.name)
+    except ValueError as reason:
+        raise Refused(str(reason)) from reason
+    return _compare(plan, trial.name, "reference")
 
 
 def _runs_on(trial: Trial) -> str:
@@ -189,6 +200,9 @@ def _runs_on(trial: Trial) -> str:
     if not np.array_equal(_engine(plan, "x0", trial.name)[1], _engine(read, "x0", trial.name)[1]):
         return "the plan read back from JSON gives another sample"
     return _compare(plan, "x0", trial.name)
+
+
+_CHECKS: dict[str, Callable[[Trial], str]] = {"table": _table, "prediction": _runs_with, "executor": _runs_on}
 
 
 def _compare(plan: Plan, kind: str, executor: str) -> str:
