@@ -8,7 +8,7 @@ from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
-from fastdiff.engine import guidance
+from fastdiff.engine import guidance, suite
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
@@ -45,5 +45,6 @@ __all__ = [
     "schedules",
     "solver",
     "solvers",
+    "suite",
     "trace",
 ]

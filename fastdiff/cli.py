@@ -17,8 +17,8 @@ from tqdm import tqdm
 import fastdiff as fd
 from fastdiff import images
 from fastdiff.compiler import convergence
-from fastdiff.compiler.solvers.from_file import load_file
-from fastdiff.engine import machine, selfcheck
+from fastdiff.compiler.solvers.from_file import load_file, load_module
+from fastdiff.engine import machine, selfcheck, suite
 from fastdiff.report import page
 
 _FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, fd.BackendUnavailable)
@@ -126,7 +126,7 @@ def _add_verify(commands: Any) -> None:
     chosen.add_argument(
         "--solver",
         metavar="NAME",
-        help="laws, order, bias and cost of a sampler: its name, or a file that registers it",
+        help="laws, order, bias, cost and suite of a sampler: its name, or a file or package.module[:name] of yours",
     )
     chosen.add_argument("--all", action="store_true", help="write the table and the plot of all samplers")
     parser.add_argument("--out", type=Path, help="with --all: a .md file, the plot goes beside it (default solvers.md)")
@@ -273,11 +273,22 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_solver(given: str) -> int:
-    is_path = given.endswith(".py") or Path(given).name != given or Path(given).is_file()
-    names = load_file(Path(given)) if is_path and given not in fd.solvers.names() else [given]
-    measured = [_measure(name) for name in names]
-    print("\n\n".join(map(str, measured)))
-    return 0 if all(m.ok for m in measured) else 1
+    names, ok = _solver_names(given), True
+    for i, name in enumerate(names):
+        measured = _measure(name)
+        outcomes = {trial: trial.run() for trial in suite.trials(name)}
+        print("\n" * (i > 0) + f"{measured}\n{suite.summary(outcomes)}")
+        ok = ok and measured.ok and all(outcome.ok for outcome in outcomes.values())
+    return 0 if ok else 1
+
+
+def _solver_names(given: str) -> list[str]:
+    """The sampler of this name, or those of a file or module that registers them."""
+    if given in fd.solvers.names():
+        return [given]
+    if given.endswith(".py") or Path(given).name != given or Path(given).is_file():
+        return load_file(Path(given))
+    return load_module(given) if "." in given or ":" in given else [given]
 
 
 def _measure(name: str) -> page.AnyMeasurement:

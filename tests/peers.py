@@ -25,8 +25,9 @@ from fastdiff.process.schedules import Level, Schedule
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-STEPS = (1, 2, 3, 10, 20, 50)
-TRAIN = 600  # divisible by every number of STEPS, so that DDIM's t - T // N is the next entry of its timesteps
+STEPS = (1, 2, 3, 10, 14, 15, 20, 50)  # diffusers lowers orders at the end of fewer than 15
+TRAIN = 2100  # divisible by every number of STEPS, so that DDIM's t - T // N is the next entry of its timesteps
+BETA_END = 0.02 * 1000 / TRAIN  # keeps the last level where the usual 1000 betas have it
 RTOL = 1e-5
 SIZE = (4, 16)
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -40,7 +41,7 @@ class Peer:
         self.scheduler = scheduler
         self.monkeypatch = monkeypatch
         self.raw: Array = rng.standard_normal((evaluations or steps, *SIZE))
-        self.normals: Array = rng.standard_normal((steps + 1, *SIZE))
+        self.normals: Array = rng.standard_normal((max(steps, evaluations) + 1, *SIZE))
         self.latent: Array = rng.standard_normal(SIZE)
         self.states: list[Array] = []
 
@@ -87,7 +88,7 @@ class Peer:
 
 
 def config(**options: Any) -> dict[str, Any]:
-    return {"num_train_timesteps": TRAIN, "timestep_spacing": "trailing", **options}
+    return {"num_train_timesteps": TRAIN, "beta_end": BETA_END, "timestep_spacing": "trailing", **options}
 
 
 def ddpm_schedule(scheduler: Any) -> Schedule:

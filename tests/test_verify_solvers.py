@@ -18,7 +18,7 @@ from fastdiff.compiler.convergence import measure, slope
 from fastdiff.compiler.solvers import registry
 from fastdiff.compiler.solvers.from_file import load_file
 from fastdiff.report import page, plot
-from fastdiff.report.families import OTHER, PROMISED, family
+from fastdiff.report.families import OTHER, PROMISED, REMARKS, family
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -108,6 +108,23 @@ def test_promised_orders_do_not_hold() -> None:
     """Each note of the page is true: the order is below the promise by more than a measurement's tolerance."""
     for name, (promised, _) in PROMISED.items():
         assert measure(name).order < promised - convergence.TOLERANCE, name
+
+
+def test_noise_that_no_level_holds_is_left_out_of_the_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """edm's s_noise of 1.003 stops its error at +0.6 %; with 1 the order is Heun's."""
+    edm = measure("edm")
+    assert edm.order_options == {"s_noise": 1.0}
+    assert edm.order == pytest.approx(1.68, abs=0.01)
+    assert slope(convergence.STEPS, [error for _, error in edm.curve[2:]]) == pytest.approx(1.20, abs=0.01)
+    assert "declared 2, measured 1.68 with s_noise = 1;" in str(edm)
+    assert "stated and not judged: with s_noise other than 1" in str(edm.report)
+    assert measure("heun").order_options == {}
+
+
+def test_every_remark_is_of_a_sampler() -> None:
+    assert set(REMARKS) <= set(solvers.names())
+    assert measure("sa_solver").order > 3.0 - convergence.TOLERANCE > solvers.get("sa_solver").order
+    assert 0.8 <= measure("langevin_pc").order <= 1.45
 
 
 def test_solver_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

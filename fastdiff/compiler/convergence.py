@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,14 +47,17 @@ class Bias:
 class Measurement:
     """What `measure` found of one solver; `print(measurement)` shows it.
 
-    order: slope of the error, inf where it is rounding from the start, nan where it is not finite. curve: (model
-    evaluations, signed error) at 5, 10, 20, ... 160 steps. unjudged: why the order has no meaning, or "". nfe,
-    registers, width (outputs, inputs of the widest row), draws: of the table of 20 steps; report: its laws.
+    order: slope of the error, inf where it is rounding from the start, nan where it is not finite. order_options: those
+    it was measured with besides the defaults: s_noise = 1, since more noise than the levels hold leaves a bias that no
+    refinement removes. curve: (model evaluations, signed error) at 5, 10, 20, ... 160 steps. unjudged: why the order
+    has no meaning, or "". nfe, registers, width (outputs, inputs of the widest row), draws: of the table of 20 steps;
+    report: its laws.
     """
 
     solver: Solver
     schedule: str
     order: float
+    order_options: Mapping[str, Any]
     curve: tuple[tuple[int, float], ...]
     bias: tuple[Bias, ...]
     nfe: int
@@ -76,6 +80,7 @@ class Measurement:
     def __str__(self) -> str:
         errors = ", ".join(f"{abs(error):.1e}" for _, error in self.curve[len(COARSE) :])
         order = f"declared {self.solver.order}, measured {self.order:.2f}"
+        order += "".join(f" with {name} = {value:g}" for name, value in self.order_options.items())
         if self.unjudged:
             order = f"stated and not judged, {self.unjudged}; slope {self.order:.2f}"
         bias = (
@@ -173,11 +178,16 @@ def _measure_table(chosen: Solver) -> Measurement:
         return plans[steps]
 
     curve = tuple((plan(n).nfe, variance_error(plan(n))) for n in (*COARSE, *STEPS))
+    falling = [error for _, error in curve[len(COARSE) :]]
+    without: dict[str, Any] = {"s_noise": 1.0} if chosen.options().get("s_noise", 1.0) != 1.0 else {}
+    if without:
+        falling = [variance_error(build(name, schedule, n, GRID, grid_options=ENDS, **without)) for n in STEPS]
     table = plan(STEPS[0])
     return Measurement(
         solver=chosen,
         schedule=schedule,
-        order=slope(STEPS, [error for _, error in curve[len(COARSE) :]]),
+        order=slope(STEPS, falling),
+        order_options=without,
         curve=curve,
         bias=tuple(_bias(plan, budget) for budget in BUDGETS),
         nfe=table.nfe,

@@ -14,7 +14,7 @@ from fastdiff.compiler.verify import DATA_VARIANCES
 from fastdiff.compiler.verify_adaptive import ELEMENTS
 from fastdiff.files import check_writable_file, write_atomically
 from fastdiff.report import plot
-from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
+from fastdiff.report.families import FAMILIES, OTHER, PROMISED, REMARKS, family
 
 AnyMeasurement = Measurement | AdaptiveMeasurement
 
@@ -27,6 +27,17 @@ data N(0, v) through its table exactly: nothing is drawn and no network is calle
 ```
 fastdiff verify --solver dpmpp_2m      # the laws, order, bias and cost of one sampler
 fastdiff verify --solver my_solver.py  # the same for your own: a file that registers it with @fd.solver
+fastdiff verify --solver my_package.samplers:mine  # or a module of your package
+```
+
+`--solver` also runs the suite that every sampler here passes: each schedule, grid, prediction and executor of the CPU.
+In a test of your own:
+
+```python
+@pytest.mark.parametrize("trial", fd.suite.trials("mine"), ids=str)
+def test_mine(trial):
+    outcome = trial.run()
+    assert outcome.ok, outcome.sentence
 ```
 
 *Error*: of the variance of the state that enters the last evaluation, relative to the exact one, signed (below 0 the
@@ -125,6 +136,9 @@ def text(measured: Sequence[AnyMeasurement], picture: str) -> str:
         sections.append(
             "## Where the order is below what a paper, a library or the name promises\n\n" + "\n".join(notes)
         )
+    remarks = [f"- `{m.solver.name}`: {REMARKS[m.solver.name]}." for m in measured if m.solver.name in REMARKS]
+    if remarks:
+        sections.append("## What the measured order does not say\n\n" + "\n".join(remarks))
     unjudged = [m for m in tables if m.unjudged]
     if unjudged:
         sections.append(

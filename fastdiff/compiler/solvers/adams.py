@@ -46,9 +46,9 @@ def exponential_ab(run: Run, x: Lin, order: int = 3, variable: str = "x0") -> Li
     """
     check_order("exponential_ab", order, 4)
     check_choice("exponential_ab", "variable", variable, ("x0", "eps", "rho", "velocity"))
-    history = History(run, order)
+    history = History(run, order, without_signal=variable == "velocity")
     if variable == "velocity":
-        return _velocity(run, x, order)
+        return _velocity(run, x, history)
     if variable == "rho":
         return _slopes(run, x, history, _lagrange_in_rho, to_zero=False)
     return _exponential(run, x, history, k=1.0 if variable == "x0" else -1.0)
@@ -90,12 +90,17 @@ def ipndm_v(run: Run, x: Lin, order: int = 4, flavor: str | None = None) -> Lin:
     return _slopes(run, x, History(run, order), weigh, to_zero=False)
 
 
+# of sigma/alpha in one Runge-Kutta step: its last slope divides what rounding left of the first level by the last one
+LONGEST = 1e3
+
+
 @solver("pndm", order=2, denoises={"flavor": None})
 def pndm(run: Run, x: Lin, warmup: str = "prk", flavor: str | None = None) -> Lin:
     """PNDM (Liu et al. 2022): linear multistep of order 4 on E, x'/alpha_t = x/alpha_s + (rho_t - rho_s) E'.
 
     warmup: "prk", three pseudo Runge-Kutta steps of four evaluations, their middle halfway on the schedule's clock; or
-    "plms", the first step twice, the second time with the mean of E at both ends. flavor "diffusers": the step to
+    "plms", the first step twice, the second time with the mean of E at both ends. A step over which sigma/alpha falls
+    by more than 1000 has order 1: in float32 its slopes would be rounding. flavor "diffusers": the step to
     sigma = 0 keeps its order instead of being x' = D.
     """
     check_choice("pndm", "warmup", warmup, ("prk", "plms"))
@@ -111,15 +116,23 @@ def pndm(run: Run, x: Lin, warmup: str = "prk", flavor: str | None = None) -> Li
         if s.alpha == 0.0:
             x = ode_step(x, denoised, s, t)
             continue
-        if warmup == "prk" and i < 3 and t.sigma > 0.0:
+        if s.rho > LONGEST * t.rho > 0.0:
+            run.note(f"step {i} has order 1 instead of 4: sigma/alpha falls by a factor of {s.rho / t.rho:.3g}")
+            x = ode_step(x, denoised, s, t)
+            continue
+        warms = i < (3 if warmup == "prk" else 1) and t.sigma > 0.0
+        if warms and warmup == "prk":
             slope = _runge_kutta(run, x, slope, s, t)
-        elif warmup == "plms" and i == 0 and t.sigma > 0.0:
+        elif warms:
             base = run.keep(x)
             ahead = slope_step(x, slope, s, t)
             slope, x = 0.5 * (slope + noise_estimate(ahead, run.denoise(ahead, t), t)), base
         else:
-            weights = constant_step(history.order(i, t))
-            slope = combine_values(weights, history.values)
+            order = history.order(i, t)
+            if order == 1:
+                x = ode_step(x, denoised, s, t)
+                continue
+            slope = combine_values(constant_step(order), history.values)
         x = slope_step(x, slope, s, t)
     return x
 
@@ -147,10 +160,10 @@ def _slopes(
             history.order(i, t)
             return t.alpha * denoised
         history.add(s, run.keep(noise_estimate(x, denoised, s)))
-        if s.alpha == 0.0:
+        order = history.order(i, t)
+        if order == 1:  # the same step, without large terms that cancel
             x = ode_step(x, denoised, s, t)
             continue
-        order = history.order(i, t)
         weights = weigh(history.levels[:order], t)
         x = (t.alpha / s.alpha) * x + t.alpha * combine_values(weights, history.values)
     return x
@@ -195,30 +208,27 @@ def _exponential(run: Run, x: Lin, history: History, k: float) -> Lin:
             history.order(i, t)
             return t.alpha * denoised
         history.add(s, denoised if k > 0.0 else run.keep(noise_estimate(x, denoised, s)))
-        if s.alpha == 0.0:
+        order = history.order(i, t)
+        if order == 1:
             x = ode_step(x, denoised, s, t)
             continue
-        order = history.order(i, t)
         nodes = [level.lam - t.lam for level in history.levels[:order]]
         weights = exponential_weights(nodes, half_log_snr_step(s, t), k)
         x = exponential_step(x, combine_values(weights, history.values), s, t, k)
     return x
 
 
-def _velocity(run: Run, x: Lin, order: int) -> Lin:
-    levels: list[Level] = []
-    values: list[Lin] = []
+def _velocity(run: Run, x: Lin, history: History) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
-        levels = [s, *levels][:order]
-        values = [run.keep(noise_estimate(x, denoised, s) - denoised), *values][:order]
-        if len(values) < order:
-            run.note(f"step {i} has order {len(values)} instead of {order}: {len(values)} model evaluations are known")
+        history.add(s, run.keep(noise_estimate(x, denoised, s) - denoised))
+        levels = history.levels[: history.order(i, t)]
         weights = lagrange_weights([_flow_time(level) for level in levels], _flow_time(s), _flow_time(t))
         total = t.alpha + t.sigma
-        x = (total / (s.alpha + s.sigma)) * x + total * combine_values(weights, values)
+        x = (total / (s.alpha + s.sigma)) * x + total * combine_values(weights, history.values)
     return x
 
 

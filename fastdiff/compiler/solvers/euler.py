@@ -38,7 +38,7 @@ def heun(
     return x
 
 
-@solver("edm", order=1, exact_marginal={"s_noise": 1.0})
+@solver("edm", order=2, exact_marginal={"s_noise": 1.0})
 def edm(
     run: Run,
     x: Lin,
@@ -51,7 +51,8 @@ def edm(
     """The stochastic sampler of Karras et al. 2022, Alg. 2, with their ImageNet-64 settings, for any second-order rule.
 
     a: the second slope is taken at rho_s + a (rho_t - rho_s) and weighs 1/(2a) (their appendix D.2); a = 1 is Heun,
-    and then `edm` is `heun` with churn on.
+    and then `edm` is `heun` with churn on. s_noise = 1.003 makes up for the noise that a network removes too much; with
+    an exact one it leaves 0.6% too much variance at any number of steps.
     """
     if not 0.0 < a <= 1.0:
         raise ValueError(f"edm: a, where in the step the second slope is taken, must be in (0, 1], got {a}")

@@ -1,7 +1,8 @@
-"""Solvers of a user's own Python file. May import: registry."""
+"""Solvers of a user's own Python file or package. May import: registry."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -28,12 +29,46 @@ def load_file(path: Path) -> list[str]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split()) or "no message"
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise _not_importable(str(path), error) from error
     finally:
         sys.path.remove(str(path.resolve().parent))
         del sys.modules[name]
-    found = [n for n in registry.names() if n not in before or registry.get(n).function.__module__ == name]
+    return _registered(str(path), name, before)
+
+
+def load_module(given: str) -> list[str]:
+    """Import `package.module`, whose solvers are meant, or `package.module:name`, that one; the names, sorted.
+
+    The folder of the process is searched last, so that a package under development need not be installed. Raises
+    ValueError, in one line, where it cannot be imported or does not register what was asked for.
+    """
+    name, _, wanted = given.partition(":")
+    before = set(registry.names())
+    sys.path.append("")
+    try:
+        importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise _not_importable(f"module {name!r}", error) from error
+    finally:
+        sys.path.remove("")
+    found = _registered(f"module {name!r}", name, before)
+    if wanted and wanted not in found:
+        raise ValueError(f"module {name!r} registers no solver {wanted!r}; it registers {', '.join(found)}")
+    return [wanted] if wanted else found
+
+
+def _not_importable(what: str, error: BaseException) -> ValueError:
+    reason = " ".join(str(error).split()) or "no message"
+    return ValueError(f"{what} cannot be imported: {type(error).__name__}: {reason}")
+
+
+def _registered(what: str, module: str, before: set[str]) -> list[str]:
+    """What is registered now and was not before, or comes from this module or, if it is a package, from within it."""
+    found = [
+        name
+        for name in registry.names()
+        if name not in before or f"{registry.get(name).function.__module__}.".startswith(f"{module}.")
+    ]
     if not found:
-        raise ValueError(f'{path} registers no solver; decorate one with @fd.solver("name", order=...)')
+        raise ValueError(f'{what} registers no solver; decorate one with @fd.solver("name", order=...)')
     return found

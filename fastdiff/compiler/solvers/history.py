@@ -13,20 +13,30 @@ class History:
     wanted: the order asked for. lower_final: come down to order 1 over the last steps, min(order, steps left).
     to_zero: keep the order in the step to sigma = 0, which otherwise has order 1.
     A level without signal (alpha = 0) has no finite lambda and no finite rho: its value serves the step that leaves
-    it and enters no polynomial afterwards.
+    it and enters no polynomial afterwards, unless without_signal says that the polynomial is in another variable.
     """
 
-    def __init__(self, run: Run, wanted: int, *, lower_final: bool = False, to_zero: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        wanted: int,
+        *,
+        lower_final: bool = False,
+        to_zero: bool = False,
+        without_signal: bool = False,
+    ) -> None:
         self._run = run
         self._wanted = wanted
         self._lower_final = lower_final
         self._to_zero = to_zero
+        self._without_signal = without_signal
         self.levels: list[Level] = []
         self.values: list[Lin] = []
 
     def add(self, level: Level, value: Lin) -> None:
         """Remember the value at a level, and forget what no step of the wanted order will read."""
-        kept = [(known, old) for known, old in zip(self.levels, self.values, strict=True) if known.alpha > 0.0]
+        before = zip(self.levels, self.values, strict=True)
+        kept = [(known, old) for known, old in before if known.alpha > 0.0 or self._without_signal]
         kept = [(level, value), *kept][: self._wanted]
         self.levels = [known for known, _ in kept]
         self.values = [old for _, old in kept]

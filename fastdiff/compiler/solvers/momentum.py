@@ -26,13 +26,17 @@ def hb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         history.add(s, run.keep(noise_estimate(x, denoised, s)))
         if s.alpha == 0.0:
             x = ode_step(x, denoised, s, t)
             continue
         now = combine_values(constant_step(history.order(i, t)), history.values)
-        velocity = run.keep(now if velocity is None else (1.0 - beta) * velocity + beta * now)
+        if velocity is None:  # the step of ddim, written without large terms that cancel
+            velocity, x = now, ode_step(x, denoised, s, t)
+            continue
+        velocity = run.keep((1.0 - beta) * velocity + beta * now)
         x = slope_step(x, velocity, s, t)
     return x
 
@@ -51,6 +55,7 @@ def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         now = noise_estimate(x, denoised, s)
         velocity = run.keep(now if velocity is None else (1.0 - beta) * velocity + beta * now)
@@ -58,7 +63,11 @@ def ghvb(run: Run, x: Lin, order: int = 2, beta: float = 0.8) -> Lin:
         if s.alpha == 0.0:
             x, velocity = ode_step(x, denoised, s, t), None
             continue
-        x = slope_step(x, combine_values(mix_weights(history.order(i, t), beta), history.values), s, t)
+        order = history.order(i, t)
+        if order == 1 and len(history.values) == 1:
+            x = ode_step(x, denoised, s, t)
+            continue
+        x = slope_step(x, combine_values(mix_weights(order, beta), history.values), s, t)
     return x
 
 
@@ -69,6 +78,7 @@ def gradient_estimation(run: Run, x: Lin, gamma: float = 2.0) -> Lin:
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
+            history.order(i, t)
             return t.alpha * denoised
         history.add(s, run.keep(noise_estimate(x, denoised, s)))
         if history.order(i, t) == 1:

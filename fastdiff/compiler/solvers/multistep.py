@@ -94,10 +94,11 @@ def multistep(
             history.order(i, t)
             return t.alpha * denoised
         history.add(s, model_value(run, x, denoised, s, k))
-        if k < 0.0 and s.alpha == 0.0:
+        now = history.order(i, t)
+        if k < 0.0 and now == 1:  # the same step, without large terms that cancel
             x = ode_step(x, denoised, s, t)
             continue
-        combined = combine(history, history.order(i, t), t, k + eta, correction, curvature)
+        combined = combine(history, now, t, k + eta, correction, curvature)
         ahead = exponential_step(x, combined, s, t, k, eta)
         added = s_noise * noise_scale(t, half_log_snr_step(s, t), eta)
         x = ahead + added * run.noise() if added > 0.0 else ahead

@@ -38,6 +38,9 @@ def sa_solver(
     tau_from <= sigma/alpha <= tau_to and 0 elsewhere; taus: instead of these, one number per step. mode: "pec"
     evaluates once a step, "pece" again after the correction. lower_final: come down to order 1 over the last steps.
     flavor "diffusers": order 2 uses its simplified weights.
+
+    Order (Theorems 5.1 and 5.2): the strong error is O(tau h + h^p) of the predictor alone, with a corrector
+    O(tau h + h^min(p + 1, c)); the variance is of order 2 where tau > 0 and both orders are 2 or more.
     """
     check_order("sa_solver", predictor_order, 4, "predictor_order")
     if corrector_order != 0:
@@ -68,7 +71,13 @@ def sa_solver(
         if corrector_order:
             most = min(corrector_order, run.steps - i + 1) if lower_final else corrector_order
             usable = sum(level.alpha > 0.0 for level in older.levels)
-            correct = x, s, strengths[i], noise, max(1, min(most, usable + 1))
+            nodes = max(1, min(most, usable + 1))
+            if nodes < corrector_order:
+                why = (
+                    "the last steps come down to order 1" if nodes == most else f"{usable} model evaluations are known"
+                )
+                run.note(f"the corrector of step {i} has order {nodes} instead of {corrector_order}: {why}")
+            correct = x, s, strengths[i], noise, nodes
         x = _adams(x, history.levels[:order], history.values[:order], s, t, strengths[i], noise, simple)
     return x
 

@@ -12,7 +12,13 @@ from fastdiff.compiler.solvers.exponential import exponential_step, model_value,
 from fastdiff.compiler.solvers.history import check_choice, check_order
 from fastdiff.compiler.solvers.multistep import CORRECTIONS, multistep
 from fastdiff.compiler.solvers.registry import solver
-from fastdiff.compiler.solvers.steps import ancestral_split, ancestral_target, half_log_snr_step, ode_step
+from fastdiff.compiler.solvers.steps import (
+    ancestral_split,
+    ancestral_target,
+    half_log_snr_step,
+    noise_estimate,
+    ode_step,
+)
 from fastdiff.process.schedules import Level
 
 
@@ -239,15 +245,16 @@ def _singlestep(
     if t.sigma == 0.0 or (k < 0.0 and s.alpha == 0.0):
         return ode_step(x, denoised, s, t)
     h = half_log_snr_step(s, t)
-    first = model_value(run, x, denoised, s, k)
+    first = denoised if k > 0.0 else noise_estimate(x, denoised, s)  # not kept: x and D are
     noise, before, above = None, 0.0, s
 
     def at(end: Level, fraction: float, slope: Lin | None, mean: bool) -> Lin:
         z = (k + eta) * fraction * h
-        combined = phi(z) * first
+        # in E, the step of first order is written with D: no large terms that cancel
+        ahead = ode_step(x, denoised, s, end) if k < 0.0 else exponential_step(x, phi(z) * first, s, end, k, eta)
         if slope is not None:
-            combined = combined + (0.5 * phi(z) if mean else phi_slope(z)) * fraction * slope
-        ahead = exponential_step(x, combined, s, end, k, eta)
+            weight = (0.5 * phi(z) if mean else phi_slope(z)) * fraction
+            ahead = ahead + ((end.sigma if k < 0.0 else end.alpha) * weight) * slope
         return ahead + (s_noise * end.sigma) * noise if noise is not None else ahead
 
     slope = None

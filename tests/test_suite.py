@@ -1,0 +1,346 @@
+"""The whole product of samplers, schedules, grids and predictions, and the suite that a user's own sampler runs too."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from solver_cases import CASES, FLOW_ONLY, Case
+
+import fastdiff as fd
+from fastdiff import cli
+from fastdiff.compiler import solvers
+from fastdiff.compiler.build import compile_levels
+from fastdiff.compiler.solvers import registry
+from fastdiff.compiler.verify import verify
+from fastdiff.engine import suite
+from fastdiff.process import grids, predictions, schedules
+from fastdiff.process.schedules import CLEAN, Level, Schedule
+
+SHIPPED = sorted({case.solver for case in CASES})
+DEFAULT = {case.solver: case for case in CASES if not case.options} | {"pndm": Case("pndm")}
+# what a combination without meaning says, and where it may say so
+NO_GRID = {"ays": "Align Your Steps has no levels for", "flow_shift": "flow_shift is for flow schedules"}
+NO_SIGNAL = "alpha = 0"
+
+
+def levels_of(grid: str, schedule: Schedule, steps: int) -> list[Level]:
+    if grid == "custom":
+        times = grids.make("custom", schedule, None, levels=grids.make("linspace", schedule, steps))
+    else:
+        times = grids.make(grid, schedule, steps)
+    return [schedule.level(float(time)) for time in times] + [CLEAN]
+
+
+def refused_grid(grid: str, schedule: Schedule) -> bool:
+    parameters = list(inspect.signature(grids.get(grid)).parameters.values())[2:]
+    if grid != "custom" and any(parameter.default is parameter.empty for parameter in parameters):
+        return True  # it needs what no schedule has, such as a network
+    if grid == "ays":
+        return not math.isclose(schedule.rho_max, 14.615, rel_tol=0.01)
+    return grid == "flow_shift" and schedule.kind != "flow"
+
+
+@pytest.fixture(scope="module")
+def places() -> dict[tuple[str, str], list[Level]]:
+    """Four levels of every grid on every schedule that has them; the others are refused by name."""
+    found = {}
+    for name, schedule in suite.processes().items():
+        for grid in grids.names():
+            if refused_grid(grid, schedule):
+                with pytest.raises(ValueError, match=NO_GRID.get(grid, "missing a required argument")):
+                    levels_of(grid, schedule, 4)
+            else:
+                found[name, grid] = levels_of(grid, schedule, 4)
+    assert len(found) > 180
+    return found
+
+
+def reason(solver: str, schedule: Schedule, levels: list[Level]) -> str | None:
+    """What the error must say where a sampler has no meaning on these levels; None where it must compile."""
+    if solver in FLOW_ONLY:
+        return None if schedule.kind == "flow" else f"{solver} needs a flow schedule"
+    if solver == "euler_maruyama" and schedule.steps is not None:
+        # a first level without signal is found before the missing clock is
+        return NO_SIGNAL if levels[0].alpha == 0.0 else "is discrete and has no SDE"
+    return (
+        NO_SIGNAL
+        if levels[0].alpha == 0.0 and not DEFAULT[solver].applies(suite.processes()["rectified_flow"])
+        else None
+    )
+
+
+@pytest.mark.parametrize("solver", SHIPPED)
+def test_every_schedule_grid_and_prediction(solver: str, places: dict[tuple[str, str], list[Level]]) -> None:
+    """Four steps of everything: a plan that keeps its laws and packs for every network, or an error of a known kind."""
+    upward = solvers.get(solver).upward
+    options = {"inner": 2} if solver == "annealed_langevin" else {}  # a tenth of its rows
+    compiled = 0
+    for (name, grid), levels in places.items():
+        schedule = suite.processes()[name]
+        expected = reason(solver, schedule, levels)
+        ordered = levels[::-1] if upward else levels
+        if expected is not None:
+            with pytest.raises(ValueError, match=expected):
+                compile_levels(solver, ordered, schedule, grid, options)
+            continue
+        plan = compile_levels(solver, ordered, schedule, grid, options)
+        report = verify(plan, refine=False)
+        assert report.ok, f"{name} {grid}: {report}"
+        compiled += 1
+        evaluated = [row.level for row in plan.rows if row.level is not None]
+        blind = any(level.alpha == 0.0 for level in evaluated)
+        for kind in predictions.names():
+            if blind and kind in ("eps", "score", "edm"):
+                with pytest.raises(ValueError, match=NO_SIGNAL if kind != "edm" else "not finite"):
+                    plan.pack(kind)
+            else:
+                assert np.isfinite(plan.pack(kind).coef[:, fd.compiler.layout.P : fd.compiler.layout.Q + 1]).all()
+    assert compiled >= len(places) - 180 if solver not in FLOW_ONLY else compiled >= 18
+
+
+def trial_id(trial: suite.Trial) -> str:
+    return str(trial)
+
+
+@pytest.mark.parametrize("trial", [t for case in DEFAULT.values() for t in suite.trials(case.solver)], ids=trial_id)
+def test_suite(trial: suite.Trial) -> None:
+    """Every sampler with every schedule, every grid, every prediction and every executor of the CPU."""
+    outcome = trial.run()
+    assert outcome.ok, outcome.sentence
+    if trial.what != "executor":
+        assert outcome.refused == meaningless(trial), outcome.sentence
+
+
+def meaningless(trial: suite.Trial) -> bool:
+    schedule = suite.processes()[trial.schedule]
+    if refused_grid(trial.grid, schedule):
+        return True
+    first = levels_of(trial.grid, schedule, 8)[0]
+    if trial.what == "prediction":
+        return first.alpha == 0.0 and trial.name in ("eps", "score", "edm")
+    return any(reason(trial.solver, schedule, levels_of(trial.grid, schedule, n)) for n in suite.STEPS)
+
+
+MINE = '''
+"""A sampler of somebody's package."""
+
+import fastdiff as fd
+from {package}.steps import down
+
+
+@fd.solver("{name}", order=1)
+def {name}(run, x):
+    """Euler in x / alpha."""
+    for _, s, t in run.intervals():
+        denoised = run.denoise(x, s)
+        x = down(x, denoised, s, t)
+    return x
+'''
+STEPS_OF_MINE = """
+def down(x, denoised, s, t):
+    ratio = t.sigma / s.sigma
+    return {step}
+"""
+RIGHT = "ratio * x + (t.alpha - s.alpha * ratio) * denoised"
+IGNORES_ALPHA = "ratio * x + (1.0 - ratio) * denoised"  # right where alpha = 1, and where alpha + sigma = 1
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_SOLVERS", dict(registry._SOLVERS))
+
+
+def package(folder: Path, name: str, step: str = RIGHT) -> str:
+    """A package with a sampler that imports another of its modules; its name."""
+    inside = folder / f"package_of_{name}"
+    inside.mkdir()
+    (inside / "__init__.py").write_text("")
+    (inside / "steps.py").write_text(STEPS_OF_MINE.format(step=step))
+    (inside / "samplers.py").write_text(MINE.format(package=inside.name, name=name))
+    return inside.name
+
+
+def verify_solver(given: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = cli.main(["verify", "--solver", given])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("form", ["{}.samplers:{}", "{}.samplers"])
+def test_a_sampler_of_a_package(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "users_euler_" + ("named" if ":" in form else "all")
+    monkeypatch.syspath_prepend(tmp_path)
+    status, text, _ = verify_solver(form.format(package(tmp_path, name), name), capsys)
+    assert status == 0, text
+    assert f"{name}: Euler in x / alpha." in text
+    assert "ok   order: declared 1, measured 0.99" in text
+    trials = suite.trials(name)
+    assert f"ok   suite: {len(trials)} of {len(trials)} hold, over {len(suite.processes())} schedules" in text
+    assert all(trial.run().ok for trial in trials if trial.what == "executor")
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_the_suite_finds_what_one_schedule_hides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that forgets alpha is right on edm, where the order is measured, and on flows, and fails on every vp."""
+    monkeypatch.syspath_prepend(tmp_path)
+    status, text, _ = verify_solver(
+        f"{package(tmp_path, 'users_ve_only', IGNORES_ALPHA)}.samplers:users_ve_only", capsys
+    )
+    assert status == 1
+    assert "ok   order: declared 1, measured 0.99" in text
+    assert "FAIL suite" in text
+    failed = {line.split()[1] for line in text.splitlines() if line.startswith("       FAIL")}
+    assert failed == {name for name, schedule in suite.processes().items() if schedule.kind == "vp"}
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_package_in_the_folder_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    status, text, _ = verify_solver(f"{package(tmp_path, 'users_here')}.samplers:users_here", capsys)
+    assert status == 0, text
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("no_such_package.samplers", "module 'no_such_package.samplers' cannot be imported: ModuleNotFoundError"),
+        ("package_of_mine.steps", "module 'package_of_mine.steps' registers no solver; decorate one with @fd.solver"),
+        ("package_of_mine.samplers:other", "registers no solver 'other'; it registers mine"),
+        ("package_of_mine.broken", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("package_of_mine.", "cannot be imported"),
+    ],
+)
+def test_bad_modules_are_one_line(
+    given: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / package(tmp_path, "mine") / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("package_of_mine")]:
+        monkeypatch.delitem(sys.modules, name)
+    status, out, err = verify_solver(given, capsys)
+    assert (status, out) == (2, "")
+    assert says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_the_suite_in_a_test_runner(tmp_path: Path, root: Path) -> None:
+    """What docs/solvers.md says to write, in a package of its own: pytest collects a test per trial and they pass."""
+    name = package(tmp_path, "users_tested")
+    (tmp_path / "test_mine.py").write_text(
+        f"import fastdiff as fd\nimport pytest\nimport {name}.samplers\n\n\n"
+        '@pytest.mark.parametrize("trial", fd.suite.trials("users_tested"), ids=str)\n'
+        "def test_mine(trial):\n    outcome = trial.run()\n    assert outcome.ok, outcome.sentence\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{len(suite.trials('ddim'))} passed" in ran.stdout
+
+
+def broken(kind: str) -> Any:
+    def sampler(run: Any, x: Any) -> Any:
+        for _, s, t in run.intervals():
+            denoised = run.denoise(x, s)
+            if kind == "zero" and t.sigma > 0.0:
+                x = 1.0 / (t.sigma - t.sigma) * x
+            if kind == "nan" and t.sigma > 0.0:
+                x = float("nan") * x
+            ratio = t.sigma / s.sigma
+            x = ratio * x + (t.alpha - s.alpha * ratio) * denoised
+            if kind == "late" and t.sigma == 0.0:
+                x = x + 0.1 * run.noise()
+        return x
+
+    return sampler
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("zero", "ZeroDivisionError at"), ("late", "last row")],
+)
+def test_what_the_suite_says_of_a_broken_sampler(kind: str, says: str) -> None:
+    registry.solver(f"users_{kind}", order=1)(broken(kind))
+    trial = suite.Trial(f"users_{kind}", {}, "edm", "karras")
+    outcome = trial.run()
+    assert not outcome.ok and not outcome.refused
+    assert says in outcome.sentence
+
+
+def test_a_failure_of_another_kind_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the compiler and the prediction may refuse; a ValueError from anywhere else fails the trial."""
+
+    def wrong(*_: Any) -> Any:
+        raise ValueError("the engine is broken")
+
+    monkeypatch.setattr(suite, "_engine", wrong)
+    for what, name in (("prediction", "x0"), ("executor", "reference")):
+        outcome = suite.Trial("ddim", {}, "edm", "karras", what, name).run()
+        assert not outcome.ok and not outcome.refused
+        assert outcome.sentence.startswith("ValueError at") and "the engine is broken" in outcome.sentence
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_sampler_that_runs_nowhere_is_an_error() -> None:
+    registry.solver("users_nan", order=1)(broken("nan"))
+    with pytest.raises(ValueError, match="on none of the usual schedules.*multiplies a register by nan"):
+        suite.trials("users_nan")
+    with pytest.raises(ValueError, match="lcm compiles on none of the usual schedules"):
+        suite.trials("lcm", flavor="nobody")
+    with pytest.raises(ValueError, match="Unknown solver"):
+        suite.trials("nobody")
+
+
+def test_every_schedule_and_grid_is_in_the_suite() -> None:
+    trials = [trial for trial in suite.trials("ddim") if trial.what == "table"]
+    assert {trial.schedule for trial in trials} == set(schedules.names())
+    assert {trial.grid for trial in trials} == set(grids.names())
+    names = {trial.name for trial in suite.trials("ddim") if trial.what == "prediction"}
+    assert names == set(predictions.names())
+    assert {"reference", "cpp"} <= {t.name for t in suite.trials("ddim") if t.what == "executor"}
+
+
+ON_TRITON = """
+import sys
+from fastdiff.engine import suite
+
+for name in sys.argv[1:]:
+    trials = [trial for trial in suite.trials(name) if trial.name == "triton"]
+    assert len(trials) == 1, "triton is not there under TRITON_INTERPRET=1"
+    outcome = trials[0].run()
+    assert outcome.ok and not outcome.refused, f"{trials[0]}: {outcome.sentence}"
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # one evaluation, history, stages, reused draws, correctors, and the widest rows there are
+        ["ddim", "dpmpp_2m_sde", "seeds_2", "sa_solver", "unipc", "heunpp2", "pndm"],
+        pytest.param([name for name in SHIPPED if name != "annealed_langevin"], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_the_interpreted_triton_executor(names: list[str]) -> None:
+    """Triton's kernel under its interpreter, two seconds a sampler, against the float64 table."""
+    command = [sys.executable, "-c", ON_TRITON, *names]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
