@@ -259,6 +259,16 @@ def test_a_second_estimate_is_the_conditional_one_where_there_is_no_unguided_bra
     torch.testing.assert_close(run(step).state[0], expected, rtol=3e-7, atol=3e-7)
 
 
+def test_the_unguided_branch_is_read_for_the_second_estimate_only_where_it_has_a_weight() -> None:
+    step = simple_step((40,), 2, model_out=torch.zeros(4, 40), noise=torch.zeros(4, 2, 40))
+    step.model_out[2:] = NAN
+    step.coef, step.ids = step.coef.repeat(2, 1), step.ids.repeat(2, 1)
+    step.ids[:, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED
+    step.coef[0, at.OUTPUT + at.OUT_E] = 1.0
+    step.row[1] = 1
+    assert run(step).status.tolist() == [0, -1]
+
+
 def test_what_a_rule_switches_off_is_not_read() -> None:
     """Scalars 0, and a guidance of 1, keep NaN in Fu, Fp, M and V away from the state and from status."""
     case = Case((3, 4, 4), 4, branches="apart", perturbed=True, mixed=True, spread=True, rows=1, seed=3)

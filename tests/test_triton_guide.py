@@ -156,6 +156,23 @@ def test_rescale_of_a_mean_far_above_the_spread(place: int) -> None:
     assert_found(simple(stack), at.RESCALE, False)
 
 
+def test_rescale_of_a_mean_a_million_times_the_spread() -> None:
+    """With w = 2 and both branches multiples of 1/16, G is exact in fp32, and so is what the parts differ by."""
+    stack = 1e6 + (16 * torch.randn(2, 1, 5000, generator=torch.Generator().manual_seed(1))).round() / 16
+    got = run(simple(stack, 2.0), at.RESCALE)
+    conditional, second = stack.double()
+    exact = 0.7 * float(conditional.std() / (2.0 * conditional - second).std()) + 0.3
+    assert float(got.mix[0, at.MIX_Q]) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.7])
+def test_constant_branches_have_no_spread(value: float) -> None:
+    """Exactly none, or the ratio of two roundings would be the scalar."""
+    stack = torch.full((2, 1, 1477), value)
+    stack[1] *= 0.37
+    assert run(simple(stack), at.RESCALE).mix[0, at.MIX_Q] == 1.0
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7])
 def test_constant_branches(rule: str, value: float) -> None:
@@ -205,14 +222,14 @@ def test_the_quantile_is_the_exact_one(length: int, percentile: float) -> None:
 
 
 def test_the_rank_keeps_the_digits_of_the_percentile() -> None:
-    """With gaps of 10, an error of the rank in its seventh digit would show; fp32 has no more digits than that."""
-    length = 5_001
-    stack = torch.zeros(2, 1, length)
-    stack[0, 0] = 2.0 + 10.0 * torch.arange(length)
+    """Rank 4382.7 lies in a jump from 2 to a million: fp32 would place it with an error of 2e-4."""
+    stack = torch.full((2, 1, 5001), 2.0)
+    stack[:, 0, :618] = 1e6
     tensors = simple(stack, 1.0, settings(percentile=0.87654))
     exact = torch.quantile(stack[0, 0].double(), float(tensors.settings[at.PERCENTILE]))
     got = run(tensors, at.PLAIN, True).mix[0, at.MIX_BOUND]
-    assert float(got) == pytest.approx(float(exact), rel=1e-7)
+    assert 2.0 < float(got) < 1e6
+    assert float(got) == pytest.approx(float(exact), rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES)
