@@ -123,7 +123,7 @@ CASES = [
     # its last block is as long as steps mod 3 says
     Case("dpmpp_3s", {"flavor": "diffusers"}, 3, steps=(81, 162)),
     Case("dpm_fast", {}, 2, promised=3, why="its last blocks are of order 2 and 1"),
-    Case("dpm_fast", {"eta": 0.5}, 1),
+    Case("dpm_fast", {"eta": 0.5}, 2),
     Case("exp_heun_2_x0", {}, 2, two),
     Case("exp_heun_2_x0", {"eta": 1.0}, 2, two),
     Case("seeds_2", {}, 2, two),

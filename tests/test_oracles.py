@@ -36,7 +36,8 @@ def through_the_engine(plan: Plan, data: Callable[[Any, Level], Any], start: Arr
     assert plan.schedule is not None
     model = fd.Denoiser(lambda x, t: data(x, next(levels)), plan.schedule, "x0")
     init = torch.from_numpy(start).float()
-    return fd.Sampler(plan, model).sample(tuple(init.shape), seed=seed, init=init).double().numpy()
+    given = {name: torch.zeros_like(init) for name in plan.given}
+    return fd.Sampler(plan, model).sample(tuple(init.shape), seed=seed, init=init, given=given).double().numpy()
 
 
 def marginal(data: Mixture, count: int, level: Level, seed: int) -> Array:

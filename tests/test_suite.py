@@ -27,7 +27,11 @@ from fastdiff.process.schedules import CLEAN, Level, Schedule
 SHIPPED = sorted({case.solver for case in CASES})
 DEFAULT = {case.solver: case for case in CASES if not case.options} | {"pndm": Case("pndm")}
 # what a combination without meaning says, and where it may say so
-NO_GRID = {"ays": "Align Your Steps has no levels for", "flow_shift": "flow_shift is for flow schedules"}
+NO_GRID = {
+    "ays": "Align Your Steps has no levels for",
+    "flow_shift": "flow_shift is for flow schedules",
+    "gits": "gits is measured on a model",
+}
 NO_SIGNAL = "alpha = 0"
 
 
@@ -43,6 +47,8 @@ def refused_grid(grid: str, schedule: Schedule) -> bool:
     parameters = list(inspect.signature(grids.get(grid)).parameters.values())[2:]
     if grid != "custom" and any(parameter.default is parameter.empty for parameter in parameters):
         return True  # it needs what no schedule has, such as a network
+    if grid == "gits":
+        return True  # it is measured on a network
     if grid == "ays":
         return not math.isclose(schedule.rho_max, 14.615, rel_tol=0.01)
     return grid == "flow_shift" and schedule.kind != "flow"

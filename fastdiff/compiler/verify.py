@@ -299,13 +299,13 @@ def _cancellation(plan: Plan) -> float:
 
     first = plan.levels[0]
     start = np.array([first.alpha * DATA_MEAN + first.sigma])
-    end = execute(replace(plan, rows=rows), denoise, start, lambda *_: np.ones(1))
+    end = execute(replace(plan, rows=rows), denoise, start, lambda *_: np.ones(1), dict.fromkeys(plan.given, GIVEN))
     return max([*sizes, float(end[0]) / (plan.levels[-1].sigma or 1.0)])
 
 
 def _positive(output: Output) -> Output:
     slots, noise = tuple(map(abs, output.slots)), tuple(map(abs, output.noise))
-    return Output(output.dest, abs(output.x), slots, abs(output.denoised), noise)
+    return Output(output.dest, abs(output.x), slots, abs(output.denoised), noise, abs(output.other))
 
 
 def _gaussian(plan: Plan, refine: bool) -> Check:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastdiff.compiler import layout
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
-from fastdiff.compiler.verify import execute, verify
+from fastdiff.compiler.verify import GIVEN, execute, verify
 from fastdiff.engine import backends
 from fastdiff.engine.sampler import Sampler
 from fastdiff.models.denoiser import Denoiser
@@ -223,7 +223,7 @@ def estimate(x: Array, level: Level) -> Array:
 def _both(plan: Plan, kind: str, executor: str) -> tuple[Array, Array, float]:
     """The sample of `execute`, that of the engine, and how far off the times are that the network was shown."""
     start, normals = _inputs(plan)
-    expected = execute(plan, estimate, start, lambda i, _: normals[i])
+    expected = execute(plan, estimate, start, lambda i, _: normals[i], dict.fromkeys(plan.given, GIVEN))
     times, got = _engine(plan, kind, executor)
     return expected, got, times
 
@@ -254,7 +254,8 @@ def _engine(plan: Plan, kind: str, executor: str) -> tuple[float, Array]:
     assert plan.schedule is not None
     sampler = Sampler(plan, Denoiser(net, plan.schedule, kind), executor)
     noise = torch.from_numpy(normals[: plan.draws]).float() if plan.draws else "white"
-    got = sampler.sample(SHAPE, seed=0, init=torch.from_numpy(start).float(), noise=noise)
+    given = {name: torch.full(SHAPE, GIVEN) for name in plan.given}
+    got = sampler.sample(SHAPE, seed=0, init=torch.from_numpy(start).float(), noise=noise, given=given)
     return off[0], got.double().numpy()
 
 
