@@ -109,24 +109,65 @@ def test_red_gate_prints_and_records_no_figure(
     assert not results.exists()
 
 
-def test_compiled_formula_is_checked() -> None:
-    case = small("ddim")
-    bound = ops.Bound(case, CPU)
-    c = peers.coefficients(case.solver, bound.plan.levels, [10], CPU)[0]
-    x = bound.start[0].flatten()
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("unipc", {"variant": "bh1"}), ("unipc order 3", {"order": 2}), ("sa_solver", {}), ("sa_solver", {"tau": 0.9})],
+)
+def test_gate_refuses_a_plan_of_another_algorithm(
+    solver: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row does what the table says, and the table is not what diffusers does."""
+    monkeypatch.setitem(peers.OPTIONS, solver, options)
+    gate = ops.check(ops.Bound(small(solver), CPU), CPU)
+    assert gate.error <= gate.tolerance
+    assert gate.peer_error > gate.peer_tolerance
 
-    def right(x: torch.Tensor, old: torch.Tensor, f: torch.Tensor, c: torch.Tensor) -> None:
-        x.copy_(c[0] * x + c[1] * f)
 
-    arguments = (case.solver, bound.plan.levels, 10, x, x, bound.model_out.flatten(), c)
-    peers.check_compiled(right, *arguments)
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_a_scheduler_put_back_repeats_its_steps(solver: str) -> None:
+    scheduler = peers.scheduler_of(solver)
+    x = torch.randn(1, 3, 4, 4)
+
+    def steps(first: int, last: int, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        for time in scheduler.timesteps[first:last]:
+            x = scheduler.step(x.tanh(), time, x, return_dict=False)[0]
+        return x
+
+    x = steps(0, 5, x)
+    back = peers.place(scheduler)
+    once = steps(5, 9, x)
+    for _ in range(2):
+        back()
+        assert torch.equal(steps(5, 9, x), once)
+
+
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_compiled_row_is_checked(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers._compiled.cache_clear()
+    bound = ops.Bound(small(solver), CPU)
+    registers = list(bound.start.clone())
+    row = peers.CompiledRow(bound.plan.rows[11], CPU)
+    row.check(registers, bound.model_out)
+    assert all(torch.equal(a, b) for a, b in zip(registers, bound.start, strict=True)), "a check changes nothing"
+    row.coefficients[0, 1] *= 1.01
     with pytest.raises(RuntimeError, match="off by"):
-        peers.check_compiled(lambda x, old, f, c: right(x, old, f, c * 1.01), *arguments)
+        row.check(registers, bound.model_out)
+    peers._compiled.cache_clear()
 
 
 def test_bytes_are_counted_from_the_row() -> None:
     widths = {solver: ops.Bound(small(solver), CPU).bytes_per_element() for solver in peers.SOLVERS}
-    assert widths == {"ddim": (12, 8), "euler_ancestral": (12, 8), "ddpm": (12, 8), "dpmpp_2m": (20, 12)}
+    assert widths == {
+        "ddim": (12, 8),
+        "euler_ancestral": (12, 8),
+        "ddpm": (12, 8),
+        "dpmpp_2m": (20, 12),
+        "unipc": (28, 16),
+        "unipc order 3": (32, 20),
+        "sa_solver": (28, 16),
+    }
 
 
 def test_quantiles_and_interleaving() -> None:
@@ -204,13 +245,13 @@ def test_quick_mode_runs_one_tiny_case(
 ) -> None:
     # the formula is run as it is: compiling it takes longer than everything else here
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    peers.compiled.cache_clear()
+    peers._compiled.cache_clear()
     results, threads = tmp_path / "results.csv", torch.get_num_threads()
     try:
         assert run.main([command, "--quick", "--device", "cpu", "--threads", "1", "--csv", str(results)]) == 0
     finally:
         torch.set_num_threads(threads)
-        peers.compiled.cache_clear()
+        peers._compiled.cache_clear()
     printed = capsys.readouterr().out
     assert "WRONG" not in printed and "%" in printed
     assert not results.exists(), "quick figures are not worth keeping"

@@ -119,7 +119,7 @@ def test_an_operation_between_two_evaluations_is_seen(monkeypatch: pytest.Monkey
 
 
 def test_a_plan_of_fifty_steps_takes_less_than_fifty_milliseconds() -> None:
-    """Every solver on every schedule, then with the options of its cases; processor time, the best of three if need be."""
+    """Every solver on every schedule, then with the options of its cases; the best of three if need be."""
     every: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [(name, {}, SCHEDULES) for name in fd.solvers.names()]
     every += [(case.solver, case.options, (schedule_for(case.solver, **case.options),)) for case in CASES]
     times: dict[str, float] = {}
@@ -129,7 +129,7 @@ def test_a_plan_of_fifty_steps_takes_less_than_fifty_milliseconds() -> None:
                 fd.plan(solver, schedule, 4, **options)
             except ValueError:
                 continue  # not defined on this schedule
-            name = f"{solver} {options or ''} on {schedule}"
+            name = " ".join([solver, *map(str, options.values()), "on", schedule])
             for _ in range(3):
                 before = time.process_time()
                 fd.plan(solver, schedule, 50, **options)
