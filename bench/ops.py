@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,11 +65,18 @@ class Gate:
 class Bound:
     """A plan's steady rows bound to an executor on random inputs."""
 
-    def __init__(self, case: Case, device: torch.device, cycles: int = 1) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        steps: Sequence[int] = (TIMED[0] - 1, *TIMED),
+        plan: fd.Plan | None = None,
+        prediction: str = "eps",
+    ) -> None:
         self.case, self.device = case, device
-        self.plan = peers.plan_of(case.solver)
-        packed = self.plan.pack("eps")
-        self.steps = [TIMED[0] - 1, *TIMED] if cycles == 1 else [*TIMED] * cycles
+        self.plan = plan or peers.plan_of(case.solver)
+        packed = self.plan.pack(prediction)
+        self.steps = list(steps)
         rows = [i + 1 for i in self.steps]
         batch = case.shape[0]
         self.start = torch.randn(self.plan.registers, *case.shape, device=device)
@@ -289,7 +296,7 @@ def _ours(bound: Bound, step: Callable[[Tensor], None], calls: int, gpu: bool) -
 def measure_case(case: Case, device: torch.device, budget: float, least: int, copy_gbs: float | None) -> dict[str, Any]:
     """One line of results; without figures when the gate is red."""
     watch = measure.Watch()
-    bound = Bound(case, device, GRAPH_CYCLES if device.type == "cuda" else 1)
+    bound = Bound(case, device, TIMED * GRAPH_CYCLES) if device.type == "cuda" else Bound(case, device)
     elements, (width, near) = bound.model_out.numel(), bound.bytes_per_element()
     gate = check(bound, device)
     line: dict[str, Any] = {
@@ -311,10 +318,10 @@ def measure_case(case: Case, device: torch.device, budget: float, least: int, co
     tasks = dict(_tasks(bound, device))
     timings = measure.interleave(tasks, device, budget, least)
     for name, timing in timings.items():
-        line |= _spread(name, timing)
+        line |= spread(name, timing)
     if device.type == "cuda":
         once = measure.captured(lambda: bound.step(bound.model_out))
-        line |= _spread("cold_us", measure.cold(once, bound.reset))
+        line |= spread("cold_us", measure.cold(once, bound.reset))
         line |= measure.gpu_state()
     us = timings["us"].median
     line["gbs"] = width * elements / us / 1e3
@@ -331,22 +338,24 @@ def measure_case(case: Case, device: torch.device, budget: float, least: int, co
     return line | ({} if others is None else {"others": round(others, 3)})
 
 
-def _spread(name: str, timing: Timing) -> dict[str, float]:
+def spread(name: str, timing: Timing) -> dict[str, float]:
+    """The columns of one time."""
     quantiles = {f"{name}_p10": timing.p10, f"{name}_p20": timing.p20, f"{name}_p80": timing.p80}
     return {name: timing.median} | quantiles
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """The table's cases on a device; quick: one tiny case."""
-    executors = _executors(device)
+    found = executors(device)
     if quick:
-        return [Case("ddim", SHAPES[0], torch.float32, executors[0])]
+        return [Case("ddim", SHAPES[0], torch.float32, found[0])]
     shapes = GPU_SHAPES if device.type == "cuda" else SHAPES
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
-    return [Case(s, shape, d, e) for s in peers.SOLVERS for shape in shapes for d in dtypes for e in executors]
+    return [Case(s, shape, d, e) for s in peers.SOLVERS for shape in shapes for d in dtypes for e in found]
 
 
-def _executors(device: torch.device) -> list[str]:
+def executors(device: torch.device) -> list[str]:
+    """Those worth measuring on a device."""
     order = ("triton", "cuda") if device.type == "cuda" else ("cpp",)
     found = [name for name in order if fd.backends()[name].ok and device.type in fd.backends()[name].devices]
     return found or ["reference"]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fastdiff as fd
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import measure, ops, peers, run, table
+from bench import brownian, measure, ops, peers, run, table
 from bench.measure import Task, Timing
 
 pytest.importorskip("diffusers")
@@ -239,7 +245,82 @@ def test_results_of_another_version_are_not_mixed(tmp_path: Path) -> None:
         table.append(results, [fact_line()])
 
 
-@pytest.mark.parametrize("command", ["ops", "loop"])
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """k-diffusion's samplers, and a law checked on fewer numbers."""
+    monkeypatch.setattr(brownian, "CHECKED_ELEMENTS", 1 << 15)
+    try:
+        return brownian.k_diffusion()
+    except brownian.Missing as missing:
+        pytest.skip(str(missing))
+
+
+SMALL = (2, 3, 32, 32)
+
+
+def test_brownian_gate_is_green(sampling: Any) -> None:
+    line = brownian.gate(sampling, SMALL, ops.executors(CPU)[0], CPU)
+    assert line["gate"] == "green"
+    assert 0 < line["error"] < 2e-6
+    assert 0 < abs(line["variance"] - 1) < 0.03
+    assert 0.99 < line["path_correlation"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "column", "limit"),
+    [
+        # another sampler, noise that is no path, a path that is too loud
+        ("plan_of", lambda steps=20: fd.plan("dpmpp_2m_sde", "edm", steps, "karras", eta=0.99), "error", 1e-4),
+        ("on_path", lambda plan: plan, "path_correlation", None),
+        ("noise_only", lambda plan, real=brownian.noise_only: louder(real(plan)), "variance", 1.05),
+    ],
+)
+def test_brownian_gate_refuses(
+    name: str,
+    wrong: Callable[..., Any],
+    column: str,
+    limit: float | None,
+    sampling: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(brownian, name, wrong)
+    line = brownian.gate(sampling, SMALL, ops.executors(CPU)[0], CPU)
+    assert line["gate"] == "red"
+    assert line[column] < 0.9 if limit is None else line[column] > limit
+
+
+def louder(plan: fd.Plan) -> fd.Plan:
+    """The plan with every noise 4 % stronger."""
+
+    def scaled(output: Any) -> Any:
+        return dataclasses.replace(output, noise=tuple(1.04 * c for c in output.noise))
+
+    rows = (dataclasses.replace(row, outputs=tuple(map(scaled, row.outputs))) for row in plan.rows)
+    return dataclasses.replace(plan, rows=tuple(rows))
+
+
+@pytest.mark.parametrize("package", ["torchsde", "k_diffusion"])
+def test_brownian_without_its_peer_says_why(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    arguments = ["brownian", "--quick", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    assert run.main([*arguments, "--csv", str(tmp_path / "results.csv")]) == 0
+    assert f"{package.replace('_', '-')} is not installed" in capsys.readouterr().out
+
+
+def test_brownian_has_a_table_of_its_own() -> None:
+    numbers = {"ratio_k_diffusion": 41.0, "ratio_noise": 33.0, "variance": 0.998, "path_correlation": 0.9991}
+    line = fact_line(bench="brownian", solver="dpmpp_2m_sde", **numbers)
+    for key in ("noise_us", "k_diffusion_us", "k_diffusion_noise_us"):
+        line |= {key: 2.5, f"{key}_p20": 2.0, f"{key}_p80": 3.0}
+    text = table.render([line, fact_line()])
+    assert text.index("| ddim |") < text.index("| dpmpp_2m_sde |")
+    assert "| 41.0 |" in text and "| 0.9991 |" in text
+
+
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +334,7 @@ def test_quick_mode_runs_one_tiny_case(
         torch.set_num_threads(threads)
         peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and "%" in printed
+    assert "WRONG" not in printed and ("%" in printed or command == "brownian")
     assert not results.exists(), "quick figures are not worth keeping"
 
 
