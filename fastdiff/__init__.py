@@ -8,6 +8,7 @@ from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
 from fastdiff.engine.backends import probe as backends
+from fastdiff.engine.gits import gits
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
 from fastdiff.errors import BackendUnavailable
@@ -28,6 +29,7 @@ __all__ = [
     "Schedule",
     "backends",
     "capture",
+    "gits",
     "grids",
     "load",
     "models",

@@ -111,7 +111,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plain_schedules() -> list[str]:
-    needs_data = ("from_betas", "from_alpha_bar", "rescale_zero_terminal_snr")
+    needs_data = ("from_betas", "from_alpha_bar", "rescale_zero_terminal_snr", "time_shared")
     return [name for name in fd.schedules.names() if name not in needs_data]
 
 

@@ -1,6 +1,6 @@
 """Samples to files: pixels, labelled grids, folders of pictures, arrays. Nothing is left half-written.
 
-May import: nothing of the package.
+May import: files.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from fastdiff.files import check_place, check_writable_file, write_atomically
 
 
 def to_pixels(x: Tensor) -> NDArray[np.uint8]:
@@ -28,7 +30,7 @@ def check_writable(out: Path) -> None:
     if out.suffix in (".png", ".npy"):
         check_writable_file(out)
         return
-    _check_place(out)
+    check_place(out)
     if out.suffix and not out.is_dir():
         raise ValueError(
             f"cannot write {out}: pictures go to a .png grid, a .npy array or a folder, got {out.suffix!r}"
@@ -37,28 +39,6 @@ def check_writable(out: Path) -> None:
         raise FileExistsError(
             f"cannot write pictures into {out}: it is a file; choose a folder, or a name ending in .png or .npy"
         )
-
-
-def check_writable_file(out: Path) -> None:
-    """Raise OSError now if the file `out`, of any kind, could not be written later."""
-    _check_place(out)
-    if out.is_dir():
-        raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
-
-
-def write_atomically(out: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary file beside `out`, then put it in its place; if that fails `out` is as it was."""
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: int) -> None:
@@ -108,17 +88,6 @@ def _save_folder(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str]) ->
             os.replace(staging / name, out / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_place(out: Path) -> None:
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {out}: the folder {parent} does not exist; create it or choose another --out"
-        )
-    target = out if out.exists() else parent
-    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
-        raise PermissionError(f"cannot write {out}: no permission to write in {parent}; choose another --out")
 
 
 def _picture(image: NDArray[np.uint8]) -> Image.Image:

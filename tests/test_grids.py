@@ -11,9 +11,11 @@ import pytest
 
 from fastdiff.process import grids, schedules
 from fastdiff.process.clocks import Schedule
+from fastdiff.process.grid_rules import AYS
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-NAMED = [name for name in grids.names() if name not in ("custom", "ays", "flow_shift")]  # those need more than steps
+SOME = ("custom", "ays", "flow_shift", "gits")  # those need more than steps, or a schedule of their own
+NAMED = [name for name in grids.names() if name not in SOME]
 LINEAR = schedules.linear()
 ALL = [
     schedules.linear(),
@@ -128,6 +130,88 @@ def test_every_grid_on_every_schedule(name: str, schedule: Schedule) -> None:
             assert times[0] == high
         if schedule.steps and name in ("leading", "trailing", "linspace"):
             np.testing.assert_array_equal(times, np.rint(times))
+
+
+OTHERS = [
+    schedules.scaled_linear(),
+    schedules.quadratic(),
+    schedules.edm(0.002, 700.0),
+    schedules.edm(0.2, 14.615),
+    schedules.from_betas(np.linspace(0.001, 0.4, 40)),
+    schedules.from_betas([0.3]),
+    schedules.time_shared(schedules.scaled_linear()),
+]
+# what a grid that is not for every schedule says where it has no levels
+REASONS = {
+    "ays": "Align Your Steps has no levels for",
+    "flow_shift": "flow_shift is for flow schedules",
+    "gits": "Grid gits is measured on a model, so it needs the file of its costs",
+    "custom": "Grid custom: missing a required argument: 'levels'",
+}
+
+
+def has_levels(name: str, schedule: Schedule) -> bool:
+    if name == "ays":
+        return schedule.rho_min < 0.152 and abs(schedule.rho_max / 14.615 - 1) < 0.01
+    return schedule.kind == "flow" if name == "flow_shift" else name in NAMED
+
+
+@pytest.mark.parametrize("schedule", ALL + OTHERS, ids=repr)
+@pytest.mark.parametrize("name", grids.names())
+def test_a_grid_is_made_or_says_why_not(name: str, schedule: Schedule) -> None:
+    for steps in (1, 2, 7, 33):
+        if schedule.steps == 1 and steps > 1 and name != "custom":
+            with pytest.raises(ValueError, match=f"has one level only.*got {steps}"):
+                grids.make(name, schedule, steps)
+        elif not has_levels(name, schedule):
+            with pytest.raises(ValueError, match=REASONS[name]) as refusal:
+                grids.make(name, schedule, steps)
+            assert repr(schedule) in str(refusal.value) or name in ("gits", "custom")
+        elif schedule.steps is not None and steps > schedule.steps and name in grids._ON_INDICES:
+            with pytest.raises(ValueError, match=f"Grid {name} takes at most {schedule.steps} steps"):
+                grids.make(name, schedule, steps)
+        else:
+            times = grids.make(name, schedule, steps)
+            low, high = schedule.time_range
+            assert times.shape == (steps,) and np.all(np.diff(times) < 0)
+            assert low <= times[-1] and times[0] <= high and schedule.rho(times[-1]) > 0
+
+
+@pytest.mark.parametrize("schedule", [s for s in ALL + OTHERS if s.steps != 1], ids=repr)
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "svd"])
+def test_every_ays_table_on_every_schedule(model: str, schedule: Schedule) -> None:
+    """The tables have a few schedules; elsewhere the error names both ends of the table and of the schedule."""
+    first, last = AYS[model][0], AYS[model][-1]
+    if abs(schedule.rho_max / first - 1) < 0.01 and schedule.rho_min <= last:
+        rhos = schedule.rho(grids.make("ays", schedule, 10, model=model))
+        np.testing.assert_allclose(rhos[1:], AYS[model][1:], rtol=1e-9)
+        return
+    ends = f"from sigma/alpha = {first:g} to {last:g}, this schedule from {schedule.rho_max:.6g} to"
+    with pytest.raises(ValueError, match=ends):
+        grids.make("ays", schedule, 10, model=model)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+@pytest.mark.parametrize("schedule", ALL + OTHERS[:4], ids=repr)
+def test_exponential_and_logsnr_are_one_grid(schedule: Schedule, steps: int) -> None:
+    """log(sigma/alpha) = -lam, so uniform in one is uniform in the other, whatever the kind of the schedule."""
+    times = grids.make("exponential", schedule, steps)
+    np.testing.assert_array_equal(times, grids.make("logsnr", schedule, steps))
+    inner = schedule.lam(times)[1 if math.isinf(schedule.rho_max) else 0 :]
+    np.testing.assert_allclose(np.diff(inner, 2), 0, atol=1e-9)
+
+
+def test_exponential_in_the_sigma_of_a_flow_is_another_grid() -> None:
+    """diffusers spaces log(sigma) of a flow, sigma = t; ours is log(t/(1 - t)), and theirs can be given as custom."""
+    diffusers = pytest.importorskip("diffusers")
+    flow = schedules.rectified_flow()
+    peer = diffusers.FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True)
+    peer.set_timesteps(10)
+    theirs = peer.sigmas[:-1].double().numpy()
+    np.testing.assert_allclose(theirs[1:] / theirs[:-1], theirs[1] / theirs[0], rtol=1e-5)
+    ours = grids.make("exponential", flow, 10, sigma_min=theirs[-1] / (1 - theirs[-1]))
+    assert ours[-1] == pytest.approx(theirs[-1]) and np.abs(ours - theirs).max() > 0.3
+    np.testing.assert_array_equal(grids.make("custom", flow, 10, levels=theirs), theirs)
 
 
 def test_a_discrete_schedule_can_be_walked_whole() -> None:

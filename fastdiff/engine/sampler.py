@@ -82,6 +82,11 @@ class Sampler:
                 f"the plan has bare levels, at which the network is shown sigma, the model was trained on "
                 f"{model.schedule!r}; give trace(...) schedule=model.schedule"
             )
+        if model.schedule.shared is not None and any(row.reading is not None for row in plan.rows):
+            raise ValueError(
+                f"the plan shows the network the times of the scheduler it was captured from, the model shares times: "
+                f"{model.schedule!r}; use a plan made with schedule=model.schedule"
+            )
         self.plan = plan
         self.model = model
         self.backend = backends.choose(model.device) if backend == "auto" else backend
@@ -125,11 +130,7 @@ class Sampler:
         sample; 1 evaluates cond only. callback: called after each row. Raises ValueError or TypeError for arguments
         that do not fit and FloatingPointError, naming the row, when the network returns inf or nan.
         """
-        if isinstance(shape, int):
-            raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
-        shape = torch.Size(shape)
-        if len(shape) < 2 or min(shape) < 1:
-            raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
+        shape = batch_shape(shape)
         seeds = seeds_of(seed, shape[0])
         weights = _guidance(guidance, shape[0])
         guided = any(w != 1.0 for w in weights)
@@ -266,6 +267,15 @@ class Sampler:
             f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
             "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
+
+
+def batch_shape(shape: Sequence[int]) -> torch.Size:
+    """`shape` if it is [batch, *sample]. Raises TypeError or ValueError otherwise."""
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
+    return torch.Size(shape)
 
 
 def _guidance(guidance: float | Sequence[float] | Tensor, batch: int) -> list[float]:

@@ -55,10 +55,13 @@ class Schedule(ABC):
 
     Methods take times of any shape on the schedule's clock and return float64 of that shape; a time outside
     `time_range` raises ValueError.
+    shared: (below, parts), times below `below` that the network is shown as the start of one of `parts` intervals
+    (`schedules.time_shared`); None: it is shown every time as it is.
     """
 
     name: str
     options: tuple[tuple[str, Any], ...]
+    shared: tuple[float, int] | None = field(default=None, kw_only=True)
 
     kind: ClassVar[Kind]
 
@@ -120,8 +123,17 @@ class Schedule(ABC):
         raise ValueError(f"{self!r} is discrete and has no SDE. Use vp() or ou(), or a solver of levels.")
 
     def model_time(self, time: ArrayLike) -> Array:
-        """What a network trained on this schedule is shown: the clock itself (for a discrete one, the index)."""
-        return self._checked(time)
+        """What a network trained on this schedule is shown: the clock itself (for a discrete one, the index).
+
+        Below a shared part of the clock: the largest interval start that is not above the time.
+        """
+        times = self._checked(time)
+        if self.shared is None:
+            return times
+        below, parts = self.shared
+        low = self.time_range[0]
+        starts = low + (below - low) * np.arange(parts) / parts
+        return np.where(times < below, starts[np.searchsorted(starts, times, side="right") - 1], times)[()]
 
     def scales(self, rho: ArrayLike) -> tuple[Array, Array]:
         """(alpha, sigma) of the level with this rho in the coordinates of this kind; rho may be 0 or inf."""

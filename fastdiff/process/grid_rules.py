@@ -192,17 +192,18 @@ def ays(schedule: Schedule, steps: int, *, model: str = "sd15") -> Array:
     """Align Your Steps (Sabour et al. 2024): published levels, log-linear between them for other than 10 steps.
 
     model: "sd15", "sdxl" (for scaled_linear) or "svd" (for edm with sigma_max = 700). The first level is the schedule's
-    own top. Raises ValueError for a schedule whose top is not the table's.
+    own top. Raises ValueError for a schedule whose top is not the table's, or that ends above the table's last level.
     """
     if model not in AYS:
         raise ValueError(f"model must be one of {', '.join(AYS)}, got {model!r}.")
     table = np.array(AYS[model])
     top = schedule.rho_max
-    if abs(top / table[0] - 1) > AYS_SLACK:
+    if abs(top / table[0] - 1) > AYS_SLACK or schedule.rho_min > table[-1]:
         raise ValueError(
-            f"Align Your Steps has no levels for {schedule!r}: its table for {model!r} starts at sigma/alpha = "
-            f"{table[0]:g}, this schedule at {top:.6g}. Use scaled_linear() for sd15 and sdxl, "
-            "edm(sigma_max=700) for svd, or karras."
+            f"Align Your Steps has no levels for {schedule!r}: its table for {model!r} goes from sigma/alpha = "
+            f"{table[0]:g} to {table[-1]:g}, this schedule from {top:.6g} to {schedule.rho_min:.6g}. Use "
+            "scaled_linear() for sd15 and sdxl, edm(sigma_max=700) for svd, or another grid: karras, or gits, which "
+            "is measured on your model."
         )
     places = np.linspace(0, len(table) - 1, steps)
     rhos = np.exp(np.interp(places, np.arange(len(table)), np.log(table)))

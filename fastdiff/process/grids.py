@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import unknown_name
 from .clocks import RHO_SLACK, Array, Schedule
+from .gits import gits
 from .grid_rules import (
     ays,
     beta,
@@ -94,12 +95,19 @@ def karras(
 def exponential(
     schedule: Schedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Array:
-    """Geometric in sigma/alpha. sigma_min, sigma_max: as in karras."""
+    """Geometric in sigma/alpha: log(sigma/alpha) uniform, as in k-diffusion. sigma_min, sigma_max: as in karras.
+
+    Libraries that space log(sigma) of a flow, with sigma = t, mean other levels: those are custom(levels=...).
+    """
     return spaced(schedule, steps, sigma_min, sigma_max, np.log, np.exp)
 
 
 def logsnr(schedule: Schedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Array:
-    """Uniform in lam = log(alpha/sigma) (Lu et al. 2022, section 3.3): the same levels as exponential."""
+    """Uniform in lam = log(alpha/sigma) (Lu et al. 2022, section 3.3).
+
+    lam = -log(sigma/alpha), so these are the levels of exponential on every schedule; the two names are the
+    literature's, for the noise-to-signal ratio of k-diffusion and the half log signal-to-noise ratio of DPM-Solver.
+    """
     return exponential(schedule, steps, sigma_min=sigma_min, sigma_max=sigma_max)
 
 
@@ -151,6 +159,7 @@ _GRIDS: dict[str, Callable[..., Array]] = {
         ddim_uniform,
         ays,
         flow_shift,
+        gits,
         custom,
     )
 }
@@ -174,7 +183,8 @@ def make(name: str, schedule: Schedule, steps: int | None, **options: Any) -> Ar
     """The checked grid of this name: descending times, [steps] float64, without the clean level.
 
     Raises ValueError for an unknown name or option, for steps that are not an integer of at least 1 (of a discrete
-    schedule's uniform grids: at most T), and for a grid that `check` refuses.
+    schedule's uniform grids: at most T), for a schedule on which the grid has no levels, and for a grid that `check`
+    refuses.
     """
     grid = get(name)
     try:
@@ -184,6 +194,8 @@ def make(name: str, schedule: Schedule, steps: int | None, **options: Any) -> Ar
         raise ValueError(f"Grid {name}: {error}. Its options: {', '.join(known) or 'none'}.") from None
     if grid is not custom or steps is not None:
         steps = _check_steps(steps)
+        if steps > 1 and schedule.time_range[0] == schedule.time_range[1]:
+            raise ValueError(f"{schedule!r} has one level only, so its grids have one step, got {steps}. Use steps=1.")
         if grid in _ON_INDICES and schedule.steps is not None and steps > schedule.steps:
             raise ValueError(
                 f"Grid {name} takes at most {schedule.steps} steps, one for each training step of {schedule!r}, "

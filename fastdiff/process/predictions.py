@@ -53,6 +53,11 @@ def coefficients(kind: str, level: Level, schedule: Schedule | None, sigma_data:
     Raises ValueError for an unknown kind, and where F does not determine x0.
     """
     if kind == "edm":
+        if schedule is not None and schedule.shared is not None:
+            raise ValueError(
+                f"An 'edm' network is shown log(sigma/alpha)/4, so {schedule!r} has no time to share. Use the schedule "
+                "without time_shared, or another prediction."
+            )
         return _edm(level, SIGMA_DATA if sigma_data is None else sigma_data)
     if kind not in _KINDS:
         raise unknown_name("prediction", kind, names())

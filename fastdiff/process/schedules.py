@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ __all__ = [
     "rectified_flow",
     "rescale_zero_terminal_snr",
     "scaled_linear",
+    "time_shared",
     "ve",
     "vp",
 ]
@@ -102,7 +104,33 @@ def rescale_zero_terminal_snr(schedule: Schedule) -> DiscreteSchedule:
     with np.errstate(divide="ignore"):
         log_alpha_bar = 2 * np.log(scaled)
     log_alpha_bar[0] = schedule.log_alpha_bar[0]
-    return DiscreteSchedule("rescale_zero_terminal_snr", _pack(schedule=schedule), log_alpha_bar)
+    options = _pack(schedule=schedule)
+    return DiscreteSchedule("rescale_zero_terminal_snr", options, log_alpha_bar, shared=schedule.shared)
+
+
+def time_shared(schedule: Schedule, below: float = 100, parts: int = 5) -> Schedule:
+    """The same schedule with a network that is shown one time for all of an interval near the data (E-TSDM).
+
+    f(t) = max {t_i : t_i <= t} for t < below, with t_i = low + i (below - low)/parts for i = 0 .. parts - 1 and low the
+    start of the clock; f(t) = t elsewhere (Yang et al. 2024, Lipschitz Singularities in Diffusion Models, section 4).
+    Only `model_time` changes: no level, and no grid. For networks that were trained with it.
+
+    below: on the schedule's clock; theirs is 100 of 1000 steps. parts: theirs is 5.
+    Raises ValueError for a `below` outside the clock, parts below 1, and a schedule that shares already.
+    """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"time_shared needs a schedule, got {schedule!r}. Use time_shared(linear()), for example.")
+    if schedule.shared is not None:
+        raise ValueError(f"{schedule!r} is shared already. Give time_shared the schedule without.")
+    low, high = schedule.time_range
+    below, parts = _positive("below", below), _count("parts", parts)
+    if not low < below <= high:
+        raise ValueError(
+            f"below must be a time of {schedule!r} above {low:.6g} and at most {high:.6g}, got {below:.6g}. "
+            "A tenth of the clock is usual."
+        )
+    options = _pack(schedule=schedule, below=below, parts=parts)
+    return replace(schedule, name="time_shared", options=options, shared=(below, parts))
 
 
 def ou(t_max: float = 5.0) -> VPSchedule:
@@ -150,6 +178,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
         from_betas,
         from_alpha_bar,
         rescale_zero_terminal_snr,
+        time_shared,
     )
 }
 

@@ -1,6 +1,6 @@
 """The page of all samplers: their table as Markdown and a plot of error against evaluations.
 
-May import: compiler, images. The same registry gives the same two files.
+May import: compiler, files. The same registry gives the same two files.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastdiff import images
 from fastdiff.compiler import convergence
 from fastdiff.compiler.convergence import Measurement
 from fastdiff.compiler.verify import DATA_VARIANCES
+from fastdiff.files import check_writable_file, write_atomically
 from fastdiff.report import plot
 from fastdiff.report.families import FAMILIES, OTHER, PROMISED, family
 
@@ -58,8 +58,8 @@ def write(out: Path, measured: Sequence[Measurement]) -> Path:
     picture = picture_path(out)
     image = plot.draw(PLOT_TITLE, curves(measured))
     page = text(measured, picture.name)
-    images.write_atomically(picture, lambda temporary: image.save(temporary, format="PNG", optimize=True))
-    images.write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(picture, lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return picture
 
 
@@ -67,8 +67,8 @@ def check_writable(out: Path) -> None:
     """Raise ValueError or OSError now if `out` is no name for a page or could not be written later."""
     if out.suffix != ".md":
         raise ValueError(f"--out {out} must end in .md; the plot is written beside it as .png")
-    images.check_writable_file(out)
-    images.check_writable_file(picture_path(out))
+    check_writable_file(out)
+    check_writable_file(picture_path(out))
 
 
 def picture_path(out: Path) -> Path:
