@@ -168,6 +168,8 @@ def _compiled(
         for place, value in zip(into, made, strict=True):
             registers[place].copy_(value)
 
+    # Dynamo keeps what it compiled with the code object, and allows each only a few versions
+    update.__code__ = update.__code__.replace()
     if device.type == "cuda":
         return torch.compile(update, fullgraph=True, dynamic=True, mode="max-autotune-no-cudagraphs")
     # on a CPU inductor's own generator is scalar code, several times slower than torch.randn
