@@ -2,11 +2,13 @@
 
 from fastdiff import models
 from fastdiff.compiler import solvers
+from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.build import plan
 from fastdiff.compiler.capture import capture
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import solver
 from fastdiff.compiler.trace import trace
+from fastdiff.engine import guidance
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.gits import gits
 from fastdiff.engine.sample import sample
@@ -20,6 +22,7 @@ from fastdiff.process.schedules import Level, Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptivePlan",
     "BackendUnavailable",
     "Denoiser",
     "Level",
@@ -31,6 +34,7 @@ __all__ = [
     "capture",
     "gits",
     "grids",
+    "guidance",
     "load",
     "models",
     "plan",

@@ -144,7 +144,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     plan = fd.plan(arguments.solver, model.schedule, arguments.steps, arguments.grid, **_options(arguments.option))
     sampler = fd.Sampler(plan, model, arguments.backend, memory_format=torch.channels_last)
     batches = [range(i, min(i + arguments.batch, len(labels))) for i in range(0, len(labels), arguments.batch)]
-    drawn, seconds, model_seconds = [], 0.0, 0.0
+    drawn, nfe, seconds, model_seconds = [], 0, 0.0, 0.0
     for batch in tqdm(batches, disable=len(batches) == 1, desc="batches"):
         x = sampler.sample(
             (len(batch), *model.shape),
@@ -154,11 +154,12 @@ def _sample(arguments: argparse.Namespace) -> int:
         )
         drawn.append(images.to_pixels(x))
         assert sampler.last_run is not None
+        nfe = max(nfe, sampler.last_run.nfe)
         seconds += sampler.last_run.seconds
         model_seconds += sampler.last_run.model_seconds or 0.0
     names = [model.class_names[label] if label is not None else "" for label in labels]
     images.save(arguments.out, np.concatenate(drawn), names, columns=arguments.count)
-    _report(arguments, plan, sampler, len(labels), seconds, model_seconds)
+    _report(arguments, sampler, nfe, len(labels), seconds, model_seconds)
     return 0
 
 
@@ -175,12 +176,14 @@ def _device(name: str) -> torch.device:
 
 
 def _report(
-    arguments: argparse.Namespace, plan: fd.Plan, sampler: fd.Sampler, count: int, seconds: float, model_seconds: float
+    arguments: argparse.Namespace, sampler: fd.Sampler, nfe: int, count: int, seconds: float, model_seconds: float
 ) -> None:
     guided = sampler.model.null_label is not None and arguments.guidance != 1.0
-    print(f"sampler   {plan.solver}, {arguments.steps} steps on grid {plan.grid}")
+    plan = sampler.plan
+    adaptive = isinstance(plan, fd.AdaptivePlan)
+    print(f"sampler   {plan.solver}, {'its own steps' if adaptive else f'{arguments.steps} steps on grid {plan.grid}'}")
     print(
-        f"NFE       {plan.nfe} per sample"
+        f"NFE       {'at most ' if adaptive else ''}{nfe} per sample"
         + (f", each of two branches with guidance {arguments.guidance}" if guided else "")
     )
     print(f"samples   {count} in {seconds:.2f} s: {count / seconds:.1f} images/s")
@@ -277,7 +280,7 @@ def _verify_solver(given: str) -> int:
     return 0 if all(m.ok for m in measured) else 1
 
 
-def _measure(name: str) -> convergence.Measurement:
+def _measure(name: str) -> page.AnyMeasurement:
     """`convergence.measure`, with whatever the solver's own code raises as one line."""
     try:
         return convergence.measure(name)

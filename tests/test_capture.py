@@ -42,6 +42,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DDIM", {"clip_sample": False}, {}),
     ("DDIM", {"clip_sample": False, **V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, {"eta": 0.7}),
     ("DDIM", {"clip_sample": True}, {"use_clipped_model_output": True}),
+    ("DDIM", {"clip_sample": True}, {}),
+    ("DDIM", {"clip_sample": True, "prediction_type": "v_prediction"}, {"eta": 1.0}),
     ("DDIM", {"clip_sample": False, **X0}, {"eta": 1.0}),
     ("DDIMInverse", {"clip_sample": False}, {}),
     ("DDIMParallel", {"clip_sample": False}, {"eta": 0.5}),
@@ -187,7 +189,7 @@ def test_the_table_is_the_scheduler(
     assert plan.draws in (0, loop.drawn)
     worst, seen = 0.0, 0
 
-    def denoise(x: Array, level: Level) -> Array:
+    def denoise(x: Array, level: Level) -> tuple[Array, Array]:
         nonlocal worst, seen
         row = plan.rows[seen + 1]
         state = loop.states[seen].numpy()
@@ -196,7 +198,7 @@ def test_the_table_is_the_scheduler(
         raw = outputs[seen]
         seen += 1
         estimate = row.reading.P * x + row.reading.Q * raw
-        return estimate if row.clamp is None else estimate.clip(*row.clamp)
+        return estimate if row.clamp is None else estimate.clip(*row.clamp), estimate
 
     ours = execute(plan, denoise, loop.start.numpy(), lambda k, _: loop.normals[k])
     worst = max(worst, float(np.abs(ours - theirs.numpy()).max() / np.abs(theirs.numpy()).max()))
@@ -313,7 +315,7 @@ def test_a_network_of_another_kind_is_refused(wrong: str) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "options", "words"),
     [
-        ("DDIM", {"clip_sample": True}, {}, r"step 0.*clips.*use_clipped_model_output"),
+        ("DDIMInverse", {"clip_sample": True}, {}, r"step 0.*noise-free.*clip_sample=False"),
         ("DDPM", {"thresholding": True, "sample_max_value": 1.5, "clip_sample": False}, {}, r"step \d+.*quantile"),
         ("DPMSolverMultistep", {"thresholding": True, "sample_max_value": 4.0}, {}, r"step \d+.*\de.*quantile"),
         ("CogVideoXDPM", {}, {}, "old_pred_original_sample, timestep_back"),

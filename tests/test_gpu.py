@@ -102,3 +102,16 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning() -> No
     eager = fd.sample(model, (2, 3, 8, 8), steps=3, graph=False)
     with pytest.warns(UserWarning, match="cannot be captured"):
         assert torch.equal(eager, fd.sample(model, (2, 3, 8, 8), steps=3))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("solver", "options"), [("dpm_adaptive", {"eta": 0.5}), ("rk45", {"rtol": 1e-3})])
+def test_adaptive_steps_in_a_graph_and_in_any_batch(executor: str, solver: str, options: dict[str, float]) -> None:
+    model = denoiser("cuda")
+    draw = {"solver": solver, "backend": executor, "noise": "brownian", **options}
+    batch = fd.sample(model, (16, 3, 16, 16), seed=[*range(100, 115), 17], graph=True, **draw)
+    eager = fd.sample(model, (16, 3, 16, 16), seed=[*range(100, 115), 17], graph=False, **draw)
+    alone = fd.sample(model, (1, 3, 16, 16), seed=[17], graph=True, **draw)
+    assert torch.equal(batch, eager) and torch.equal(batch[15], alone[0])
+    expected = fd.sample(denoiser("cpu"), (1, 3, 16, 16), seed=[17], **{**draw, "backend": "reference"})
+    assert (alone.cpu() - expected).abs().max() <= 1e-3 * expected.abs().max()

@@ -32,7 +32,7 @@ def step_tensors(
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(executor: str, layout: torch.memory_format) -> None:
     tensors = step_tensors(layout=layout)
-    torch.library.opcheck(torch.ops.fastdiff.affine_step.default, (*tensors.arguments(), executor))
+    torch.library.opcheck(torch.ops.fastdiff.affine_step.default, tensors.arguments(), {"executor": executor})
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

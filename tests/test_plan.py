@@ -61,7 +61,7 @@ def trace(function: Callable[..., Any], count: int = 4) -> Plan:
     return Plan("mine", {}, schedules.edm(), "custom", tuple(points), rows, registers, result, run.draws)
 
 
-@pytest.mark.parametrize("name", sorted(solvers.names()))
+@pytest.mark.parametrize("name", [name for name in solvers.names() if not solvers.get(name).adaptive])
 @pytest.mark.parametrize("schedule", [schedules.vp(), schedules.edm(), schedules.rectified_flow()], ids=repr)
 def test_the_table_computes_what_the_function_computes(name: str, schedule: schedules.Schedule) -> None:
     if solvers.get(name).flow_only and schedule.kind != "flow":

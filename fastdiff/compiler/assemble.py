@@ -6,7 +6,7 @@ that reads it; the next state prefers the register of the state it replaces, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fastdiff.compiler import layout as at
@@ -20,13 +20,14 @@ Terms = dict[Atom, float]
 
 @dataclass(frozen=True)
 class Output:
-    """One register a row writes: dest <- x * X + sum_j slots[j] * r_j + denoised * D + sum_k noise[k] * z_k."""
+    """One register a row writes: dest <- x X + sum_j slots[j] r_j + denoised D + other E + sum_k noise[k] z_k."""
 
     dest: int
     x: float
     slots: tuple[float, ...]
     denoised: float
     noise: tuple[float, ...]
+    other: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Row:
     gain: how much of the guidance applies here, w_row = 1 + gain * (w - 1).
     reading: how this row calls the network and reads its output, D = P x + Q F, where the plan itself knows it
     (captured from a scheduler); None: from the network's prediction type. clamp: bounds of D, None for none.
+    estimate: what E is, "unguided" (P x + Q Fu) or "unclamped" (D before its clamp); None where it is not used.
+    spread: (log, slope), the noise times exp(log + slope V), V the network's learned variance; None: as it is.
+    perturb: how much of the perturbed branch's scale applies here. muted: the network's output is taken as 0.
     """
 
     level: Level | None
@@ -49,6 +53,10 @@ class Row:
     gain: float = 1.0
     reading: Prediction | None = None
     clamp: tuple[float, float] | None = None
+    estimate: str | None = None
+    spread: tuple[float, float] | None = None
+    perturb: float = 1.0
+    muted: bool = False
 
 
 def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int, int]:
@@ -56,13 +64,26 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
 
     Raises ValueError when a row needs more outputs or inputs than the kernel has.
     """
-    made = [_makes(i, segment, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
-    last_read = _last_reads(made)
-    home: dict[Atom, int] = {Atom("start", 0): 0}
-    registers = 1
+    rows, registers, _ = place(solver, segments, {Atom("start", 0): 0})
+    return rows, registers, rows[-1].outputs[0].dest
+
+
+def place(
+    solver: str, segments: list[Segment], held: Mapping[Atom, int], keep: Collection[Atom] = ()
+) -> tuple[tuple[Row, ...], int, dict[Atom, int]]:
+    """Rows, the number of registers, and where every value that outlives the rows is.
+
+    held: what lies in which register beforehand, the value that the opening row takes for x first. keep: values that
+    must outlive the rows besides the result, which is Atom("result", 0). Raises ValueError as `assemble` does.
+    """
+    first = next(iter(held))
+    made = [_makes(i, segment, first, last=i == len(segments) - 1) for i, segment in enumerate(segments)]
+    last_read = _last_reads(made, keep)
+    home: dict[Atom, int] = dict(held)
+    registers = max(held.values()) + 1
     rows = []
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
-        state = Atom("x", i - 1) if i else Atom("start", 0)
+        state = Atom("x", i - 1) if i else first
         reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
         slots = tuple(home[a] for a in reads)
         x = home[state]
@@ -78,11 +99,13 @@ def assemble(solver: str, segments: list[Segment]) -> tuple[tuple[Row, ...], int
                 home[atom] = free.pop(0)
             outputs.append(_output(home[atom], terms, state, reads, noise, i - 1))
         _check_size(solver, i - 1, slots, outputs)
-        rows.append(Row(segment.level, x, slots, tuple(outputs), noise))
-    return tuple(rows), registers, rows[-1].outputs[0].dest
+        rows.append(
+            Row(segment.level, x, slots, tuple(outputs), noise, estimate=segment.estimate, spread=segment.spread)
+        )
+    return tuple(rows), registers, home
 
 
-def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
+def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Terms]:
     """Every value row i may have to write, the next state first, each over atoms known in that row."""
     kept: dict[Atom, Terms] = {}
     for atom, terms in segment.kept.items():
@@ -91,8 +114,9 @@ def _makes(i: int, segment: Segment, last: bool) -> dict[Atom, Terms]:
     values.update(kept)
     if i:
         values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
-    else:
-        values[Atom("start", 0)] = {Atom("start", 0): 1.0}
+        values[Atom("E", i - 1)] = {Atom("E", i - 1): 1.0}
+    elif first.kind == "start":
+        values[first] = {first: 1.0}
     return values
 
 
@@ -104,9 +128,9 @@ def _inline(terms: Terms, known: dict[Atom, Terms]) -> Terms:
     return {atom: c for atom, c in total.items() if c != 0.0}
 
 
-def _last_reads(made: list[dict[Atom, Terms]]) -> dict[Atom, int]:
+def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[Atom, int]:
     """The last row that reads each value; values nobody reads later are dropped from `made`, last row first."""
-    last: dict[Atom, int] = {}
+    last = dict.fromkeys(keep, len(made))
     for i in reversed(range(len(made))):
         _, *others = made[i]
         for atom in others:
@@ -127,6 +151,7 @@ def _output(
         slots=tuple(terms.get(atom, 0.0) for atom in reads),
         denoised=terms.get(Atom("D", row), 0.0),
         noise=tuple(terms.get(Atom("z", index, stream), 0.0) for index, stream in noise),
+        other=terms.get(Atom("E", row), 0.0),
     )
 
 

@@ -20,6 +20,9 @@ from fastdiff.compiler.plan import Plan
 LOG_RHO = math.log(1e5)  # the clock covers sigma/alpha in [1e-5, 1e5]; levels beyond are its ends
 DEEPEST = 30  # node names fit an int32
 CELLS = 6  # an end of an interval is rounded to 2^-CELLS of the shorter interval it belongs to
+FINEST = 26  # an end whose neighbours are not known is rounded to 2^-FINEST of the clock, 3.4e-7 in log(sigma/alpha)
+RESOLUTION = 2.0 * LOG_RHO * 2.0**-FINEST  # in log(sigma/alpha): levels closer than that are one place
+MOST_NODES = 2 * FINEST + 1  # of `increment`
 
 Terms = dict[int, float]
 
@@ -48,6 +51,27 @@ def increments(intervals: list[tuple[float, float]]) -> list[Terms]:
     clock = [(_clock(t), _clock(s)) for s, t in intervals]
     places = _rounded(clock)
     return [_increment(places[a], places[b]) for a, b in clock]
+
+
+def increment(rho_s: float, rho_t: float) -> Terms:
+    """Of one interval among others not known yet: {node: weight}; intervals that share an end share its place.
+
+    At most MOST_NODES of them. Raises ValueError where the two ends are one.
+    """
+    a, b = (round(_clock(rho) * 2.0**FINEST) / 2.0**FINEST for rho in (rho_t, rho_s))
+    if not b > a:
+        raise ValueError("noise='brownian': two levels are the same beyond sigma/alpha in [1e-5, 1e5]")
+    return _increment(a, b)
+
+
+def near(rho: float, step: float) -> float:
+    """The level nearest to rho whose place on the path is short: a multiple of a power of two, at most step/8 apart.
+
+    step: the length in log rho of the interval that ends there. Fewer bits are fewer nodes; and a level that rounding
+    moved a little is moved back, where the path, which is rough, would make much of it.
+    """
+    spacing = 2.0 ** max(-FINEST, math.floor(math.log2(step / (16.0 * LOG_RHO))))
+    return math.exp(LOG_RHO * (2.0 * spacing * round(_clock(rho) / spacing) - 1.0))
 
 
 def _clock(rho: float) -> float:

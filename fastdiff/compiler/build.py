@@ -5,14 +5,14 @@ May import: process, solvers, run, assemble, plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.compiler import solvers
+from fastdiff.compiler.adaptive import adaptive_plan
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run, record
@@ -29,6 +29,10 @@ def plan(
     strength: float = 1.0,
     start_step: int = 0,
     guidance_interval: tuple[float, float] | None = None,
+    guidance_schedule: Sequence[float] | Callable[[Level], float] | None = None,
+    perturbed_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    clamp: tuple[float, float] | None = None,
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -39,9 +43,10 @@ def plan(
     times on the schedule's clock, without the final clean one). grid_options: options of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
-    step count). guidance_interval: (low, high) in sigma/alpha; rows outside it evaluate the
-    conditional branch alone, half the batch (Kynkäänniemi et al. 2024). Raises ValueError or
-    TypeError, naming what is wrong, and never a half-built plan.
+    step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`. An
+    adaptive solver (dpm_adaptive, rk45) goes from the grid's first level to its last, whatever lies between, and makes
+    its own steps; its plan is an `AdaptivePlan`, which `Sampler` runs like any other. Raises ValueError or TypeError,
+    naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
     chosen.check_options(options)
@@ -51,11 +56,23 @@ def plan(
     else:
         name, times = "custom", grids.make("custom", process, None, levels=grid, **dict(grid_options or {}))
     times = _truncated(times, process, strength, start_step)
-    levels = [process.level(float(time)) for time in times] + [CLEAN]
-    if chosen.upward:
-        levels.reverse()
-    compiled = compile_levels(solver, levels, process, name, options)
-    return compiled if guidance_interval is None else _guided_within(compiled, guidance_interval)
+    if chosen.adaptive:
+        _check_ends(solver, name, times)
+        top, bottom = (process.level(float(time)) for time in (times[0], times[-1]))
+        plain = {key: _plain(value) for key, value in options.items()}
+        compiled: Plan = adaptive_plan(chosen, plain, process, name, top, bottom)
+    else:
+        levels = [process.level(float(time)) for time in times] + [CLEAN]
+        if chosen.upward:
+            levels.reverse()
+        compiled = compile_levels(solver, levels, process, name, options)
+    return compiled.guided(
+        interval=guidance_interval,
+        schedule=guidance_schedule,
+        perturbed_interval=perturbed_interval,
+        cfg_pp=cfg_pp,
+        clamp=clamp,
+    )
 
 
 def compile_levels(
@@ -64,6 +81,11 @@ def compile_levels(
     """The plan of a solver on exactly these levels, the last one where the sample is wanted."""
     plain = {key: _plain(value) for key, value in options.items()}
     chosen = solvers.get(solver)
+    if chosen.adaptive:
+        raise ValueError(
+            f"{solver} chooses its levels while it runs and has no table on given ones; make it with fd.plan and run "
+            "it with fd.Sampler"
+        )
     chosen.check_schedule(schedule)
     run = Run(solver, levels, schedule)
     rows, registers, result = assemble(solver, record(solver, chosen.function, run, plain))
@@ -98,14 +120,12 @@ def _truncated(times: NDArray[np.float64], schedule: Schedule, strength: float, 
     return np.concatenate([[start], times[times < start]])
 
 
-def _guided_within(compiled: Plan, interval: tuple[float, float]) -> Plan:
-    low, high = interval
-    if not 0.0 <= low < high:
-        raise ValueError(f"guidance_interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")
-    rows = (
-        row if row.level is None else replace(row, gain=float(low <= row.level.rho <= high)) for row in compiled.rows
-    )
-    return replace(compiled, rows=tuple(rows))
+def _check_ends(solver: str, grid: str, times: NDArray[np.float64]) -> None:
+    if grid == "custom" and len(times) > 2:
+        raise ValueError(
+            f"{solver} chooses its own levels: give the first and the last noisy one, grid=[first, last], "
+            f"got {len(times)} levels"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ May import: build, plan, solvers, verify, process. NumPy only; nothing is drawn 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdiff.compiler import solvers, verify
+from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.solvers import Solver
+from fastdiff.compiler.verify_adaptive import Cost, at_tolerance
+from fastdiff.compiler.verify_adaptive import measure as measure_cost
 
 STEPS = (20, 40, 80, 160)  # the order is the slope between the last two
 COARSE = (5, 10)  # the curve begins before the error falls at its order
 BUDGETS = (10, 20, 50)
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of an adaptive solver: rtol and atol
 GRID = "karras"  # in equal ratios the first step of a multistep method would cap its order at 2
 ENDS = {"sigma_min": 0.01, "sigma_max": 20.0}  # sigma / alpha
 TOLERANCE = 0.35  # how far below its order a solver may be at 160 steps
@@ -94,12 +99,71 @@ class Measurement:
         )
 
 
-def measure(name: str) -> Measurement:
+@dataclass(frozen=True)
+class AdaptiveMeasurement:
+    """What `measure` found of a solver that chooses its steps; `print(measurement)` shows it.
+
+    costs: at each of TOLERANCES. registers, width: of its start and its first trial step; report: its laws.
+    """
+
+    solver: Solver
+    schedule: str
+    costs: tuple[Cost, ...]
+    registers: int
+    width: tuple[int, int]
+    report: verify.Report
+
+    @property
+    def order_holds(self) -> bool:
+        """False where a tolerance ten times smaller does not lower the error."""
+        return all(fine.error < coarse.error for coarse, fine in itertools.pairwise(self.costs))
+
+    @property
+    def ok(self) -> bool:
+        """True when the laws hold and the error falls with the tolerance."""
+        return self.report.ok and self.order_holds
+
+    def __str__(self) -> str:
+        lines = [f"{self.solver.name}: {self.solver.summary}", str(self.report)]
+        lines += [
+            f"  {'ok  ' if self.order_holds else 'FAIL'} rtol = atol = {c.rtol:g}: error {c.error:.1e} with {c.nfe} "
+            f"evaluations, {c.accepted} steps accepted and {c.rejected} rejected"
+            for c in self.costs
+        ]
+        lines += [
+            f"  cost: {self.registers} registers, rows of at most {self.width[0]} outputs and {self.width[1]} inputs",
+            f"  error: of the last noisy state, root mean square over the data's spread, worst of data N(1, v) with "
+            f"v = {', '.join(f'{v:g}' for v in verify.DATA_VARIANCES)}; schedule {self.schedule}, sigma/alpha from "
+            f"{ENDS['sigma_max']:g} to {ENDS['sigma_min']:g}",
+        ]
+        return "\n".join(lines)
+
+
+def measure(name: str) -> Measurement | AdaptiveMeasurement:
     """Compile a registered solver with its default options at several step counts and measure it; deterministic.
 
-    On edm (rectified_flow where the solver is defined on flows only). Raises what compiling raises.
+    On edm (rectified_flow where the solver is defined on flows only). An adaptive solver is measured at several
+    tolerances instead. Raises what compiling raises.
     """
     chosen = solvers.get(name)
+    return _measure_adaptive(chosen) if chosen.adaptive else _measure_table(chosen)
+
+
+def _measure_adaptive(chosen: Solver) -> AdaptiveMeasurement:
+    plan = build(chosen.name, "edm", 2, GRID, grid_options=ENDS)
+    assert isinstance(plan, AdaptivePlan)
+    return AdaptiveMeasurement(
+        solver=chosen,
+        schedule="edm",
+        costs=tuple(measure_cost(at_tolerance(plan, rtol, rtol)) for rtol in TOLERANCES),
+        registers=plan.registers,
+        width=_width(plan),
+        report=plan.verify(),
+    )
+
+
+def _measure_table(chosen: Solver) -> Measurement:
+    name = chosen.name
     schedule = "rectified_flow" if chosen.flow_only else "edm"
     plans: dict[int, Plan] = {}
 
@@ -118,11 +182,16 @@ def measure(name: str) -> Measurement:
         bias=tuple(_bias(plan, budget) for budget in BUDGETS),
         nfe=table.nfe,
         registers=table.registers,
-        width=(max(len(row.outputs) for row in table.rows), max(len(row.slots) + 1 for row in table.rows)),
+        width=_width(table),
         draws=table.draws,
         unjudged=_unjudged(chosen),
         report=verify.verify(table),
     )
+
+
+def _width(plan: Plan) -> tuple[int, int]:
+    """The most outputs and the most inputs of a row."""
+    return max(len(row.outputs) for row in plan.rows), max(len(row.slots) + 1 for row in plan.rows)
 
 
 def variance_error(plan: Plan) -> float:

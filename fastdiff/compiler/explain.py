@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from fastdiff.compiler.plan import Plan
 
 
+_ESTIMATES = {"unguided": "of the unguided branch", "unclamped": "before the clamp"}
+
+
 def explain(plan: Plan) -> str:
     """Header, then per row its level and `register <- formula` for every register it writes."""
     schedule = plan.schedule.name if plan.schedule is not None else "custom levels"
@@ -23,12 +26,13 @@ def explain(plan: Plan) -> str:
         "",
     ]
     for i, row in enumerate(plan.rows):
-        lines += _row_lines(i, row)
+        lines += row_lines(i, row)
     lines.append(f"result: r{plan.result}")
     return "\n".join(lines)
 
 
-def _row_lines(i: int, row: Row) -> list[str]:
+def row_lines(i: int, row: Row) -> list[str]:
+    """One row: where it evaluates the network, and what it writes."""
     if row.level is None:
         head = "start  x = the latents, or the state given"
     else:
@@ -37,11 +41,21 @@ def _row_lines(i: int, row: Row) -> list[str]:
         head = f"row {i - 1:<3d} D = model(r{row.x}) at {where}"
         if row.clamp is not None:
             head += f", clamped to [{row.clamp[0]:g}, {row.clamp[1]:g}]"
+        if row.gain != 1.0:
+            head += ", guidance 1" + (f" + {row.gain:g} (w - 1)" if row.gain != 0.0 else "")
+        if row.perturb != 1.0:
+            head += ", perturbed branch off"
+        if row.muted:
+            head += ", its output taken as 0"
+        if row.estimate is not None:
+            head += f"; E = D {_ESTIMATES[row.estimate]}"
+        if row.spread is not None:
+            head += f"; z times exp({row.spread[0]:.6g} + {row.spread[1]:.6g} V), V the learned variance"
     return [head, *(f"       r{output.dest} <- {_formula(row, output)}" for output in row.outputs)]
 
 
 def _formula(row: Row, output: Output) -> str:
-    parts = [(output.x, "x"), (output.denoised, "D")]
+    parts = [(output.x, "x"), (output.denoised, "D"), (output.other, "E")]
     parts += [(c, f"r{register}") for c, register in zip(output.slots, row.slots, strict=True)]
     parts += [(c, f"z{index}") for c, (index, _) in zip(output.noise, row.noise, strict=True)]
     text = ""

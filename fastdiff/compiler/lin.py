@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 class Atom(NamedTuple):
     """A value known when its row runs.
 
-    kind "x": the state row `number` evaluates the model at; "D": that row's denoised estimate;
+    kind "x": the state row `number` evaluates the model at; "D": that row's denoised estimate; "E": its second one
+    (the unguided branch's, or D before its clamp);
     "kept": recorded combination `number`; "start": the state the plan begins with;
     "z": the unit normal with id `number` on noise stream `stream`.
     """

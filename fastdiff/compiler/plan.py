@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,16 @@ class Plan:
         return len(self.rows) - 1
 
     @property
+    def reads_unguided(self) -> bool:
+        """True when a row uses the unguided branch's own estimate, so that it evaluates both whatever the guidance."""
+        return any(row.estimate == "unguided" for row in self.rows)
+
+    @property
+    def learns_spread(self) -> bool:
+        """True when the size of a row's noise is the network's to say."""
+        return any(row.spread is not None for row in self.rows)
+
+    @property
     def stochastic(self) -> bool:
         """True when the rows draw noise after the initial latents."""
         return self.draws > 0
@@ -80,6 +90,36 @@ class Plan:
         from fastdiff.compiler.verify import verify
 
         return verify(self)
+
+    def guided(
+        self,
+        *,
+        interval: tuple[float, float] | None = None,
+        schedule: Sequence[float] | Callable[[Level], float] | None = None,
+        perturbed_interval: tuple[float, float] | None = None,
+        cfg_pp: bool = False,
+        clamp: tuple[float, float] | None = None,
+    ) -> Plan:
+        """The same sampler with what of guidance is linear written into its rows (fastdiff.compiler.guided).
+
+        interval: (low, high) in sigma/alpha; rows outside it evaluate the conditional branch alone, half the batch
+        (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), a number per evaluation or a function
+        of the level. perturbed_interval: the levels where the perturbed branch is evaluated. cfg_pp: CFG++ (Chung et
+        al. 2024) in the rows within interval, its scale in [0, 1]. clamp: bounds of D in every row. Raises ValueError
+        for values that do not fit and, with cfg_pp, for a plan that does not say what levels it reaches.
+        """
+        from fastdiff.compiler import guided
+
+        rows = self.rows
+        if interval is not None:
+            rows = guided.within(rows, interval)
+        if perturbed_interval is not None:
+            rows = guided.perturbed_within(rows, perturbed_interval)
+        if cfg_pp:
+            rows = guided.plus_plus(replace(self, rows=rows)).rows
+        if schedule is not None:
+            rows = guided.scheduled(rows, schedule)
+        return replace(self, rows=rows if clamp is None else guided.clamped(rows, clamp))
 
     def pack(
         self,
@@ -96,7 +136,7 @@ class Plan:
         A row with a reading of its own keeps it, whatever `prediction` says.
         Raises ValueError for a prediction that is undefined at one of the plan's levels.
         """
-        captured = self.options.get("prediction") if self.rows[1].reading is not None else None
+        captured = self.options.get("prediction") if self.rows[-1].reading is not None else None
         if captured is not None and prediction not in (captured, None):
             raise ValueError(
                 f"this plan was captured from a scheduler whose network predicts {captured!r}, got a network that "
@@ -109,8 +149,13 @@ class Plan:
         for i, row in enumerate(self.rows):
             if i:
                 coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q
-                ids[i, at.FLAGS] = at.READS_MODEL
-            coef[i, at.GAIN] = row.gain
+                ids[i, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED * (row.estimate == "unguided")
+                if row.muted:
+                    coef[i, at.Q] = 0.0
+            if row.spread is not None:
+                ids[i, at.FLAGS] += at.SPREADS_NOISE
+                coef[i, [at.SPREAD_LOG, at.SPREAD_SLOPE]] = row.spread
+            coef[i, [at.GAIN, at.PERTURB]] = row.gain, row.perturb
             coef[i, [at.CLAMP_LO, at.CLAMP_HI]] = row.clamp or (-np.inf, np.inf)
             following = folds[i] if i < len(folds) else None
             coef[i, [at.EMIT_SCALE, at.EMIT_TIME]] = (following.c_in, following.time) if following else (1.0, 0.0)
@@ -208,19 +253,23 @@ def _pack_row(row: Row, coef: NDArray[np.float64], ids: NDArray[np.int32]) -> No
     for o, output in enumerate(row.outputs):
         ids[at.DEST + o] = output.dest
         column = at.OUTPUT + at.OUTPUT_STRIDE * o
-        total = output.x + output.denoised + sum(output.slots)
+        total = _total(output)
         delta = is_delta(output)
         coef[column + at.OUT_K] = total - 1.0 if delta else output.x
         coef[column + at.OUT_DELTA] = float(delta)
         coef[column + at.OUT_B] = output.denoised
+        coef[column + at.OUT_E] = output.other
         coef[column + at.OUT_A : column + at.OUT_A + len(output.slots)] = output.slots
         coef[at.NOISE + o : at.NOISE + o + at.NOISE_STRIDE * len(output.noise) : at.NOISE_STRIDE] = output.noise
 
 
 def is_delta(output: Output) -> bool:
     """Evaluate as x + sum c_j (r_j - x) + (sum c - 1) x: less rounding where the new value stays close to x."""
-    total = output.x + output.denoised + sum(output.slots)
-    return abs(output.x) >= 0.5 and abs(total - 1.0) <= 0.5
+    return abs(output.x) >= 0.5 and abs(_total(output) - 1.0) <= 0.5
+
+
+def _total(output: Output) -> float:
+    return output.x + output.denoised + output.other + sum(output.slots)
 
 
 def _row(body: dict[str, Any]) -> Row:
@@ -229,13 +278,22 @@ def _row(body: dict[str, Any]) -> Row:
         x=body["x"],
         slots=tuple(body["slots"]),
         outputs=tuple(
-            Output(o["dest"], o["x"], tuple(o["slots"]), o["denoised"], tuple(o["noise"])) for o in body["outputs"]
+            Output(o["dest"], o["x"], tuple(o["slots"]), o["denoised"], tuple(o["noise"]), o.get("other", 0.0))
+            for o in body["outputs"]
         ),
         noise=tuple((index, stream) for index, stream in body["noise"]),
         gain=body["gain"],
         reading=None if body.get("reading") is None else predictions.Prediction(**body["reading"]),
-        clamp=None if body.get("clamp") is None else (body["clamp"][0], body["clamp"][1]),
+        clamp=_pair(body.get("clamp")),
+        estimate=body.get("estimate"),
+        spread=_pair(body.get("spread")),
+        perturb=body.get("perturb", 1.0),
+        muted=body.get("muted", False),
     )
+
+
+def _pair(value: list[float] | None) -> tuple[float, float] | None:
+    return None if value is None else (value[0], value[1])
 
 
 def _portable(value: Any) -> Any:

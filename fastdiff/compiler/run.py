@@ -22,11 +22,14 @@ class Segment:
 
     level: where the model was evaluated (None before the first evaluation);
     kept: combinations recorded here; state: what the next row evaluates, or the result.
+    estimate: what E is in this row, "unguided" or "unclamped"; spread: (log, slope) of the noise's learned spread.
     """
 
     level: Level | None
     kept: dict[Atom, dict[Atom, float]] = field(default_factory=dict)
     state: dict[Atom, float] = field(default_factory=dict)
+    estimate: str | None = None
+    spread: tuple[float, float] | None = None
 
 
 class Run:
@@ -63,6 +66,18 @@ class Run:
         x.become(Atom("x", row))
         self.segments.append(Segment(level=level))
         return self._lin(Atom("D", row))
+
+    def unclamped(self) -> Lin:
+        """The current row's estimate before its clamp; D itself where nothing is clamped."""
+        self.segments[-1].estimate = "unclamped"
+        return self._lin(Atom("E", len(self.segments) - 2))
+
+    def spread_noise(self, log_low: float, log_high: float) -> None:
+        """Multiply this row's noise, element by element, by exp(((1 - V) log_low + (1 + V) log_high) / 2).
+
+        V in [-1, 1] is what a network with a learned variance says (Nichol and Dhariwal 2021, eq. 15, v = (1 + V)/2).
+        """
+        self.segments[-1].spread = (0.5 * (log_low + log_high), 0.5 * (log_high - log_low))
 
     def noise(self) -> Lin:
         """A fresh unit normal; use the same value again to reuse the draw."""

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastdiff.compiler import layout as at
 from fastdiff.compiler import solvers
+from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.plan import Plan
 from fastdiff.process.grids import RHO_CAP
@@ -76,32 +77,44 @@ class Moments:
 
 def execute(
     plan: Plan,
-    denoise: Callable[[Array, Level], Array],
+    denoise: Callable[[Array, Level], Array | tuple[Array, Array]],
     start: ArrayLike,
     normal: Callable[[int, int], ArrayLike] | None = None,
 ) -> Array:
     """Run a plan in float64 NumPy: the slow executor the others are held against.
 
-    denoise(x, level): D for the state x at a level, called once per row in order. start: the state at the plan's first
+    denoise(x, level): D for the state x at a level, called once per row in order, or (D, E) where a row's second
+    estimate is not D itself. start: the state at the plan's first
     level, any shape. normal(id, stream): the unit normal of that name, of start's shape; needed if the plan draws.
     Returns the sample. Deterministic.
     """
     registers: dict[int, Array] = {plan.rows[0].x: np.array(start, dtype=np.float64)}
     for row in plan.rows:
-        x = registers[row.x]
-        read = [registers[slot] for slot in row.slots]
-        denoised = x if row.level is None else denoise(x, row.level)
-        if row.noise and normal is None:
-            raise ValueError("this plan draws noise: give normal(id, stream), a function that returns the unit normals")
-        drawn = [np.asarray(normal(*name), dtype=np.float64) for name in row.noise] if normal is not None else []
-        written = {}
-        for output in row.outputs:
-            # a register that is not read may hold anything, so a zero coefficient must not touch it
-            terms = [(output.x, x), (output.denoised, denoised)]
-            terms += [*zip(output.slots, read, strict=True), *zip(output.noise, drawn, strict=True)]
-            written[output.dest] = sum((c * value for c, value in terms if c != 0.0), np.zeros_like(x))
-        registers.update(written)
+        execute_row(row, registers, denoise, normal)
     return registers[plan.result]
+
+
+def execute_row(
+    row: Row,
+    registers: dict[int, Array],
+    denoise: Callable[[Array, Level], Array | tuple[Array, Array]],
+    normal: Callable[[int, int], ArrayLike] | None = None,
+) -> None:
+    """One row of `execute`, in place."""
+    x = registers[row.x]
+    read = [registers[slot] for slot in row.slots]
+    estimates = x if row.level is None else denoise(x, row.level)
+    denoised, other = estimates if isinstance(estimates, tuple) else (estimates, estimates)
+    if row.noise and normal is None:
+        raise ValueError("this plan draws noise: give normal(id, stream), a function that returns the unit normals")
+    drawn = [np.asarray(normal(*name), dtype=np.float64) for name in row.noise] if normal is not None else []
+    written = {}
+    for output in row.outputs:
+        # a register that is not read may hold anything, so a zero coefficient must not touch it
+        terms = [(output.x, x), (output.denoised, denoised), (output.other, other)]
+        terms += [*zip(output.slots, read, strict=True), *zip(output.noise, drawn, strict=True)]
+        written[output.dest] = sum((c * value for c, value in terms if c != 0.0), np.zeros_like(x))
+    registers.update(written)
 
 
 def propagate(
@@ -169,7 +182,7 @@ def verify(plan: Plan) -> Report:
             "what is known of it is in plan.options (for a capture: its mismatch against the scheduler)"
         )
     with np.errstate(all="ignore"):
-        checks = (_point_mass(plan), _gaussian(plan), _finite(plan), _last_row(plan))
+        checks = (_point_mass(plan), _gaussian(plan), finite(plan), _last_row(plan))
     return Report(f"{plan.solver}, {plan.nfe} model evaluations, grid {plan.grid}", checks)
 
 
@@ -269,7 +282,8 @@ def _law_error(plan: Plan) -> float:
     return _worst(*spread, *shift)
 
 
-def _finite(plan: Plan) -> Check:
+def finite(plan: Plan) -> Check:
+    """Every scalar of a plan, in float64 and as its table holds it."""
     exact = _scalars(plan)
     rounded = np.array(exact).astype(np.float32)
     if plan.schedule is not None:
@@ -283,14 +297,14 @@ def _finite(plan: Plan) -> Check:
 def _scalars(plan: Plan) -> list[float]:
     """Every coefficient of the table."""
     outputs = [output for row in plan.rows for output in row.outputs]
-    return [c for o in outputs for c in (o.x, o.denoised, *o.slots, *o.noise)]
+    return [c for o in outputs for c in (o.x, o.denoised, o.other, *o.slots, *o.noise)]
 
 
 def _last_row(plan: Plan) -> Check:
     row, final = plan.rows[-1], plan.levels[-1]
     output = next(output for output in row.outputs if output.dest == plan.result)
     others = (output.x, *output.slots, *output.noise)
-    off = _worst(abs(output.denoised - final.alpha), *(abs(c) for c in others))
+    off = _worst(abs(output.denoised + output.other - final.alpha), *(abs(c) for c in others))
     formula = f"the last row is x' = {output.denoised:.6g} D"
     formula += "".join(
         f" + {c:.6g} {name}"

@@ -1,6 +1,6 @@
 """Everything a run reads and writes on the device, allocated once per shape and reused.
 
-May import: ops, noise, compiler, models.denoiser.
+May import: ops, guide, guidance, branches, noise, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import noise as counter_noise
 from fastdiff.engine import ops
+from fastdiff.engine.branches import Outputs
+from fastdiff.engine.guidance import Reduction
+from fastdiff.engine.guide import GuideTensors
+from fastdiff.engine.guide import bind as bind_guide
 from fastdiff.models.denoiser import Denoiser
 
 
 class Buffers:
     """The state's registers, the network's input and time, the table, and the bound step.
 
-    key: what they fit. copies: 2 with guidance (conditional half first), else 1.
+    key: what they fit. copies: of the network's input, one per branch in its batch. work: the guidance rule
+    to run before each row, and whether it thresholds. perturbed: a perturbed branch has a scale of its own.
     """
 
     def __init__(
@@ -35,11 +40,15 @@ class Buffers:
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
+        work: tuple[int, bool] | None = None,
+        perturbed: bool = False,
     ) -> None:
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
-        self.key = (id(plan), shape, copies, keep_denoised)
+        self.key = (id(plan), shape, copies, keep_denoised, work, perturbed)
         self.batch, self.copies = shape[0], copies
+        self.work = work
+        self._learns_spread = plan.learns_spread
         self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
         self._sample = shape[1:]
         self.model_in = self._images(copies * self.batch, dtype, device)
@@ -60,12 +69,21 @@ class Buffers:
             denoised=self._images(self.batch, torch.float32, device) if keep_denoised else None,
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
+            mix=torch.zeros(self.batch, at.MIX, dtype=torch.float32, device=device)
+            if work is not None or perturbed
+            else None,
+            momentum=(
+                self._images(self.batch, torch.float32, device) if work is not None and work[0] == at.APG else None
+            ),
         )
+        self._settings = torch.zeros(at.SETTINGS, dtype=torch.float32, device=device)
+        parts = self.batch if work is not None else 0
+        self._partial = torch.zeros(parts, at.PARTS, at.SUMS, dtype=torch.float32, device=device)
         # the opening row has a table of its own: it draws the latents, which would widen a deterministic plan's
         self._opening_table = _empty_table(1, opening + 1, device)
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
-        self._steps: dict[tuple[str, torch.dtype, int], Callable[[Tensor], None]] = {}
-        self._opening_step: Callable[[Tensor], None] | None = None
+        self._steps: dict[Any, tuple[ops.Step, ...]] = {}
+        self._opening_step: ops.Step | None = None
         self._table: object = None  # what the loaded table was packed from
         self.graph: Any = None
 
@@ -78,6 +96,8 @@ class Buffers:
         init: Tensor | None,
         opening: str,
         noise: str | Tensor | Callable[[int, torch.Size], Tensor],
+        perturbed_scale: Sequence[float] = (0.0,),
+        reduction: Reduction | None = None,
     ) -> None:
         """Load a run: table, seeds, guidance, the given state and the given noise; every sample at the opening row."""
         t = self.tensors
@@ -93,6 +113,14 @@ class Buffers:
         self._load_table(plan, model, "noise" if init is None else opening, plan.draws if external is not None else 0)
         t.seed.copy_(seeds)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
+        if t.mix is not None:
+            mix = torch.tensor(at.PLAIN_MIX, dtype=torch.float32).repeat(self.batch, 1)
+            mix[:, at.MIX_S] = torch.tensor(perturbed_scale, dtype=torch.float32)
+            t.mix.copy_(mix)
+        if reduction is not None:
+            self._settings.copy_(torch.tensor(reduction.settings, dtype=torch.float32))
+        if t.momentum is not None:
+            t.momentum.zero_()
         t.row.zero_()
         t.status.fill_(-1)
         if init is not None:
@@ -122,21 +150,47 @@ class Buffers:
         """Run the opening row: the first state and the first network input; then every sample is at row 0."""
         if self._opening_step is None:
             coef, ids = self._opening_table
-            opening = dataclasses.replace(self.tensors, coef=coef, ids=ids, denoised=None)
+            opening = dataclasses.replace(self.tensors, coef=coef, ids=ids, denoised=None, variance=None)
             self._opening_step = ops.bind(opening, executor)
         self._opening_step(self.model_in)
         self.tensors.row.zero_()
 
-    def bind(self, executor: str, output: Tensor) -> Callable[[Tensor], None]:
-        """The step for a model output of this dtype and batch, checked and bound once."""
-        key = (executor, output.dtype, output.shape[0])
-        if key not in self._steps:
-            self._steps[key] = ops.bind(dataclasses.replace(self.tensors, model_out=output), executor)
-        return self._steps[key]
+    def advance(self, executor: str, outputs: Outputs) -> None:
+        """Run the guidance rule, if there is one, and the row; bound at the first outputs of their kind."""
+        *given, variance = outputs.model_out, outputs.unguided, outputs.perturbed, outputs.variance
+        key = (executor, outputs.model_out.dtype, *(None if g is None else g.shape[0] for g in given))
+        steps = self._steps.get(key)
+        if steps is None:
+            steps = self._steps[key] = self._bind(executor, outputs)
+        if self.tensors.variance is not None:
+            if variance is None:
+                raise ValueError(
+                    "this plan's noise has a learned spread, and the network returned no variance; wrap one that "
+                    "returns [B, 2C, ...] in Denoiser(..., learned_variance=True)"
+                )
+            self.tensors.variance.copy_(variance[: self.batch])
+        for step in steps:
+            step(*given)
 
-    def as_stored(self, image: Tensor) -> Tensor:
-        """`image` in the state's memory format; a copy only when the network returned another."""
-        return image.contiguous(memory_format=self.memory_format)
+    def _bind(self, executor: str, outputs: Outputs) -> tuple[ops.Step, ...]:
+        t = self.tensors
+        if self._learns_spread and (t.variance is None or t.variance.dtype != outputs.model_out.dtype):
+            with torch.inference_mode(False):  # a later call outside it writes here too
+                t.variance = self._images(self.batch, outputs.model_out.dtype, t.state.device)
+            self._steps.clear()
+        given = {
+            "model_out": outputs.model_out,
+            "unguided": outputs.unguided,
+            "perturbed": outputs.perturbed,
+        }
+        step = ops.bind(dataclasses.replace(t, **given), executor)  # type: ignore[arg-type]
+        if self.work is None:
+            return (step,)
+        own = {name: getattr(t, name) for name in ("state", "coef", "ids", "row", "guidance", "ticket", "momentum")}
+        assert t.mix is not None
+        tensors = GuideTensors(**(own | given), settings=self._settings, mix=t.mix, partial=self._partial)
+        found = bind_guide(tensors, *self.work, executor)
+        return (found, step)
 
     def first_failure(self) -> tuple[int, int] | None:
         """(sample, row) of the first non-finite model output, or None."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from fastdiff.models.denoiser import Condition
 
 
-def prepare(cond: Condition, uncond: Condition, batch: int, device: torch.device) -> tuple[Any, Any]:
-    """(conditions of the whole network batch, conditions of its conditional half), on `device`.
+def stacks(conditions: Mapping[str, Condition], batch: int, device: torch.device) -> list[Any]:
+    """For n = 1, 2, ...: the conditions of a network batch of n branches, the first n of these, on `device`.
 
-    With uncond the tensors of the two are stacked, conditional half first. Raises ValueError where a tensor does not
-    have one entry per sample, and where the two trees differ in anything but the values of their tensors.
+    Raises ValueError where a tensor does not have one entry per sample, and where two trees differ in anything but the
+    values of their tensors.
     """
 
     def moved(name: str, tensor: Tensor) -> Tensor:
@@ -29,8 +29,11 @@ def prepare(cond: Condition, uncond: Condition, batch: int, device: torch.device
             )
         return tensor.to(device)
 
-    own = _each("cond", cond, moved)
-    return (own, own) if uncond is None else (_stack("cond", own, _each("uncond", uncond, moved)), own)
+    (first, own), *others = [(name, _each(name, cond, moved)) for name, cond in conditions.items()]
+    found = [own]
+    for _, other in others:
+        found.append(_stack(first, found[-1], other))
+    return found
 
 
 def clone(cond: Any) -> Any:
@@ -86,8 +89,8 @@ def _stack(name: str, own: Any, other: Any) -> Any:
     elif type(own) is type(other) and not isinstance(own, Tensor | Mapping | list | tuple) and own == other:
         return own
     raise ValueError(
-        f"{name} and its counterpart in uncond cannot run as one batch: got {_told(own)} and {_told(other)}. They must "
-        "be tensors of one shape, mappings with the same keys, or equal values; encode text to tensors first"
+        f"{name} and its counterpart in another branch cannot run as one batch: got {_told(own)} and {_told(other)}. "
+        "They must be tensors of one shape, mappings with the same keys, or equal values; encode text to tensors first"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from fastdiff.engine import backends, reference
 _ARGUMENTS = (
     "Tensor(a!) state, Tensor model_out, Tensor(b!)? model_in, Tensor(c!)? model_time, Tensor coef, Tensor ids, "
     "Tensor(d!) row, Tensor seed, Tensor guidance, Tensor? noise, Tensor(e!)? denoised, Tensor(f!) status, "
-    "Tensor(g!) ticket"
+    "Tensor(g!) ticket, Tensor? unguided=None, Tensor? perturbed=None, Tensor? mix=None, Tensor? momentum=None, "
+    "Tensor? variance=None"
 )
 _library = torch.library.Library("fastdiff", "DEF")
-_library.define(f"affine_step({_ARGUMENTS}, str executor) -> ()")
+_library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Step = Callable[..., None]
 
 
 @dataclass
@@ -31,9 +34,9 @@ class StepTensors:
     """Everything one row reads and writes; B samples of shape S, K registers, R rows.
 
     state: fp32 [K, B, *S], contiguous or every register channels_last; registers of the plan.
-    model_out: [B or 2B, *S] fp32/fp16/bf16, the raw network output F, conditional half first.
-    model_in: [B or 2B, *S] fp32/fp16/bf16 or None; the next network input, written.
-    model_time: fp32 [B or 2B] or None; the next network time, written.
+    model_out: [nB, *S] fp32/fp16/bf16, n = 1, 2 or 3: the raw network outputs Fc, Fu, Fp (conditional, unguided,
+    perturbed) stacked. model_in: [nB, *S] fp32/fp16/bf16 or None; the next network input, written n times.
+    model_time: fp32 [nB] or None; the next network time, written n times.
     coef, ids: the packed plan (fastdiff.compiler.layout), fp32 [R, *] and int32 [R, *].
     row: int32 [B], each sample's row, advanced by one; outside 0..R-1 the sample is left alone.
     seed: int64 [B].  guidance: fp32 [B], the scale w of F = Fu + w (Fc - Fu).
@@ -41,6 +44,11 @@ class StepTensors:
     denoised: fp32 [B, *S] or None; receives D.
     status: int32 [B]; the first row whose F was not finite is written where it is negative.
     ticket: int32 [B] of zeros; scratch.
+    unguided, perturbed: [B, *S] like model_out or None; Fu and Fp where they come from networks of their own (Fu needs
+    model_out of [B], Fp of [B] or [2B]).
+    mix: fp32 [B, 8] or None; the scalars a guidance rule found for each sample (fastdiff.engine.guide).
+    momentum: fp32 [B, *S] or None; M, the running direction of a rule that keeps one.
+    variance: [B, *S] like model_out or None; V, what a network with a learned variance says of it.
     """
 
     state: Tensor
@@ -56,6 +64,11 @@ class StepTensors:
     denoised: Tensor | None
     status: Tensor
     ticket: Tensor
+    unguided: Tensor | None = None
+    perturbed: Tensor | None = None
+    mix: Tensor | None = None
+    momentum: Tensor | None = None
+    variance: Tensor | None = None
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """The op's tensors, in the schema's order."""
@@ -70,17 +83,20 @@ class StepTensors:
 def affine_step(tensors: StepTensors, executor: str) -> None:
     """Run one table row per sample, in place, through the torch dispatcher, with every argument checked.
 
-    D = P x + Q F;  r_o' = sum_i A[o,i] r_i + B[o] D + sum_t C[o,t] N(id_t)   (fastdiff.compiler.plan).
+    With w = 1 + mix_w gain (guidance - 1), G = mix_u Fu and s = perturb mix_s (mix absent: 1, 1 and 0):
+        F = G + w (Fc - G) + s (Fc - Fp);  D = mix_post clamp(mix_p P x + mix_q Q F + mix_m M, within +-mix_bound)
+        E = P x + Q Fu where the row says so, else D before its clamp and mix_post
+        r_o' = sum_i A[o,i] r_i + B[o] D + E[o] E + spread sum_t C[o,t] N(id_t),  spread = exp(log + slope V) or 1
     Deterministic; capturable on executors "triton" and "cuda". Raises ValueError or TypeError for an
     argument that does not fit and BackendUnavailable for an executor that is not there.
     """
-    torch.ops.fastdiff.affine_step(*tensors.arguments(), executor)
+    torch.ops.fastdiff.affine_step(*tensors.arguments(), executor=executor)
 
 
-def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
-    """Check once and return `step(model_out)`: the hot path, with no dispatcher and no allocation.
+def bind(tensors: StepTensors, executor: str) -> Step:
+    """Check once and return `step(model_out, unguided, perturbed)`: the hot path, no dispatcher and no allocation.
 
-    `model_out` must keep the shape, dtype and memory format of the one that was bound.
+    Its tensors must keep the shapes, dtypes and memory format of those that were bound; what was None stays None.
     """
     check(tensors)
     backends.require(executor, tensors.state.device)
@@ -88,27 +104,26 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
         from fastdiff.engine import native
 
         return native.bind(tensors, executor)
-    launch: Callable[..., None] = reference.affine_step
+    names = [field.name for field in fields(tensors)]
+    own: dict[str, Any] = dict(zip(names, tensors.arguments(), strict=True))
     if executor == "triton":
-        from fastdiff.kernels.affine import affine_step as triton_step
+        from fastdiff.kernels import affine
 
-        launch = triton_step
-    before, after = tensors.arguments()[:1], tensors.arguments()[2:]
+        return affine.bind(**own)
 
-    def step(model_out: Tensor) -> None:
-        launch(*before, model_out, *after)
+    def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
+        reference.affine_step(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
 
     return step
 
 
-def _affine_step(*arguments: object) -> None:
-    *given, executor = arguments
-    tensors = StepTensors(*given)  # type: ignore[arg-type]
-    bind(tensors, str(executor))(tensors.model_out)
+def _affine_step(*arguments: object, executor: str) -> None:
+    tensors = StepTensors(*arguments)  # type: ignore[arg-type]
+    bind(tensors, executor)(tensors.model_out, tensors.unguided, tensors.perturbed)
 
 
-def _fake_affine_step(*arguments: object) -> None:
-    check(StepTensors(*arguments[:-1]))  # type: ignore[arg-type]
+def _fake_affine_step(*arguments: object, executor: str) -> None:
+    check(StepTensors(*arguments))  # type: ignore[arg-type]
 
 
 _library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
@@ -157,12 +172,23 @@ def check(t: StepTensors) -> None:
             wanted = "contiguous" if channels == 1 else "channels_last"
             raise ValueError(f"affine_step: {name} must be {wanted} like the state, got strides {tensor.stride()}")
 
-    batches = ((batch, *sample), (2 * batch, *sample))
-    expect_image("model_out", t.model_out, MODEL_DTYPES, batches)
+    batches = tuple((n * batch, *sample) for n in (1, 2, 3))
+    stacked = 1 if t.unguided is not None else 2 if t.perturbed is not None else 3
+    expect_image("model_out", t.model_out, MODEL_DTYPES, batches[:stacked])
+    for name in ("unguided", "perturbed", "variance"):
+        given = getattr(t, name)
+        if given is not None:
+            expect_image(name, given, (t.model_out.dtype,), batches[:1])
+    if t.mix is not None:
+        expect("mix", t.mix, (torch.float32,), ((batch, at.MIX),))
+    elif t.perturbed is not None or t.model_out.shape[0] == 3 * batch:
+        raise ValueError("affine_step: a perturbed branch needs mix, whose last column is its scale; got None")
+    if t.momentum is not None:
+        expect_image("momentum", t.momentum, (torch.float32,), batches[:1])
     if t.model_in is not None:
         expect_image("model_in", t.model_in, MODEL_DTYPES, batches)
     if t.model_time is not None:
-        expect("model_time", t.model_time, (torch.float32,), ((batch,), (2 * batch,)))
+        expect("model_time", t.model_time, (torch.float32,), ((batch,), (2 * batch,), (3 * batch,)))
     if t.denoised is not None:
         expect_image("denoised", t.denoised, (torch.float32,), batches[:1])
     if t.noise is not None:

@@ -1,7 +1,7 @@
 """The row op in plain torch: slow, obvious, and what the other executors are tested against.
 
-May import: the table's layout and the NumPy noise. Per sample b with row i = row[b]:
-    D = P x + Q F;   out_o = sum_j A[o,j] r_j + B[o] D + sum_t C[o,t] N(id_t)      in delta form (design of the table)
+May import: the table's layout and the NumPy noise. Per sample b with row i = row[b], in delta form (compiler.plan):
+    out_o = sum_j A[o,j] r_j + B[o] D + E[o] E + spread sum_t C[o,t] N(id_t);   D, E, spread: engine.ops.affine_step
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def affine_step(
     denoised: Tensor | None,
     status: Tensor,
     ticket: Tensor,
+    unguided: Tensor | None = None,
+    perturbed: Tensor | None = None,
+    mix: Tensor | None = None,
+    momentum: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> None:
     """Run one row per sample, in place; see `fastdiff.engine.ops.affine_step` for shapes and dtypes.
 
@@ -42,16 +47,30 @@ def affine_step(
         outputs = [o for o in range(at.MAX_OUTPUTS) if index[at.DEST + o] >= 0]
         x = state[index[at.SLOT], b] if _reads_x(scalar, index, outputs) else torch.zeros_like(state[0, b])
 
-        x0 = torch.zeros_like(x)
+        x0 = other = torch.zeros_like(x)
         if index[at.FLAGS] & at.READS_MODEL:
-            raw, finite = _guided(model_out, b, batch, 1.0 + scalar[at.GAIN] * (float(guidance[b]) - 1.0))
-            x0 = (scalar[at.P] * x + scalar[at.Q] * raw).clamp(scalar[at.CLAMP_LO], scalar[at.CLAMP_HI])
+            found = list(at.PLAIN_MIX) if mix is None else mix[b].tolist()
+            reads_e = any(scalar[at.OUTPUT + at.OUTPUT_STRIDE * o + at.OUT_E] != 0.0 for o in outputs)
+            by_unguided = reads_e and bool(index[at.FLAGS] & at.E_UNGUIDED)
+            weight = 1.0 + found[at.MIX_W] * scalar[at.GAIN] * (float(guidance[b]) - 1.0)
+            strength = scalar[at.PERTURB] * found[at.MIX_S]
+            apart = branches(model_out, unguided, perturbed, b, batch)
+            raw, second, finite = _combine(apart, weight, found[at.MIX_U], strength, by_unguided)
             if not finite and status[b] < 0:
                 status[b] = i
+            x0 = found[at.MIX_P] * scalar[at.P] * x + found[at.MIX_Q] * scalar[at.Q] * raw
+            if momentum is not None and found[at.MIX_M] != 0.0:
+                x0 = x0 + found[at.MIX_M] * momentum[b]
+            other = scalar[at.P] * x + scalar[at.Q] * second if by_unguided else x0
+            low, high = max(scalar[at.CLAMP_LO], -found[at.MIX_BOUND]), min(scalar[at.CLAMP_HI], found[at.MIX_BOUND])
+            x0 = found[at.MIX_POST] * x0.clamp(low, high)
             if denoised is not None:
                 denoised[b] = x0
 
-        results = [_output(state, b, x, x0, scalar, index, o, seed, noise) for o in outputs]
+        spread: Tensor | float = 1.0
+        if variance is not None and index[at.FLAGS] & at.SPREADS_NOISE:
+            spread = torch.exp(scalar[at.SPREAD_LOG] + scalar[at.SPREAD_SLOPE] * variance[b].float())
+        results = [_output(state, b, x, x0, other, spread, scalar, index, o, seed, noise) for o in outputs]
         for o, result in zip(outputs, results, strict=True):
             state[index[at.DEST + o], b] = result
         if model_in is not None and results:
@@ -62,13 +81,37 @@ def affine_step(
         row[b] = i + 1
 
 
-def _guided(model_out: Tensor, b: int, batch: int, weight: float) -> tuple[Tensor, bool]:
-    conditional = model_out[b].float()
-    if weight == 1.0 or model_out.shape[0] == batch:
-        return conditional, bool(conditional.isfinite().all())
-    unconditional = model_out[batch + b].float()
-    finite = bool(conditional.isfinite().all()) and bool(unconditional.isfinite().all())
-    return unconditional + weight * (conditional - unconditional), finite
+def branches(
+    model_out: Tensor, unguided: Tensor | None, perturbed: Tensor | None, b: int, batch: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fc, Fu and Fp of sample b in fp32, from the stack or from tensors of their own; None where absent."""
+    count = model_out.shape[0] // batch
+    second = unguided[b] if unguided is not None else model_out[batch + b] if count > 1 else None
+    third = perturbed[b] if perturbed is not None else model_out[2 * batch + b] if count > 2 else None
+    return model_out[b].float(), None if second is None else second.float(), None if third is None else third.float()
+
+
+def _combine(
+    apart: tuple[Tensor, Tensor | None, Tensor | None],
+    weight: float,
+    unguided_scale: float,
+    strength: float,
+    wants_unguided: bool,
+) -> tuple[Tensor, Tensor, bool]:
+    """F, Fu (Fc where there is none), and whether every branch that was read is finite."""
+    conditional, unguided, perturbed = apart
+    finite = bool(conditional.isfinite().all())
+    raw, second = conditional, conditional
+    if unguided is not None and (weight != 1.0 or wants_unguided):
+        finite = finite and bool(unguided.isfinite().all())
+        second = unguided
+        if weight != 1.0:
+            raw = unguided_scale * unguided
+            raw = raw + weight * (conditional - raw)
+    if perturbed is not None and strength != 0.0:
+        finite = finite and bool(perturbed.isfinite().all())
+        raw = raw + strength * (conditional - perturbed)
+    return raw, second, finite
 
 
 def _reads_x(scalar: list[float], index: list[int], outputs: list[int]) -> bool:
@@ -84,6 +127,8 @@ def _output(
     b: int,
     x: Tensor,
     x0: Tensor,
+    other: Tensor,
+    spread: Tensor | float,
     scalar: list[float],
     index: list[int],
     output: int,
@@ -95,6 +140,8 @@ def _output(
     total = scalar[column + at.OUT_K] * x if scalar[column + at.OUT_K] else torch.zeros_like(x)
     if scalar[column + at.OUT_B]:
         total = total + scalar[column + at.OUT_B] * (x0 - base)
+    if scalar[column + at.OUT_E]:
+        total = total + scalar[column + at.OUT_E] * (other - base)
     for j in range(index[at.SLOTS]):
         weight = scalar[column + at.OUT_A + j]
         if weight:
@@ -103,7 +150,7 @@ def _output(
         weight = scalar[at.NOISE + at.NOISE_STRIDE * t + output]
         if weight:
             term = at.TERM_IDS + at.TERM_IDS_STRIDE * t
-            total = total + weight * _normal(x, int(seed[b]), index[term], index[term + 1], b, noise)
+            total = total + weight * spread * _normal(x, int(seed[b]), index[term], index[term + 1], b, noise)
     return total + base
 
 

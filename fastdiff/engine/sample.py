@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.build import plan as build_plan
+from fastdiff.engine.guidance import DynamicThreshold, Rule
 from fastdiff.engine.sampler import Noise, RowInfo, Sampler
 from fastdiff.models.denoiser import Condition, Denoiser
 
@@ -34,11 +35,18 @@ def sample(
     graph: bool | str = "auto",
     memory_format: torch.memory_format = torch.contiguous_format,
     grid_options: Mapping[str, Any] | None = None,
+    rule: Rule | None = None,
+    threshold: DynamicThreshold | None = None,
+    guide: Denoiser | None = None,
+    perturbed: Denoiser | None = None,
+    perturbed_cond: Condition = None,
+    perturbed_scale: float | Sequence[float] | Tensor = 0.0,
     **options: Any,
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
 
-    solver, steps, grid, grid_options, **options: the plan (`fd.plan`). init, strength, start_step: an image to start
+    solver, steps, grid, grid_options, **options: the plan (`fd.plan`); an adaptive solver takes its two ends from the
+    grid and a tolerance (rtol, atol) from the options. init, strength, start_step: an image to start
     from, noised to the level `strength` of the way up the model's clock, or to the one after `start_step` others.
     The rest as in `Sampler.sample` and `Sampler`.
     """
@@ -63,6 +71,7 @@ def sample(
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
-    return Sampler(plan, model, backend, graph, memory_format).sample(
-        shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening="image"
-    )
+    return Sampler(plan, model, backend, graph, memory_format, guide, perturbed).sample(
+        shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
+        rule, threshold, perturbed_cond, perturbed_scale,
+    )  # fmt: skip

@@ -28,7 +28,8 @@ class Denoiser:
     that returns D already, as NVlabs' own classes do, is "x0" on schedules.edm(). sigma_data: of "edm" only.
     time_dtype: of t; torch.long
     rounds, for networks that look their time up in a table. shape, class_names, null_label: what is known of the
-    samples [*S] and of class labels, for callers that choose them. Conditions may be a mapping of keyword arguments
+    samples [*S] and of class labels, for callers that choose them. learned_variance: the network returns [B, 2C, ...],
+    F and then what it says of the variance. Conditions may be a mapping of keyword arguments
     or one tensor, given as the third positional argument; their first dimension is the batch.
     """
 
@@ -45,6 +46,7 @@ class Denoiser:
         shape: tuple[int, ...] | None = None,
         class_names: tuple[str, ...] = (),
         null_label: int | None = None,
+        learned_variance: bool = False,
     ) -> None:
         if not callable(net):
             raise TypeError(f"Denoiser: net must be a module or function net(x, t, **cond), got {type(net).__name__}")
@@ -60,6 +62,7 @@ class Denoiser:
         self.shape = shape
         self.class_names = class_names
         self.null_label = null_label
+        self.learned_variance = learned_variance
         parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
@@ -93,6 +96,7 @@ class Denoiser:
             shape=self.shape,
             class_names=self.class_names,
             null_label=self.null_label,
+            learned_variance=self.learned_variance,
         )
 
     def _as_time(self, time: Tensor) -> Tensor:

@@ -71,14 +71,14 @@ def measure(source: Source) -> Found:
         folds.append(fold)
         found.append(Prediction(fold.P, fold.Q, c_in, float(time)))
         run.segments[-1].level = Level(fold.level.alpha, fold.level.sigma, float(time))
-        state = run.linear(_in_denoised(basis, basis.read(outcome), fold))
+        state = run.linear(_in_estimates(basis, basis.read(outcome), fold))
         if F in state.terms:
             raise TypeError(
-                f"{source.name}, step {i}: clips the denoised estimate and also uses the model output as it was, which "
-                "a row cannot; set clip_sample=False (or use_clipped_model_output=True in step_options)"
+                f"{source.name}, step {i}: clips its estimate of a noise-free state, which does not contain the model "
+                "output, and uses that output beside it; set clip_sample=False"
             )
         leaves = leaves_of(scheduler, basis.numel)
-        stored = [(leaf, run.linear(_in_denoised(basis, basis.read(leaf.value), fold))) for leaf in leaves]
+        stored = [(leaf, run.linear(_in_estimates(basis, basis.read(leaf.value), fold))) for leaf in leaves]
     return Found(
         run=run,
         result=state,
@@ -127,17 +127,18 @@ def _fold(basis: Basis, scheduler: Any, result: Any, was: Level | None, c_in: fl
     return _Fold(P, Q, level or Level(1.0, math.nan), clamp)
 
 
-def _in_denoised(basis: Basis, terms: dict[Atom, float], fold: _Fold) -> dict[Atom, float]:
-    """Replace F by (D - P x) / Q; what cancels up to the scheduler's rounding is gone."""
+def _in_estimates(basis: Basis, terms: dict[Atom, float], fold: _Fold) -> dict[Atom, float]:
+    """Replace F by (D - P x) / Q, D before its clamp; what cancels up to the scheduler's rounding is gone."""
     raw = terms.get(basis.raw, 0.0)
-    if fold.clamp is not None or raw == 0.0:
+    if raw == 0.0 or fold.Q == 0.0:
         return terms
     own, back = terms.get(basis.x, 0.0), -raw * fold.P / fold.Q
     rest = own + back
     if abs(rest) <= ROUNDING[basis.single] * (abs(own) + abs(back)):
         rest = 0.0
+    (estimate,) = {basis.denoised: 1.0} if fold.clamp is None else basis.run.unclamped().terms
     changed = {atom: c for atom, c in terms.items() if atom not in (basis.raw, basis.x)}
-    return {**changed, basis.x: rest, basis.denoised: raw / fold.Q}
+    return {**changed, basis.x: rest, estimate: raw / fold.Q}
 
 
 class Basis(Intercept):

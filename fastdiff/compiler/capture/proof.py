@@ -56,7 +56,7 @@ def prove(source: Source, plan: Plan, witness: Witness) -> float:
     """The largest relative mismatch, over all states, between the table and the scheduler on random tensors."""
     reached: list[Array] = []
 
-    def denoise(state: Array, level: Level) -> Array:
+    def denoise(state: Array, level: Level) -> tuple[Array, Array]:
         i = len(reached)
         row, reading = plan.rows[i + 1], plan.rows[i + 1].reading
         assert reading is not None
@@ -65,7 +65,7 @@ def prove(source: Source, plan: Plan, witness: Witness) -> float:
         _check(source, i, relative(reading.c_in * state, witness.inputs[i]), witness, "the network's input")
         reached.append(state)
         estimate = reading.P * state + reading.Q * witness.outputs[i]
-        return estimate if row.clamp is None else estimate.clip(*row.clamp)
+        return estimate if row.clamp is None else estimate.clip(*row.clamp), estimate
 
     result = execute(plan, denoise, witness.states[0], lambda index, _: witness.normals[index].double().numpy())
     _check(source, plan.nfe - 1, relative(result, witness.states[-1]), witness, "its result")

@@ -2,6 +2,7 @@
 
 from fastdiff.compiler.solvers import (
     adams,
+    adaptive,
     ancestral,
     ddim,
     dpmpp,
@@ -22,6 +23,7 @@ from fastdiff.compiler.solvers.registry import Solver, get, names, solver
 __all__ = [
     "Solver",
     "adams",
+    "adaptive",
     "ancestral",
     "ddim",
     "dpmpp",

@@ -9,16 +9,19 @@ from fastdiff.compiler.run import Run
 from fastdiff.compiler.solvers.registry import solver
 from fastdiff.compiler.solvers.steps import ancestral_target, ode_step
 
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
 
 @solver("ddpm", order=1, exact_marginal={"variance": "fixed_small"})
 def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
     """DDPM (Ho et al. 2020, eq. 7): x_t ~ N(posterior mean given x and D, C^2), no noise in the last step.
 
     With a = alpha_s/alpha_t and beta = sigma_s^2 - a^2 sigma_t^2: mean = (a sigma_t^2 x + alpha_t beta D) / sigma_s^2,
-    C^2 = beta sigma_t^2 / sigma_s^2 ("fixed_small") or beta ("fixed_large").
+    C^2 = beta sigma_t^2 / sigma_s^2 ("fixed_small") or beta ("fixed_large"), or between the two, element by element on
+    a logarithmic scale, as the network says ("learned_range", Nichol and Dhariwal 2021, eq. 15).
     """
-    if variance not in ("fixed_small", "fixed_large"):
-        raise ValueError(f"ddpm: variance must be 'fixed_small' or 'fixed_large', got {variance!r}")
+    if variance not in VARIANCES:
+        raise ValueError(f"ddpm: variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
     for _, s, t in run.intervals():
         denoised = run.denoise(x, s)
         a = s.alpha / t.alpha
@@ -26,6 +29,8 @@ def ddpm(run: Run, x: Lin, variance: str = "fixed_small") -> Lin:
         x = (a * t.sigma**2 / s.sigma**2) * x + (t.alpha * beta / s.sigma**2) * denoised
         if t.sigma > 0.0:
             added = beta if variance == "fixed_large" else beta * t.sigma**2 / s.sigma**2
+            if variance == "learned_range":
+                run.spread_noise(0.0, math.log(s.sigma / t.sigma))
             x = x + math.sqrt(added) * run.noise()
     return x
 

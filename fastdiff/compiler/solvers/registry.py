@@ -1,4 +1,4 @@
-"""Solver functions by name, with what is known of each. May import: run, lin, process, errors."""
+"""Solver functions by name, with what is known of each. May import: process, errors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from fastdiff.compiler.lin import Lin
 from fastdiff.errors import unknown_name
 from fastdiff.process.schedules import Schedule
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,18 @@ class Solver:
     denoises: the step to sigma = 0 is x' = D; same values.
     upward: the solver goes from the data to the noise, so its levels ascend.
     flow_only: it is defined on flow schedules only.
+    adaptive: it chooses its steps while it runs; `function(top, bottom, **options)` returns its
+    `fastdiff.compiler.adaptive.Method` between two levels.
     """
 
     name: str
-    function: Callable[..., Lin]
+    function: Callable[..., Any]
     order: int
     exact_marginal: bool | Mapping[str, Any]
     denoises: bool | Mapping[str, Any] = True
     upward: bool = False
     flow_only: bool = False
+    adaptive: bool = False
 
     @property
     def summary(self) -> str:
@@ -102,20 +106,21 @@ def solver(
     denoises: bool | Mapping[str, Any] = True,
     upward: bool = False,
     flow_only: bool = False,
-) -> Callable[[Callable[..., Lin]], Callable[..., Lin]]:
+    adaptive: bool = False,
+) -> Callable[[F], F]:
     """Register a solver function under `name`; the flags are claims, and say what `plan.verify` holds a table to.
 
     See `Solver` for each flag and README, "Add a sampler", for an example. Raises ValueError for a name that is taken.
     """
 
-    def register(function: Callable[..., Lin]) -> Callable[..., Lin]:
+    def register(function: F) -> F:
         taken = _SOLVERS.get(name)
         if taken and (taken.function.__module__, taken.function.__qualname__) != (
             function.__module__,
             function.__qualname__,
         ):
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
-        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only)
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only, adaptive)
         return function
 
     return register

@@ -1,0 +1,162 @@
+"""What the networks are asked in each row: the conditional branch, the unguided one, the perturbed one.
+
+May import: conditions, ops, compiler, models.denoiser. F = Fu + w (Fc - Fu) + s (Fc - Fp): Fu comes from the
+same network on another condition, in one batch with Fc, or from a network of its own (autoguidance: Karras et al.
+2024); so does Fp (perturbed attention: Ahn et al. 2024; skipped layers; or one more condition: Brooks et al. 2023).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.assemble import Row
+from fastdiff.engine.conditions import clone, stacks
+from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.models.denoiser import Condition, Denoiser
+
+CONDITIONAL, UNGUIDED, PERTURBED = "cond", "uncond", "perturbed"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A row's network outputs as the op takes them: a stack and what stands apart; the stack's learned variance."""
+
+    model_out: Tensor
+    unguided: Tensor | None = None
+    perturbed: Tensor | None = None
+    variance: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a bound step."""
+        return self.model_out, self.unguided, self.perturbed
+
+
+class Branches:
+    """The networks of one run, and which of them a row needs.
+
+    stack: the branches in the main network's batch, in order. conditions: one tree for each length of the stack.
+    apart: branches with a network of their own, and its condition.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        batch: int,
+        conditions: dict[str, Condition],
+        networks: dict[str, Denoiser],
+    ) -> None:
+        self.model, self.batch = model, batch
+        self.stack = tuple(name for name in conditions if name not in networks)
+        self.conditions = stacks({name: conditions[name] for name in self.stack}, batch, model.device)
+        self.apart = {
+            name: (networks[name], stacks({name: conditions[name]}, batch, model.device)[0])
+            for name in conditions
+            if name in networks
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every branch of the run."""
+        return (*self.stack, *self.apart)
+
+    def needed(self, row: Row) -> tuple[str, ...]:
+        """The branches this row reads."""
+        off = set()
+        if row.gain == 0.0 and row.estimate != "unguided":
+            off.add(UNGUIDED)
+        if row.perturb == 0.0:
+            off.add(PERTURBED)
+        return tuple(name for name in self.names if name not in off)
+
+    def copies(self, needed: Sequence[str]) -> int:
+        """How much of the stack is evaluated: up to the last branch that is needed."""
+        return max(i + 1 for i, name in enumerate(self.stack) if name in needed)
+
+    def evaluate(self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format) -> Outputs:
+        """Ask the networks at x [nB, *S] (n copies of one input) and time [nB]."""
+        needed = self.needed(row)
+        copies = self.copies(needed)
+        count = copies * self.batch
+        if count != x.shape[0]:
+            x, time = x[:count], time[:count]
+        stacked, variance = self._ask(self.model, x, time, self.conditions[copies - 1], memory_format)
+        apart: dict[str, Tensor] = {}
+        for name, (network, condition) in self.apart.items():
+            if name in needed:
+                apart[name] = self._ask(network, x[: self.batch], time[: self.batch], condition, memory_format)[0]
+                if apart[name].dtype != stacked.dtype:
+                    apart[name] = apart[name].to(stacked.dtype)
+        if self.stack[:copies] == (CONDITIONAL, PERTURBED):
+            apart[PERTURBED] = stacked[self.batch :]
+            stacked = stacked[: self.batch]
+        return Outputs(stacked, apart.get(UNGUIDED), apart.get(PERTURBED), variance)
+
+    def with_own_conditions(self) -> Branches:
+        """The same branches, their conditions' tensors in memory of their own."""
+        own = copy.copy(self)
+        own.conditions = clone(self.conditions)
+        own.apart = {name: (network, clone(condition)) for name, (network, condition) in self.apart.items()}
+        return own
+
+    def same_in(self, rows: Sequence[Row]) -> bool:
+        """True when every row evaluates the same networks on the same batch."""
+        return len({self.needed(row) for row in rows}) <= 1
+
+    def _ask(
+        self, network: Denoiser, x: Tensor, time: Tensor, condition: Any, memory_format: torch.memory_format
+    ) -> tuple[Tensor, Tensor | None]:
+        output = network(x.to(network.dtype), time, condition)
+        variance = None
+        if network.learned_variance and output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; they must "
+                "be equal. One that also predicts a variance needs Denoiser(..., learned_variance=True)"
+            )
+        if output.dtype not in MODEL_DTYPES or output.device != x.device:
+            raise TypeError(
+                f"the network returned {output.dtype} on {output.device}, expected float32, float16 or bfloat16 "
+                f"on {x.device}"
+            )
+        return output.contiguous(memory_format=memory_format), variance
+
+
+def arrange(
+    model: Denoiser,
+    batch: int,
+    cond: Condition,
+    uncond: Condition,
+    perturbed_cond: Condition,
+    *,
+    guided: bool,
+    perturbed: bool,
+    guide: Denoiser | None,
+    perturbed_net: Denoiser | None,
+    reads_unguided: bool,
+) -> Branches:
+    """The branches of a run, from what the caller gave; ValueError where a branch is wanted and cannot be made."""
+    conditions: dict[str, Condition] = {CONDITIONAL: cond}
+    networks: dict[str, Denoiser] = {}
+    if guided or reads_unguided:
+        if uncond is None and guide is None:
+            why = "guidance != 1" if guided else "cfg_pp"
+            raise ValueError(f"{why} needs uncond=, the condition of the unguided branch (e.g. the null label)")
+        conditions[UNGUIDED] = cond if uncond is None else uncond
+        if guide is not None:
+            networks[UNGUIDED] = guide
+    if perturbed:
+        if perturbed_cond is None and perturbed_net is None:
+            raise ValueError(
+                "perturbed_scale != 0 needs a third branch: Sampler(..., perturbed=network) or perturbed_cond="
+            )
+        conditions[PERTURBED] = cond if perturbed_cond is None else perturbed_cond
+        if perturbed_net is not None:
+            networks[PERTURBED] = perturbed_net
+    return Branches(model, batch, conditions, networks)

@@ -1,0 +1,123 @@
+"""A network made worse on purpose, for the perturbed branch of guidance: the same weights, some layers not as trained.
+
+May import: models.denoiser. The layers are changed by hooks that are there during a call only; the network is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fastdiff.errors import unknown_name
+from fastdiff.models.denoiser import Denoiser
+
+
+def skip_layers(model: Denoiser, names: Sequence[str]) -> Denoiser:
+    """The same network with the named modules left out: each returns its first argument (skip-layer guidance).
+
+    names: of `model.net.named_modules()`; modules whose output has the shape of their first argument. Use it as
+    `Sampler(..., perturbed=skip_layers(model, names))` with perturbed_scale: F + s (Fc - Fp) moves away from what the
+    network says without them. Raises ValueError for a name that is not there, or, at the call, for a module whose
+    output has another shape.
+    """
+
+    @contextmanager
+    def skipped(name: str, layer: nn.Module) -> Iterator[None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+            given = arguments[0] if arguments else None
+            if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.shape != output.shape:
+                raise ValueError(
+                    f"skip_layers: {name!r} cannot be left out, its output is not shaped as its first argument; "
+                    "name a residual block or an attention layer"
+                )
+            return given
+
+        handle = layer.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return _changed(model, names, "skip_layers", skipped)
+
+
+def identity_attention(model: Denoiser, names: Sequence[str]) -> Denoiser:
+    """The same network with softmax(q k^T) v replaced by v in the named modules (PAG: Ahn et al. 2024, section 4).
+
+    names: self-attention modules of `model.net.named_modules()` that call torch's scaled_dot_product_attention, as
+    this package's and diffusers' do. Raises ValueError for a name that is not there, or, at the call, for a module
+    that does not attend in that way or attends to something else than its input.
+    """
+
+    @contextmanager
+    def passing(name: str, layer: nn.Module) -> Iterator[None]:
+        mode = _Identity(name)
+
+        def enter(*_: Any) -> None:
+            mode.__enter__()
+
+        def leave(*_: Any) -> None:
+            mode.__exit__(None, None, None)
+            if not mode.seen:
+                raise ValueError(f"identity_attention: {name!r} does not call scaled_dot_product_attention")
+
+        handles = (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return _changed(model, names, "identity_attention", passing)
+
+
+class _Identity(TorchFunctionMode):
+    """Attention in which every token attends to itself alone."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.seen = name, False
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is not functional.scaled_dot_product_attention:
+            return function(*arguments, **(options or {}))
+        self.seen = True
+        named = dict(zip(("query", "key", "value"), arguments, strict=False)) | (options or {})
+        if named["query"].shape[-2] != named["value"].shape[-2]:
+            raise ValueError(f"identity_attention: {self.name!r} attends to another sequence; name self-attention only")
+        return named["value"]
+
+
+def _changed(model: Denoiser, names: Sequence[str], caller: str, change: Callable[[str, nn.Module], Any]) -> Denoiser:
+    net = model.net
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{caller} needs a network that is a torch module, got {type(net).__name__}")
+    modules = dict(net.named_modules())
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{caller} needs a list of module names, got {names!r}")
+    for name in names:
+        if name not in modules:
+            raise unknown_name("module", name, [known for known in modules if known])
+
+    def call(*arguments: Any, **conditions: Any) -> Any:
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(change(name, modules[name]))
+            return net(*arguments, **conditions)
+
+    return Denoiser(
+        call,
+        model.schedule,
+        model.prediction,
+        sigma_data=model.sigma_data,
+        time_dtype=model.time_dtype,
+        device=model.device,
+        dtype=model.dtype,
+        shape=model.shape,
+        learned_variance=model.learned_variance,
+    )
