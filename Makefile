@@ -63,6 +63,7 @@ typecheck: setup
 
 bench: setup
 	$(BIN)/python bench/run.py ops
+	$(BIN)/python bench/run.py brownian
 	$(BIN)/python bench/run.py table
 
 clean:

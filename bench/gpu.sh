@@ -79,6 +79,7 @@ part conformance "$PYTHON" -P -m pytest -q -m "not gpu and not slow" -k "triton 
 part sample "$PYTHON" -P -m fastdiff.cli sample --out "$OUT/samples.png"
 rm -f "$OUT/results.csv"
 part bench-ops "$PYTHON" "$bench" ops --device cuda --csv "$OUT/results.csv"
+part bench-brownian "$PYTHON" "$bench" brownian --device cuda --csv "$OUT/results.csv"
 part bench-loop "$PYTHON" "$bench" loop --device cuda --csv "$OUT/results.csv"
 
 {

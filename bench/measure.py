@@ -201,7 +201,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         "load": round(load(), 2),
         "python": platform.python_version(),
     }
-    facts |= {name: _version(name) for name in ("torch", "diffusers", "triton", "numpy")}
+    facts |= {name: _version(name) for name in ("torch", "diffusers", "triton", "numpy", "k-diffusion", "torchsde")}
     return facts | (gpu_state() if device.type == "cuda" else {})
 
 

@@ -1,8 +1,8 @@
-"""The step alone: one fused row against diffusers' `scheduler.step` and against the same formula under torch.compile.
+"""The step alone: one fused row against diffusers' `scheduler.step` and against the same row under torch.compile.
 
 All contenders walk the same ten steady steps (6 to 15 of 20) on the same inputs, in turn, in one process. Ours is what
 `ops.bind` returns, its row counters advancing through the real table; diffusers is called as a pipeline calls it;
-the compiled formula writes in place and draws its own noise. Nothing is timed whose result is wrong.
+the compiled row writes in place and draws its own noise. Nothing is timed whose result is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 import fastdiff as fd
 from bench import measure, peers
 from bench.measure import Task, Timing
+from fastdiff.compiler.assemble import Row
 from fastdiff.engine import noise as counter_noise
 from fastdiff.engine import ops
 
@@ -30,6 +31,7 @@ GPU_SHAPES = (*SHAPES[:2], (512, 3, 32, 32), *SHAPES[2:], (8, 4, 1024, 1024))
 
 OURS_TOLERANCE = 2.0**-22  # times the sum of the magnitudes a row adds up: 4 roundings of fp32
 GATE_ELEMENTS = 1 << 22  # a larger batch is checked in its first and last samples
+WALK_ELEMENTS = 1 << 18  # the same for the run beside diffusers
 GRAPH_CYCLES = 5  # on a GPU the ten steps repeat this often inside one CUDA graph
 
 
@@ -44,7 +46,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Gate:
-    """Worst absolute differences of one row's results from float64 and from diffusers, and what they may be.
+    """Worst absolute differences, and what they may be: of one row from float64, and of a run from diffusers' own.
 
     Without diffusers the second pair is 0.
     """
@@ -63,11 +65,18 @@ class Gate:
 class Bound:
     """A plan's steady rows bound to an executor on random inputs."""
 
-    def __init__(self, case: Case, device: torch.device, cycles: int = 1) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        steps: Sequence[int] = (TIMED[0] - 1, *TIMED),
+        plan: fd.Plan | None = None,
+        prediction: str = "eps",
+    ) -> None:
         self.case, self.device = case, device
-        self.plan = fd.plan(case.solver, fd.schedules.linear(peers.TRAINED, *peers.BETAS), peers.STEPS, "trailing")
-        packed = self.plan.pack("eps")
-        self.steps = [TIMED[0] - 1, *TIMED] if cycles == 1 else [*TIMED] * cycles
+        self.plan = plan or peers.plan_of(case.solver)
+        packed = self.plan.pack(prediction)
+        self.steps = list(steps)
         rows = [i + 1 for i in self.steps]
         batch = case.shape[0]
         self.start = torch.randn(self.plan.registers, *case.shape, device=device)
@@ -113,61 +122,93 @@ class Bound:
 
 
 def check(bound: Bound, device: torch.device) -> Gate:
-    """Run the first and the last timed step on fresh inputs and hold them against float64 and against diffusers."""
-    case, plan, t = bound.case, bound.plan, bound.tensors
-    chosen = _samples(case.shape)
-    worst: list[tuple[float, float, float, float]] = []
+    """Hold the first and the last timed row against float64, and a run up to there against diffusers."""
+    worst: list[tuple[float, float]] = []
+    chosen = _samples(bound.case.shape, GATE_ELEMENTS)
     for index in (bound.steps.index(TIMED[0]), bound.steps.index(TIMED[-1])):
-        i = bound.steps[index]
-        row = plan.rows[i + 1]
-        t.state.copy_(bound.start)
-        t.row.fill_(index)
-        inputs = [bound.start[row.x][chosen], bound.model_out[chosen], *(bound.start[j][chosen] for j in row.slots)]
-        x, f, old = [value.double() for value in (*inputs, torch.zeros_like(inputs[0]))[:3]]
-        z = torch.zeros_like(x)
-        if row.noise:
-            z = _normals(row.noise[0], tuple(chosen), case.shape).to(device).double()
-        for output in row.outputs:
-            if output.dest not in (row.x, *row.slots):
-                t.state[output.dest].fill_(float("nan"))
-        bound.step(bound.model_out)
-
-        wanted = peers.formula(case.solver, plan.levels, i, x, f, old, z)
-        given = [t.state[output.dest][chosen].double() for output in row.outputs]
-        scale = _magnitude(row, plan.levels[i], x, f, old, z)
-        error = max(_difference(a, b) for a, b in zip(given, wanted[: len(given)], strict=True))
-        theirs = given[0]
-        if peers.has_diffusers():
-            single = (value.float() for value in (x, f, old, z))
-            theirs = peers.diffusers_step(case.solver, plan.levels, i, *single)
-        worst.append((error, OURS_TOLERANCE * scale, _difference(given[0], theirs), peers.TOLERANCE * scale))
+        worst.append(_row_error(bound, index, chosen, device))
     # a NaN is the worst there is, and max() would lose it
-    worst.sort(key=lambda line: (line[0] != line[0] or line[2] != line[2], line[0] / line[1], line[2] / line[3]))
-    bad_row = int(t.status.max())
-    return Gate(*worst[-1]) if bad_row < 0 else Gate(float("nan"), 0.0, float("nan"), 0.0)
+    error, tolerance = max(worst, key=lambda pair: (pair[0] != pair[0], pair[0] / pair[1]))
+    peer = _run_error(bound, device) if peers.has_diffusers() else (0.0, 0.0)
+    bad_row = int(bound.tensors.status.max())
+    return Gate(error, tolerance, *peer) if bad_row < 0 else Gate(float("nan"), 0.0, float("nan"), 0.0)
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b|; NaN anywhere gives NaN."""
-    return float((a - b).abs().max())
+def _row_error(bound: Bound, index: int, chosen: list[int], device: torch.device) -> tuple[float, float]:
+    """(error, tolerance) of one row on random registers, from the paper's formula or, where that is long, the table."""
+    case, plan, t = bound.case, bound.plan, bound.tensors
+    i = bound.steps[index]
+    row = plan.rows[i + 1]
+    t.state.copy_(bound.start)
+    t.row.fill_(index)
+    x, f = bound.start[row.x][chosen].double(), bound.model_out[chosen].double()
+    slots = [bound.start[slot][chosen].double() for slot in row.slots]
+    normals = [_normals(term, tuple(chosen), case.shape).to(device).double() for term in row.noise]
+    for output in row.outputs:
+        if output.dest not in (row.x, *row.slots):
+            t.state[output.dest].fill_(float("nan"))
+    bound.step(bound.model_out)
+
+    wanted = peers.applied(row, x, f, slots, normals)
+    if case.solver in peers.FORMULAS:
+        old, z = [*slots, 0.0][0], [*normals, 0.0][0]
+        wanted = list(peers.formula(case.solver, plan.levels, i, x, f, old, z)[: len(wanted)])
+    given = [t.state[output.dest][chosen].double() for output in row.outputs]
+    errors = [float((a - b).abs().max()) for a, b in zip(given, wanted, strict=True)]
+    worst = max(errors, key=lambda error: (error != error, error))
+    return worst, OURS_TOLERANCE * _magnitude(row, x, f, slots, normals)
 
 
-def _magnitude(row: Any, level: fd.Level, x: Tensor, f: Tensor, old: Tensor, z: Tensor) -> float:
+def _run_error(bound: Bound, device: torch.device) -> tuple[float, float]:
+    """(error, tolerance) of a run from the first row to the last timed one, with diffusers' beside it."""
+    plan, shape = bound.plan, bound.case.shape
+    chosen, steps = _samples(shape, WALK_ELEMENTS), TIMED[-1] + 1
+    packed = plan.pack("eps")
+    table = dataclasses.replace(
+        bound.tensors,
+        state=torch.full_like(bound.start, float("nan")),
+        coef=torch.from_numpy(packed.coef[1:]).to(device),
+        ids=torch.from_numpy(packed.ids[1:]).to(device),
+        row=torch.zeros_like(bound.tensors.row),
+    )
+    table.state[plan.rows[1].x] = bound.start[0]
+
+    def outputs(i: int) -> Tensor:
+        # another one in every step: with a constant eps samplers of all orders agree
+        return bound.model_out.roll(i, -1)
+
+    step, ours = ops.bind(table, bound.case.executor), []
+    for i in range(steps):
+        step(outputs(i))
+        ours.append(table.state[plan.rows[i + 1].outputs[0].dest][chosen].double())
+
+    def normals(i: int) -> Tensor:
+        return _normals(plan.rows[i + 1].noise[0], tuple(chosen), shape).to(device)
+
+    seen = [outputs(i)[chosen].float() for i in range(steps)]
+    theirs = peers.walk(bound.case.solver, plan.levels, bound.start[0][chosen], seen, normals)
+    differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    worst = max(range(steps), key=lambda i: (differences[i] != differences[i], differences[i]))
+    scale = float(theirs[worst].abs().max())
+    return differences[worst] * scale, peers.WALK_TOLERANCE * scale
+
+
+def _magnitude(row: Row, x: Tensor, f: Tensor, slots: list[Tensor], normals: list[Tensor]) -> float:
     """Largest sum of magnitudes any output of the row adds up: what its rounding error is relative to."""
-    top_x, top_f, top_old, top_z = (float(value.abs().max()) for value in (x, f, old, z))
-    denoised = (top_x + level.sigma * top_f) / level.alpha
+    assert row.level is not None
+    top_x, top_f, *tops = (float(value.abs().max()) for value in (x, f, *slots, *normals))
+    denoised = (top_x + row.level.sigma * top_f) / row.level.alpha
     return max(
         abs(o.x) * top_x
         + abs(o.denoised) * denoised
-        + sum(map(abs, o.slots), 0.0) * top_old
-        + sum(map(abs, o.noise), 0.0) * top_z
+        + sum(abs(c) * top for c, top in zip((*o.slots, *o.noise), tops, strict=True))
         for o in row.outputs
     )
 
 
-def _samples(shape: tuple[int, ...]) -> list[int]:
+def _samples(shape: tuple[int, ...], elements: int) -> list[int]:
     batch, size = shape[0], torch.Size(shape[1:]).numel()
-    count = min(batch, max(1, GATE_ELEMENTS // size))
+    count = min(batch, max(1, elements // size))
     return [*range((count + 1) // 2), *range(batch - count // 2, batch)]
 
 
@@ -180,7 +221,7 @@ def _normals(term: tuple[int, int], samples: tuple[int, ...], shape: tuple[int, 
 
 def _tasks(bound: Bound, device: torch.device) -> Iterator[tuple[str, Task]]:
     """Everything timed in turn on one case."""
-    case, steps = bound.case, bound.steps
+    steps = bound.steps
     gpu = device.type == "cuda"
     walk = steps if gpu else steps[1:]
     for name, step in (("us", bound.step), ("emit_us", bound.step_and_emit)):
@@ -191,19 +232,19 @@ def _tasks(bound: Bound, device: torch.device) -> Iterator[tuple[str, Task]]:
 
     if peers.has_diffusers():
         yield "diffusers_us", _diffusers(bound, device)
-    update = peers.compiled(case.solver, device)
-    rows = peers.coefficients(case.solver, bound.plan.levels, steps, device)
-    x, old, f = bound.start[0].clone().flatten(), bound.start[-1].clone().flatten(), bound.model_out.flatten()
+    rows = [peers.CompiledRow(bound.plan.rows[i + 1], device) for i in steps]
+    registers, f = list(bound.start.clone()), bound.model_out
+    rows[0].check(registers, f)
     timed = rows if gpu else rows[1:]
-    peers.check_compiled(update, case.solver, bound.plan.levels, steps[0], x, old, f, rows[0])
 
     def restart() -> None:
-        x.copy_(bound.start[0].flatten())
-        update(x, old, f, rows[0])
+        for register, start in zip(registers, bound.start, strict=True):
+            register.copy_(start)
+        rows[0](registers, f)
 
     def walk_rows() -> None:
-        for c in timed:
-            update(x, old, f, c)
+        for row in timed:
+            row(registers, f)
 
     restart()
     yield "compiled_us", Task(walk_rows, len(timed), restart)
@@ -215,21 +256,24 @@ def _diffusers(bound: Bound, device: torch.device) -> Task:
     """`scheduler.step` as a pipeline calls it, its timesteps on the CPU."""
     case = bound.case
     scheduler, generator = peers.scheduler_of(case.solver), torch.Generator(device).manual_seed(0)
-    first, times = scheduler.timesteps[TIMED[0] - 1], [scheduler.timesteps[i] for i in TIMED]
     extra = {"generator": generator} if case.solver in peers.NOISY else {}
-    sample = bound.start[0]
+    first = TIMED[0] - 1
+
+    @torch.inference_mode()
+    def steps(x: Tensor, which: range) -> Tensor:
+        for i in which:
+            x = scheduler.step(bound.model_out, scheduler.timesteps[i], x, return_dict=False, **extra)[0]
+        return x
+
+    sample = early = steps(bound.start[0], range(first))
+    back = peers.place(scheduler)
 
     def seek() -> None:
         nonlocal sample
-        peers.seek(scheduler, TIMED[0] - 1, bound.start[-1])
-        sample = scheduler.step(bound.model_out, first, bound.start[0], return_dict=False, **extra)[0]
+        back()
+        sample = steps(early, range(first, first + 1))
 
-    def eager() -> None:
-        x = sample
-        for time_ in times:
-            x = scheduler.step(bound.model_out, time_, x, return_dict=False, **extra)[0]
-
-    return Task(eager, len(times), seek)
+    return Task(lambda: steps(sample, range(TIMED[0], TIMED[-1] + 1)), len(TIMED), seek)
 
 
 def _ours(bound: Bound, step: Callable[[Tensor], None], calls: int, gpu: bool) -> Task:
@@ -252,7 +296,7 @@ def _ours(bound: Bound, step: Callable[[Tensor], None], calls: int, gpu: bool) -
 def measure_case(case: Case, device: torch.device, budget: float, least: int, copy_gbs: float | None) -> dict[str, Any]:
     """One line of results; without figures when the gate is red."""
     watch = measure.Watch()
-    bound = Bound(case, device, GRAPH_CYCLES if device.type == "cuda" else 1)
+    bound = Bound(case, device, TIMED * GRAPH_CYCLES) if device.type == "cuda" else Bound(case, device)
     elements, (width, near) = bound.model_out.numel(), bound.bytes_per_element()
     gate = check(bound, device)
     line: dict[str, Any] = {
@@ -274,10 +318,10 @@ def measure_case(case: Case, device: torch.device, budget: float, least: int, co
     tasks = dict(_tasks(bound, device))
     timings = measure.interleave(tasks, device, budget, least)
     for name, timing in timings.items():
-        line |= _spread(name, timing)
+        line |= spread(name, timing)
     if device.type == "cuda":
         once = measure.captured(lambda: bound.step(bound.model_out))
-        line |= _spread("cold_us", measure.cold(once, bound.reset))
+        line |= spread("cold_us", measure.cold(once, bound.reset))
         line |= measure.gpu_state()
     us = timings["us"].median
     line["gbs"] = width * elements / us / 1e3
@@ -294,22 +338,24 @@ def measure_case(case: Case, device: torch.device, budget: float, least: int, co
     return line | ({} if others is None else {"others": round(others, 3)})
 
 
-def _spread(name: str, timing: Timing) -> dict[str, float]:
+def spread(name: str, timing: Timing) -> dict[str, float]:
+    """The columns of one time."""
     quantiles = {f"{name}_p10": timing.p10, f"{name}_p20": timing.p20, f"{name}_p80": timing.p80}
     return {name: timing.median} | quantiles
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """The table's cases on a device; quick: one tiny case."""
-    executors = _executors(device)
+    found = executors(device)
     if quick:
-        return [Case("ddim", SHAPES[0], torch.float32, executors[0])]
+        return [Case("ddim", SHAPES[0], torch.float32, found[0])]
     shapes = GPU_SHAPES if device.type == "cuda" else SHAPES
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
-    return [Case(s, shape, d, e) for s in peers.SOLVERS for shape in shapes for d in dtypes for e in executors]
+    return [Case(s, shape, d, e) for s in peers.SOLVERS for shape in shapes for d in dtypes for e in found]
 
 
-def _executors(device: torch.device) -> list[str]:
+def executors(device: torch.device) -> list[str]:
+    """Those worth measuring on a device."""
     order = ("triton", "cuda") if device.type == "cuda" else ("cpp",)
     found = [name for name in order if fd.backends()[name].ok and device.type in fd.backends()[name].devices]
     return found or ["reference"]

@@ -1,12 +1,10 @@
-"""The contenders beside ours: the papers' formulas in float64 and under torch.compile, and diffusers' schedulers.
-
-A formula is written once, for tensors or for numbers; run on unit numbers it gives its own coefficients.
-"""
+"""The contenders beside ours: the papers' formulas in float64, a row under torch.compile, and diffusers' schedulers."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,18 +14,37 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
+from fastdiff.compiler.assemble import Row
 
 STEPS = 20
 TRAINED, BETAS = 1000, (1e-4, 0.02)
-SOLVERS = ("ddim", "dpmpp_2m", "euler_ancestral", "ddpm")
-NOISY = ("euler_ancestral", "ddpm")
-TOLERANCE = 2e-6  # times the sum of the magnitudes a step adds up; diffusers keeps its schedule in fp32
+FORMULAS = ("ddim", "dpmpp_2m", "euler_ancestral", "ddpm")
+SOLVERS = (*FORMULAS, "unipc", "unipc order 3", "sa_solver")
+NOISY = ("euler_ancestral", "ddpm", "sa_solver")
+# What diffusers' class of that name does, in our words; its SA-Solver simplifies the weights of order 2.
+OPTIONS: dict[str, dict[str, Any]] = {"unipc order 3": {"order": 3}, "sa_solver": {"flavor": "diffusers"}}
+ROW_TOLERANCE = 2e-6  # of the compiled row, times the sum of the magnitudes it adds up
+WALK_TOLERANCE = 1e-5  # of a whole run, of the largest element; diffusers keeps its schedule in fp32
+
+
+def plan_of(solver: str) -> fd.Plan:
+    """Our plan of a line of the table: `solver` may name an order too."""
+    schedule = fd.schedules.linear(TRAINED, *BETAS)
+    return fd.plan(solver.split()[0], schedule, STEPS, "trailing", **OPTIONS.get(solver, {}))
+
+
+def applied(row: Row, x: Any, f: Any, slots: Sequence[Any], normals: Sequence[Any]) -> list[Any]:
+    """What a row writes, for a network that predicts eps; of float64 tensors, or of numbers: its own coefficients."""
+    assert row.level is not None
+    values = [x, (x - row.level.sigma * f) / row.level.alpha, *slots, *normals]
+    factors = [(o.x, o.denoised, *o.slots, *o.noise) for o in row.outputs]
+    return [sum(c * value for c, value in zip(cs, values, strict=True) if c != 0.0) for cs in factors]
 
 
 def formula(solver: str, levels: Sequence[fd.Level], i: int, x: Any, f: Any, old: Any, z: Any) -> tuple[Any, Any]:
     """(x', D) of step i as the papers write it, for a network that predicts eps.
 
-    x, f, old, z: state, network output, previous D, unit normals; float64 tensors, or numbers to read coefficients off.
+    x, f, old, z: state, network output, previous D, unit normals, float64.
     """
     s, t = levels[i], levels[i + 1]
     denoised = (x - s.sigma * f) / s.alpha
@@ -46,7 +63,7 @@ def formula(solver: str, levels: Sequence[fd.Level], i: int, x: Any, f: Any, old
         beta = 1 - kept
         mean = t.alpha * beta / s.sigma**2 * denoised + kept**0.5 * t.sigma**2 / s.sigma**2 * x
         return mean + (beta * (t.sigma / s.sigma) ** 2) ** 0.5 * z, denoised
-    raise ValueError(f"no formula for solver {solver!r}; it has {', '.join(SOLVERS)}")
+    raise ValueError(f"no formula for solver {solver!r}; it has {', '.join(FORMULAS)}")
 
 
 def has_diffusers() -> bool:
@@ -64,6 +81,9 @@ def scheduler_of(solver: str) -> Any:
         "ddpm": lambda: diffusers.DDPMScheduler(clip_sample=False, **common),
         "euler_ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**common),
         "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler(**common),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**common),
+        "unipc order 3": lambda: diffusers.UniPCMultistepScheduler(solver_order=3, **common),
+        "sa_solver": lambda: diffusers.SASolverScheduler(tau_func=lambda _: 1, **common),
     }
     scheduler = made[solver]()
     scheduler.set_timesteps(STEPS)
@@ -72,79 +92,85 @@ def scheduler_of(solver: str) -> Any:
     return scheduler
 
 
-def seek(scheduler: Any, i: int, old: Tensor | None = None) -> None:
-    """Put a scheduler that counts its steps to step i, in the middle of a run."""
-    if hasattr(scheduler, "_step_index"):
-        scheduler._step_index = i
-    if hasattr(scheduler, "lower_order_nums"):
-        scheduler.lower_order_nums = scheduler.config.solver_order
-        if old is not None:
-            scheduler.model_outputs = [None, old]
+def place(scheduler: Any) -> Callable[[], None]:
+    """A function that puts the scheduler back where it stands now, in the middle of a run."""
+
+    def copied(held: dict[str, Any]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, list) else value for key, value in held.items()}
+
+    held = copied(vars(scheduler))
+    return lambda: vars(scheduler).update(copied(held))
 
 
-def diffusers_step(
-    solver: str, levels: Sequence[fd.Level], i: int, x: Tensor, f: Tensor, old: Tensor, z: Tensor
-) -> Tensor:
-    """x' by diffusers with the given noise, in the plan's coordinates."""
+def walk(
+    solver: str, levels: Sequence[fd.Level], start: Tensor, outputs: Sequence[Tensor], normals: Callable[[int], Tensor]
+) -> list[Tensor]:
+    """The states diffusers reaches with these network outputs, in the plan's coordinates; normals(i): step i's draw."""
     scheduler = scheduler_of(solver)
-    seek(scheduler, i, old)
-    before, after = (levels[i].alpha, levels[i + 1].alpha) if solver == "euler_ancestral" else (1.0, 1.0)
+    alphas = [level.alpha if solver == "euler_ancestral" else 1.0 for level in levels]
     module = sys.modules[type(scheduler).__module__]
-    with mock.patch.object(module, "randn_tensor", lambda *_, **__: z):
-        made = scheduler.step(f, scheduler.timesteps[i], x / before, return_dict=False)[0]
-    return made.double() * after
+    x, states = start / alphas[0], []
+    for i, (time, f) in enumerate(zip(scheduler.timesteps, outputs, strict=False)):
+        draw = functools.partial(normals, i)
+        with mock.patch.object(module, "randn_tensor", lambda *_, draw=draw, **__: draw(), create=True):
+            x = scheduler.step(f, time, x, return_dict=False)[0]
+        states.append(x.double() * alphas[i + 1])
+    return states
+
+
+class CompiledRow:
+    """A row under torch.compile, in place on registers of its own shape, with its own noise."""
+
+    def __init__(self, row: Row, device: torch.device) -> None:
+        self.row = row
+        inputs = 2 + len(row.slots) + len(row.noise)
+        units = [[float(j == k) for j in range(inputs)] for k in range(inputs)]
+        columns = [applied(row, u[0], u[1], u[2 : 2 + len(row.slots)], u[2 + len(row.slots) :]) for u in units]
+        table = [[float(column[o]) for column in columns] for o in range(len(row.outputs))]
+        self.coefficients = torch.tensor(table, device=device)
+        self.places = [row.x, *row.slots, *(o.dest for o in row.outputs if o.dest not in (row.x, *row.slots))]
+        # which inputs every output adds up, and where it goes: the same for all steady rows of a sampler
+        sums = tuple(tuple(k for k, c in enumerate(cs) if c != 0.0) for cs in table)
+        into = tuple(self.places.index(o.dest) for o in row.outputs)
+        self.update = _compiled(sums, into, len(row.slots), len(row.noise), device)
+
+    def __call__(self, registers: Sequence[Tensor], f: Tensor) -> None:
+        """Run it on the registers."""
+        self.update(self.coefficients, f, *(registers[place] for place in self.places))
+
+    def check(self, registers: Sequence[Tensor], f: Tensor) -> None:
+        """RuntimeError unless it does, its noise set to zero, what the row says."""
+        x, slots = registers[self.row.x], [registers[slot] for slot in self.row.slots]
+        silent = [torch.zeros_like(x, dtype=torch.float64) for _ in self.row.noise]
+        wanted = applied(self.row, x.double(), f.double(), [slot.double() for slot in slots], silent)
+        read = 2 + len(slots)
+        coefficients = self.coefficients.clone()
+        coefficients[:, read:] = 0.0
+        scale = float(coefficients.abs().sum(1).max() * max(value.abs().max() for value in (x, f, *slots)))
+        own = [registers[place].clone() for place in self.places]
+        self.update(coefficients, f, *own)
+        got = [own[self.places.index(output.dest)].double() for output in self.row.outputs]
+        error = max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True))
+        if not error <= ROW_TOLERANCE * scale:
+            raise RuntimeError(f"the compiled row is off by {error:.1e}; its time means nothing")
 
 
 @functools.cache
-def compiled(solver: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """The formula on tensors x, old, f and the step's coefficients, in place, under torch.compile."""
-    if solver == "dpmpp_2m":
+def _compiled(
+    sums: tuple[tuple[int, ...], ...], into: tuple[int, ...], slots: int, draws: int, device: torch.device
+) -> Callable[..., None]:
+    """update(c, f, x, *slots, *others): output o = sum over k in sums[o] of c[o, k] input_k, written to into[o]."""
 
-        def update(x: Tensor, old: Tensor, f: Tensor, c: Tensor) -> None:
-            denoised = c[4] * x + c[5] * f
-            x.copy_(c[0] * x + c[1] * f + c[2] * old)
-            old.copy_(denoised)
+    def update(c: Tensor, f: Tensor, *registers: Tensor) -> None:
+        normals = [torch.randn_like(f) for _ in range(draws)]
+        inputs = [registers[0], f, *registers[1 : 1 + slots], *normals]
+        made = [functools.reduce(operator.add, [c[o, k] * inputs[k] for k in terms]) for o, terms in enumerate(sums)]
+        for place, value in zip(into, made, strict=True):
+            registers[place].copy_(value)
 
-    elif solver in NOISY:
-
-        def update(x: Tensor, old: Tensor, f: Tensor, c: Tensor) -> None:
-            x.copy_(c[0] * x + c[1] * f + c[3] * torch.randn_like(x))
-
-    else:
-
-        def update(x: Tensor, old: Tensor, f: Tensor, c: Tensor) -> None:
-            x.copy_(c[0] * x + c[1] * f)
-
+    # Dynamo keeps what it compiled with the code object, and allows each only a few versions
+    update.__code__ = update.__code__.replace()
     if device.type == "cuda":
         return torch.compile(update, fullgraph=True, dynamic=True, mode="max-autotune-no-cudagraphs")
     # on a CPU inductor's own generator is scalar code, several times slower than torch.randn
     return torch.compile(update, fullgraph=True, dynamic=False, options={"fallback_random": True})
-
-
-def coefficients(solver: str, levels: Sequence[fd.Level], steps: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Of x, f, old, z in x', then of x, f in D, fp32 [6] for each step."""
-    made = []
-    for i in steps:
-        units = [formula(solver, levels, i, *(float(k == j) for k in range(4))) for j in range(4)]
-        made.append(torch.tensor([u[0] for u in units] + [u[1] for u in units[:2]], device=device))
-    return made
-
-
-def check_compiled(
-    update: Callable[..., None],
-    solver: str,
-    levels: Sequence[fd.Level],
-    i: int,
-    x: Tensor,
-    old: Tensor,
-    f: Tensor,
-    c: Tensor,
-) -> None:
-    """RuntimeError unless the compiled formula, its noise set to zero, is the formula of step i."""
-    wanted, _ = formula(solver, levels, i, x.double(), f.double(), old.double(), 0.0)
-    got, silent = x.clone(), c.clone()
-    silent[3] = 0.0
-    update(got, old.clone(), f, silent)
-    error, scale = float((got.double() - wanted).abs().max()), float(c[:3].abs().sum() * x.abs().max())
-    if not error <= TOLERANCE * scale:
-        raise RuntimeError(f"the compiled formula of {solver} is off by {error:.1e}; its time means nothing")

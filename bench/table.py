@@ -15,15 +15,20 @@ from typing import Any
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # The spread of a time stands in columns of its own.
-_TIMES = ("us", "emit_us", "cold_us", "copy_us", "copy_near_us", "diffusers_us", "compiled_us", "compiled_graph_us")
+_TIMES = (
+    *("us", "emit_us", "cold_us", "copy_us", "copy_near_us", "diffusers_us", "compiled_us", "compiled_graph_us"),
+    *("noise_us", "k_diffusion_us", "k_diffusion_noise_us"),
+)
 COLUMNS = [
     *("run", "commit", "device", "machine", "threads", "load", "python", "torch", "diffusers", "triton", "numpy"),
+    *("k-diffusion", "torchsde"),
     *("driver", "sm_mhz", "memory_mhz", "watts", "watts_limit", "celsius", "throttle"),
     *("bench", "solver", "network", "steps", "batch", "shape", "elements", "model_dtype", "executor"),
     *("gate", "error", "tolerance", "diffusers_error", "diffusers_tolerance"),
     *(f"{time}{spread}" for time in _TIMES for spread in ("", "_p10", "_p20", "_p80")),
     *("bytes_per_element", "gbs", "copy_gbs", "copy_fraction", "copy_near_fraction"),
     *("ratio_diffusers", "ratio_compiled", "diffusers_page_faults"),
+    *("ratio_k_diffusion", "ratio_noise", "variance", "path_correlation"),
     *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
     *("repetitions", "others", "took"),
 ]
@@ -69,13 +74,13 @@ def render(lines: Iterable[Line]) -> str:
     for line in lines:
         groups.setdefault((line["bench"], line["device"], line["machine"], line["threads"]), []).append(line)
     parts = []
-    for bench, about in (("ops", _OPS_ABOUT), ("loop", _LOOP_ABOUT)):
+    for bench, (about, tabulate) in _TABLES.items():
         found = sorted(key for key in groups if key[0] == bench)
         parts += [about] if found else []
         for key in found:
             latest = max(line["run"] for line in groups[key])
             chosen = [line for line in groups[key] if line["run"] == latest]
-            parts += [heading(chosen[0]), (_ops_table if bench == "ops" else _loop_table)(chosen)]
+            parts += [heading(chosen[0]), tabulate(chosen)]
     return "\n\n".join(parts)
 
 
@@ -127,12 +132,30 @@ def show_loop(line: Line | None) -> str:
     )
 
 
-LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop}
+def show_brownian(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'sampler':<16}{'shape':<16}{'executor':<10}{'us [p20-p80]':>24}{'k-diffusion us':>34}{'x':>8}"
+            f"{'noise us':>24}{'k-diffusion us':>34}{'x':>8}{'error':>10}{'allowed':>10}"
+            f"{'variance':>10}{'one path':>10}"
+        )
+    case = f"{line['solver']:<16}{line['shape']:<16}{line['executor']:<10}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}{line['variance']:>10.4f}{line['path_correlation']:>10.4f}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'us'):>24}{_spread(line, 'k_diffusion_us'):>34}{line['ratio_k_diffusion']:>8.1f}"
+        f"{_spread(line, 'noise_us'):>24}{_spread(line, 'k_diffusion_noise_us'):>34}{line['ratio_noise']:>8.1f}{gate}"
+    )
+
+
+LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop, "brownian": show_brownian}
 
 _OPS_ABOUT = (
     "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile] over "
     "rows 6 to 15 of a 20-step run, all contenders in turn in one process with the same threads.\n\n"
-    "- *compiled*: the formula under `torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where "
+    "- *compiled*: the same row under `torch.compile`, in place, with its own noise (on a GPU under a CUDA graph where "
     "that is faster).\n"
     "- *of copy*: bytes read plus bytes written in a second, over those of torch's `copy_`. On a CPU two copies are "
     "timed in the same turn: one that moves as many bytes / one that takes as much memory. A step works in place, so "
@@ -140,12 +163,20 @@ _OPS_ABOUT = (
     "- With noise, while the tensors fit in cache, the limit is the arithmetic of the normals.\n"
     "- Eager code on a CPU touches fresh pages for large temporaries in every step, which can take most of its time "
     "(`diffusers_page_faults` in `bench/results.csv`); the largest ratios are that.\n"
-    "- *error*: largest difference from float64 / what is allowed; a wrong result prints no figure."
+    "- *error*: largest difference from float64 / what is allowed; a wrong result prints no figure. 16 steps of each "
+    "sampler are also held against diffusers' own states (`diffusers_error`)."
 )
 _LOOP_ABOUT = (
     "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
     "the time not spent in the network; the rest is the network's, and no sampler makes that faster. *tiny*: three "
     "3x3 convolutions of 16 channels."
+)
+_BROWNIAN_ABOUT = (
+    "Brownian noise: `python bench/run.py brownian`. Median µs of a whole step of `dpmpp_2m_sde`, network excluded, "
+    "against k-diffusion's function with its Brownian tree, and of the noise alone. Both draw each increment for the "
+    "first time. *error*: largest relative difference of the states when both are given the same normals / what is "
+    "allowed. *variance*: of our increments and their sums, the furthest from 1, over 262,144 numbers. *one path*: "
+    "correlation of a seed's whole path in 10 and in 40 steps."
 )
 
 
@@ -198,6 +229,36 @@ def _loop_table(lines: Sequence[Line]) -> str:
             ]
         )
     return _markdown(head, body, 2)
+
+
+def _brownian_table(lines: Sequence[Line]) -> str:
+    head = ["sampler", "shape", "kernel", "fastdiff µs", "k-diffusion µs", "× k-diffusion", "noise alone µs"]
+    head += ["k-diffusion's µs", "× k-diffusion", "error / allowed", "variance", "one path"]
+    body = [
+        [
+            line["solver"],
+            line["shape"].replace("x", "×"),
+            line["executor"],
+            _spread(line, "us"),
+            _spread(line, "k_diffusion_us"),
+            f"{float(line['ratio_k_diffusion']):.1f}",
+            _spread(line, "noise_us"),
+            _spread(line, "k_diffusion_noise_us"),
+            f"{float(line['ratio_noise']):.1f}",
+            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            f"{float(line['variance']):.4f}",
+            f"{float(line['path_correlation']):.4f}",
+        ]
+        for line in lines
+    ]
+    return _markdown(head, body, 3)
+
+
+_TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
+    "ops": (_OPS_ABOUT, _ops_table),
+    "brownian": (_BROWNIAN_ABOUT, _brownian_table),
+    "loop": (_LOOP_ABOUT, _loop_table),
+}
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]], words: int) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fastdiff as fd
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import measure, ops, peers, run, table
+from bench import brownian, measure, ops, peers, run, table
 from bench.measure import Task, Timing
 
 pytest.importorskip("diffusers")
@@ -109,24 +115,65 @@ def test_red_gate_prints_and_records_no_figure(
     assert not results.exists()
 
 
-def test_compiled_formula_is_checked() -> None:
-    case = small("ddim")
-    bound = ops.Bound(case, CPU)
-    c = peers.coefficients(case.solver, bound.plan.levels, [10], CPU)[0]
-    x = bound.start[0].flatten()
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("unipc", {"variant": "bh1"}), ("unipc order 3", {"order": 2}), ("sa_solver", {}), ("sa_solver", {"tau": 0.9})],
+)
+def test_gate_refuses_a_plan_of_another_algorithm(
+    solver: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row does what the table says, and the table is not what diffusers does."""
+    monkeypatch.setitem(peers.OPTIONS, solver, options)
+    gate = ops.check(ops.Bound(small(solver), CPU), CPU)
+    assert gate.error <= gate.tolerance
+    assert gate.peer_error > gate.peer_tolerance
 
-    def right(x: torch.Tensor, old: torch.Tensor, f: torch.Tensor, c: torch.Tensor) -> None:
-        x.copy_(c[0] * x + c[1] * f)
 
-    arguments = (case.solver, bound.plan.levels, 10, x, x, bound.model_out.flatten(), c)
-    peers.check_compiled(right, *arguments)
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_a_scheduler_put_back_repeats_its_steps(solver: str) -> None:
+    scheduler = peers.scheduler_of(solver)
+    x = torch.randn(1, 3, 4, 4)
+
+    def steps(first: int, last: int, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        for time in scheduler.timesteps[first:last]:
+            x = scheduler.step(x.tanh(), time, x, return_dict=False)[0]
+        return x
+
+    x = steps(0, 5, x)
+    back = peers.place(scheduler)
+    once = steps(5, 9, x)
+    for _ in range(2):
+        back()
+        assert torch.equal(steps(5, 9, x), once)
+
+
+@pytest.mark.parametrize("solver", peers.SOLVERS)
+def test_compiled_row_is_checked(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers._compiled.cache_clear()
+    bound = ops.Bound(small(solver), CPU)
+    registers = list(bound.start.clone())
+    row = peers.CompiledRow(bound.plan.rows[11], CPU)
+    row.check(registers, bound.model_out)
+    assert all(torch.equal(a, b) for a, b in zip(registers, bound.start, strict=True)), "a check changes nothing"
+    row.coefficients[0, 1] *= 1.01
     with pytest.raises(RuntimeError, match="off by"):
-        peers.check_compiled(lambda x, old, f, c: right(x, old, f, c * 1.01), *arguments)
+        row.check(registers, bound.model_out)
+    peers._compiled.cache_clear()
 
 
 def test_bytes_are_counted_from_the_row() -> None:
     widths = {solver: ops.Bound(small(solver), CPU).bytes_per_element() for solver in peers.SOLVERS}
-    assert widths == {"ddim": (12, 8), "euler_ancestral": (12, 8), "ddpm": (12, 8), "dpmpp_2m": (20, 12)}
+    assert widths == {
+        "ddim": (12, 8),
+        "euler_ancestral": (12, 8),
+        "ddpm": (12, 8),
+        "dpmpp_2m": (20, 12),
+        "unipc": (28, 16),
+        "unipc order 3": (32, 20),
+        "sa_solver": (28, 16),
+    }
 
 
 def test_quantiles_and_interleaving() -> None:
@@ -198,21 +245,96 @@ def test_results_of_another_version_are_not_mixed(tmp_path: Path) -> None:
         table.append(results, [fact_line()])
 
 
-@pytest.mark.parametrize("command", ["ops", "loop"])
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """k-diffusion's samplers, and a law checked on fewer numbers."""
+    monkeypatch.setattr(brownian, "CHECKED_ELEMENTS", 1 << 15)
+    try:
+        return brownian.k_diffusion()
+    except brownian.Missing as missing:
+        pytest.skip(str(missing))
+
+
+SMALL = (2, 3, 32, 32)
+
+
+def test_brownian_gate_is_green(sampling: Any) -> None:
+    line = brownian.gate(sampling, SMALL, ops.executors(CPU)[0], CPU)
+    assert line["gate"] == "green"
+    assert 0 < line["error"] < 2e-6
+    assert 0 < abs(line["variance"] - 1) < 0.03
+    assert 0.99 < line["path_correlation"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "column", "limit"),
+    [
+        # another sampler, noise that is no path, a path that is too loud
+        ("plan_of", lambda steps=20: fd.plan("dpmpp_2m_sde", "edm", steps, "karras", eta=0.99), "error", 1e-4),
+        ("on_path", lambda plan: plan, "path_correlation", None),
+        ("noise_only", lambda plan, real=brownian.noise_only: louder(real(plan)), "variance", 1.05),
+    ],
+)
+def test_brownian_gate_refuses(
+    name: str,
+    wrong: Callable[..., Any],
+    column: str,
+    limit: float | None,
+    sampling: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(brownian, name, wrong)
+    line = brownian.gate(sampling, SMALL, ops.executors(CPU)[0], CPU)
+    assert line["gate"] == "red"
+    assert line[column] < 0.9 if limit is None else line[column] > limit
+
+
+def louder(plan: fd.Plan) -> fd.Plan:
+    """The plan with every noise 4 % stronger."""
+
+    def scaled(output: Any) -> Any:
+        return dataclasses.replace(output, noise=tuple(1.04 * c for c in output.noise))
+
+    rows = (dataclasses.replace(row, outputs=tuple(map(scaled, row.outputs))) for row in plan.rows)
+    return dataclasses.replace(plan, rows=tuple(rows))
+
+
+@pytest.mark.parametrize("package", ["torchsde", "k_diffusion"])
+def test_brownian_without_its_peer_says_why(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    arguments = ["brownian", "--quick", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    assert run.main([*arguments, "--csv", str(tmp_path / "results.csv")]) == 0
+    assert f"{package.replace('_', '-')} is not installed" in capsys.readouterr().out
+
+
+def test_brownian_has_a_table_of_its_own() -> None:
+    numbers = {"ratio_k_diffusion": 41.0, "ratio_noise": 33.0, "variance": 0.998, "path_correlation": 0.9991}
+    line = fact_line(bench="brownian", solver="dpmpp_2m_sde", **numbers)
+    for key in ("noise_us", "k_diffusion_us", "k_diffusion_noise_us"):
+        line |= {key: 2.5, f"{key}_p20": 2.0, f"{key}_p80": 3.0}
+    text = table.render([line, fact_line()])
+    assert text.index("| ddim |") < text.index("| dpmpp_2m_sde |")
+    assert "| 41.0 |" in text and "| 0.9991 |" in text
+
+
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the formula is run as it is: compiling it takes longer than everything else here
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    peers.compiled.cache_clear()
+    peers._compiled.cache_clear()
     results, threads = tmp_path / "results.csv", torch.get_num_threads()
     try:
         assert run.main([command, "--quick", "--device", "cpu", "--threads", "1", "--csv", str(results)]) == 0
     finally:
         torch.set_num_threads(threads)
-        peers.compiled.cache_clear()
+        peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and "%" in printed
+    assert "WRONG" not in printed and ("%" in printed or command == "brownian")
     assert not results.exists(), "quick figures are not worth keeping"
 
 

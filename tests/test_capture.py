@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import time
 from collections.abc import Callable
@@ -507,26 +508,36 @@ def test_what_is_no_table_is_refused_with_its_step(kind: type[Own], words: str) 
     assert kind.__name__ in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [
-        ("DDIM", 50),
-        ("UniPCMultistep", 50),
-        ("SASolver", 50),
-        ("HeunDiscrete", 50),
-        ("DPMSolverSDE", 50),
-        ("LMSDiscrete", 20),
-    ],
-)
-def test_a_capture_takes_less_than_a_second(name: str, steps: int) -> None:
-    scheduler = make(name, {"clip_sample": False} if name == "DDIM" else {})
-    times = []
-    for _ in range(2):
-        before = time.process_time()
-        fd.capture(scheduler, steps)
-        times.append(time.process_time() - before)
-    print(f"{name}, {steps} steps: {1e3 * min(times):.0f} ms")
-    assert min(times) < 1.0
+def test_a_capture_of_fifty_steps_takes_less_than_a_second() -> None:
+    """Every configuration of the table; processor time, the best of three where the first is not good enough."""
+    times: dict[str, float] = {}
+    missing = []
+    for case, (name, config, options) in zip(IDS, CASES, strict=True):
+        try:
+            # this one cannot make more steps than it was trained for, 40 by default
+            scheduler = make(name, config if name != "CMStochasticIterative" else {"num_train_timesteps": 60})
+        except pytest.skip.Exception as reason:
+            missing.append(f"{case}: {reason}")
+            continue
+        for _ in range(3):
+            before = time.process_time()
+            plan = fd.capture(scheduler, 50, step_options=options)
+            times[case] = min(times.get(case, math.inf), time.process_time() - before)
+            if times[case] < 1.0:
+                break
+        assert plan.nfe >= 49
+    slowest = sorted(times, key=times.__getitem__, reverse=True)[:3]
+    print("slowest: " + ", ".join(f"{case} {1e3 * times[case]:.0f} ms" for case in slowest), *missing, sep="\n")
+    assert len(times) + len(missing) == len(CASES)
+    assert times[slowest[0]] < 1.0, slowest[0]
+
+
+@pytest.mark.parametrize("steps", [25, 100])
+def test_a_scheduler_may_keep_a_tensor_of_every_step(steps: int) -> None:
+    """IPNDM never forgets one: the table needs the last four of them, whatever the number of steps."""
+    plan = fd.capture(make("IPNDM", {}), steps)
+    assert (plan.nfe, plan.registers) == (steps, 4)
+    assert plan.options["mismatch"] < EXACT[plan.options["precision"]]
 
 
 def test_laws_need_levels() -> None:

@@ -23,7 +23,11 @@ from fastdiff.compiler.run import Run
 from fastdiff.process.predictions import Prediction
 from fastdiff.process.schedules import Level
 
-SIZES = (67, 71, 73, 79, 83, 89, 97)  # elements of a basis vector: the first that no tensor of the scheduler has
+SMALLEST, PER_STEP = (
+    67,
+    4,
+)  # elements of a basis vector: for schedulers that keep a tensor of every step, this many a step
+TRIED = range(0, 28, 4)  # added to it until no tensor of the scheduler has that size
 ROUNDING = {False: 1e-12, True: 1e-6}  # what remains of a sum that cancels, relative to its terms: float64, float32
 
 
@@ -222,7 +226,9 @@ class Basis(Intercept):
 
 def _free_size(source: Source) -> int:
     scheduler = source.fresh(lambda *_: torch.zeros(()))
-    for size in SIZES:
+    least = max(SMALLEST, PER_STEP * len(source.times(scheduler)) + 3)
+    sizes = [least + more for more in TRIED]
+    for size in sizes:
         if not leaves_of(scheduler, size):
             return size
-    raise TypeError(f"{source.name} has tensors of all sizes {SIZES}; choose another number of steps")
+    raise TypeError(f"{source.name} has tensors of all sizes {sizes}; choose another number of steps")

@@ -51,13 +51,12 @@ def sa_solver(
     simple = flavor == "diffusers"
     history = History(run, predictor_order, lower_final=lower_final)
     older = History(run, max(1, corrector_order - 1))
-    correct = None
+    begun: tuple[Lin, float] | None = None
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
-        if correct is not None:
-            base, start, strength, noise, order = correct
-            levels, values = [s, *older.levels][:order], [denoised, *older.values][:order]
-            x = run.keep(_adams(base, levels, values, start, s, strength, noise, simple))
+        if begun is not None:
+            rest, weight = begun
+            x = rest + weight * denoised
             if mode == "pece":
                 denoised = run.denoise(x, s)
         if t.sigma == 0.0:
@@ -66,8 +65,10 @@ def sa_solver(
         history.add(s, denoised)
         older.add(s, denoised)
         order = history.order(i, t)
-        added = s_noise * noise_scale(t, half_log_snr_step(s, t), strengths[i] ** 2)
+        h, stretch = half_log_snr_step(s, t), strengths[i] ** 2
+        added = s_noise * noise_scale(t, h, stretch)
         noise = added * run.noise() if added > 0.0 else 0.0 * x
+        begun = None
         if corrector_order:
             most = min(corrector_order, run.steps - i + 1) if lower_final else corrector_order
             usable = sum(level.alpha > 0.0 for level in older.levels)
@@ -77,25 +78,30 @@ def sa_solver(
                     "the last steps come down to order 1" if nodes == most else f"{usable} model evaluations are known"
                 )
                 run.note(f"the corrector of step {i} has order {nodes} instead of {corrector_order}: {why}")
-            correct = x, s, strengths[i], noise, nodes
-        x = _adams(x, history.levels[:order], history.values[:order], s, t, strengths[i], noise, simple)
+            through = [t, *older.levels][:nodes]
+            weight, *known = _weights(through, s, t, 1.0 + stretch, simple)
+            # all of the next correction but D at t: one register carries it, and the draw is made once
+            begun = run.keep(_adams(x, known, older.values, s, t, stretch) + noise), t.alpha * weight
+        known = _weights(history.levels[:order], s, t, 1.0 + stretch, simple)
+        x = _adams(x, known, history.values, s, t, stretch) + noise
     return x
 
 
-def _adams(
-    x: Lin, levels: list[Level], values: list[Lin], s: Level, t: Level, tau: float, noise: Lin, simple: bool
-) -> Lin:
-    """From x at s to t with the polynomial through the values, one of which may be at t."""
-    h, k = half_log_snr_step(s, t), 1.0 + tau**2
+def _adams(x: Lin, weights: Sequence[float], values: Sequence[Lin], s: Level, t: Level, stretch: float) -> Lin:
+    """From x at s to t by the newest values with these weights."""
+    combined = sum((w * value for w, value in zip(weights, values, strict=False)), 0.0 * x)
+    return exponential_step(x, combined, s, t, 1.0, stretch)
+
+
+def _weights(levels: Sequence[Level], s: Level, t: Level, k: float, simple: bool) -> list[float]:
+    """int k e^(k (lambda - lambda_t)) L_j dlambda over the step, L_j of the polynomial through these levels."""
+    h = half_log_snr_step(s, t)
     if simple and len(levels) == 2 and math.isfinite(h):
         # the weight of the value that is not at s: exact to O(h^3) only
         (other,) = (j for j, level in enumerate(levels) if level != s)
         part = 0.5 * k * h if levels[other] == t else 0.5 * k * h**2 / (levels[other].lam - s.lam)
-        weights = [phi(k * h) - part, part] if other == 1 else [part, phi(k * h) - part]
-    else:
-        weights = exponential_weights([level.lam - t.lam for level in levels], h, k)
-    combined = sum((w * value for w, value in zip(weights, values, strict=True)), 0.0 * values[0])
-    return exponential_step(x, combined, s, t, 1.0, tau**2) + noise
+        return [phi(k * h) - part, part] if other == 1 else [part, phi(k * h) - part]
+    return exponential_weights([level.lam - t.lam for level in levels], h, k)
 
 
 def _strengths(run: Run, tau: float, low: float, high: float, taus: Sequence[float] | None) -> list[float]:

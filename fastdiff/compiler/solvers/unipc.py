@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
@@ -28,38 +29,40 @@ def unipc(
     check_order("unipc", order, 4)
     check_choice("unipc", "variant", variant, ("bh1", "bh2"))
     history = History(run, order, lower_final=lower_final)
-    made, base, start = 0, x, run.levels[0]
+    begun: tuple[Lin, float] | None = None
     for i, s, t in run.intervals():
         denoised = run.denoise(x, s)
         if t.sigma == 0.0:
             history.order(i, t)
             return t.alpha * denoised
-        if corrector and made and (variant == "bh2" or start.alpha > 0.0):
-            x = run.keep(_step(base, history, made, start, s, variant, denoised))
+        if begun is not None:
+            rest, weight = begun
+            x = rest + weight * denoised
         history.add(s, denoised)
-        made, base, start = history.order(i, t), x, s
-        x = _step(base, history, made, s, t, variant, None)
+        made = history.order(i, t)
+        begun = None
+        if corrector and (variant == "bh2" or s.alpha > 0.0):
+            weight, *known = _weights(history.levels[:made], s, t, variant, corrects=True)
+            # all of the next correction but D at t, so that one register carries what several would
+            begun = run.keep(_step(x, known, history, s, t)), t.alpha * weight
+        x = _step(x, _weights(history.levels[:made], s, t, variant, corrects=False), history, s, t)
     return x
 
 
-def _step(x: Lin, history: History, order: int, s: Level, t: Level, variant: str, found: Lin | None) -> Lin:
-    """From x at s to t by the last `order` values, and by `found` at t in the corrector."""
-    h = half_log_snr_step(s, t)
-    levels, values = history.levels[:order], history.values[:order]
-    if found is not None and order > 1:
-        levels, values = [t, *levels], [found, *values]
-    if order == 1:
-        combined = phi(h) * values[0]
-        if found is not None:
-            combined = combined + _half(variant, h) * (found - values[0])
-    elif order == 2 and found is None:
-        r = half_log_snr_step(levels[1], levels[0]) / h
-        combined = phi(h) * values[0] + (_half(variant, h) / r) * (values[0] - values[1])
-    else:
-        weights = exponential_weights([level.lam - t.lam for level in levels], h)
-        combined = sum((w * value for w, value in zip(weights, values, strict=True)), 0.0 * values[0])
+def _step(x: Lin, weights: Sequence[float], history: History, s: Level, t: Level) -> Lin:
+    """From x at s to t by the newest values with these weights."""
+    combined = sum((w * value for w, value in zip(weights, history.values, strict=False)), 0.0 * x)
     return exponential_step(x, combined, s, t, 1.0)
 
 
-def _half(variant: str, h: float) -> float:
-    return 0.5 * (phi(h) if variant == "bh2" or math.isinf(h) else h)
+def _weights(levels: Sequence[Level], s: Level, t: Level, variant: str, corrects: bool) -> list[float]:
+    """Of the values at these levels, newest first; in the corrector that of the value at t before them."""
+    h, order = half_log_snr_step(s, t), len(levels)
+    half = 0.5 * (phi(h) if variant == "bh2" or math.isinf(h) else h)
+    if order == 1:
+        return [half, phi(h) - half] if corrects else [phi(h)]
+    if order == 2 and not corrects:
+        ahead = half * h / half_log_snr_step(levels[1], levels[0])
+        return [phi(h) + ahead, -ahead]
+    through = [t, *levels] if corrects else levels
+    return exponential_weights([level.lam - t.lam for level in through], h)

@@ -1,0 +1,141 @@
+"""What a sampler costs beside its network: one row between two evaluations and nothing else, and a plan in no time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from solver_cases import CASES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiff as fd
+from fastdiff.engine import ops
+
+BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
+SCHEDULES = ("edm", "linear", "rectified_flow")
+SHAPE = (2, 3, 8, 8)
+PLAN_SECONDS = 0.05
+
+
+class Traffic(TorchDispatchMode):
+    """Torch operations and rows since the network was left, listed when it is entered again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between: list[list[str]] = []
+        self._now: list[str] = []
+        self._in_row = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._in_row:
+            self._now.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def enter_network(self) -> None:
+        self.between.append(self._now)
+
+    def leave_network(self) -> None:
+        self._now = []
+
+    def counting_rows(self, bind: Callable[..., Callable[[Tensor], None]]) -> Callable[..., Callable[[Tensor], None]]:
+        """`ops.bind`, its steps noted as "row" whatever the executor does in them."""
+
+        def bound(*arguments: Any) -> Callable[[Tensor], None]:
+            step = bind(*arguments)
+
+            def row(model_out: Tensor) -> None:
+                self._now.append("row")
+                self._in_row = True
+                step(model_out)
+                self._in_row = False
+
+            return row
+
+        return bound
+
+
+def schedule_for(solver: str, **options: Any) -> str:
+    """The first schedule the solver is defined on."""
+    for schedule in SCHEDULES:
+        try:
+            fd.plan(solver, schedule, 4, **options)
+        except ValueError:
+            continue
+        return schedule
+    raise AssertionError(f"{solver} works on none of {SCHEDULES}")
+
+
+def traffic_of(
+    solver: str, backend: str, patch: pytest.MonkeyPatch, copies: int = 1, **arguments: Any
+) -> tuple[list[list[str]], fd.Plan]:
+    """What happens between the evaluations of a second run, when the buffers and the table are there."""
+    seen = Traffic()
+    output = torch.zeros(copies * SHAPE[0], *SHAPE[1:])
+
+    def net(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        seen.enter_network()
+        seen.leave_network()
+        return output
+
+    patch.setattr(ops, "bind", seen.counting_rows(ops.bind))
+    plan = fd.plan(solver, schedule_for(solver), 6)
+    sampler = fd.Sampler(plan, fd.Denoiser(net, plan.schedule, "x0"), backend)
+    sampler.sample(SHAPE, **arguments)
+    seen.between.clear()
+    with seen:
+        sampler.sample(SHAPE, **arguments)
+    return seen.between[1:], plan
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", fd.solvers.names())
+def test_no_solver_runs_more_than_its_row_between_two_evaluations(
+    solver: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between, plan = traffic_of(solver, backend, monkeypatch)
+    assert between == [["row"]] * (plan.nfe - 1)
+    assert plan.nfe > 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neither_does_noise_on_a_path_or_guidance(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    between, plan = traffic_of("dpmpp_2m_sde", backend, monkeypatch, noise="brownian")
+    assert between == [["row"]] * (plan.nfe - 1)
+    labels = {"y": torch.zeros(SHAPE[0])}
+    between, plan = traffic_of("unipc", backend, monkeypatch, 2, cond=labels, uncond=labels, guidance=2.0)
+    assert between == [["row"]] * (plan.nfe - 1)
+
+
+def test_an_operation_between_two_evaluations_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count itself: a callback's operation is one more on every row."""
+    between, plan = traffic_of("ddim", BACKENDS[0], monkeypatch, callback=lambda at: at.state.sum())
+    extra = [row.count("aten.sum.default") for row in between]
+    assert extra == [1] * (plan.nfe - 1)
+
+
+def test_a_plan_of_fifty_steps_takes_less_than_fifty_milliseconds() -> None:
+    """Every solver on every schedule, then with the options of its cases; the best of three if need be."""
+    every: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [(name, {}, SCHEDULES) for name in fd.solvers.names()]
+    every += [(case.solver, case.options, (schedule_for(case.solver, **case.options),)) for case in CASES]
+    times: dict[str, float] = {}
+    for solver, options, schedules in every:
+        for schedule in schedules:
+            try:
+                fd.plan(solver, schedule, 4, **options)
+            except ValueError:
+                continue  # not defined on this schedule
+            name = " ".join([solver, *map(str, options.values()), "on", schedule])
+            for _ in range(3):
+                before = time.process_time()
+                fd.plan(solver, schedule, 50, **options)
+                times[name] = min(times.get(name, math.inf), time.process_time() - before)
+                if times[name] < PLAN_SECONDS:
+                    break
+    slowest = sorted(times, key=times.__getitem__, reverse=True)[:3]
+    print("slowest: " + ", ".join(f"{name} {1e3 * times[name]:.1f} ms" for name in slowest))
+    assert times[slowest[0]] < PLAN_SECONDS, slowest[0]
