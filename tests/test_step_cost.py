@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
-from fastdiff.engine import ops
+from fastdiff.engine import buffers, ops
 
 BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 SCHEDULES = ("edm", "linear", "rectified_flow")
@@ -42,19 +42,19 @@ class Traffic(TorchDispatchMode):
     def leave_network(self) -> None:
         self._now = []
 
-    def counting_rows(self, bind: Callable[..., Callable[[Tensor], None]]) -> Callable[..., Callable[[Tensor], None]]:
-        """`ops.bind`, its steps noted as "row" whatever the executor does in them."""
+    def counting(self, bind: Callable[..., ops.Step], name: str) -> Callable[..., ops.Step]:
+        """`ops.bind` or `guide.bind`, its steps noted by name whatever the executor does in them."""
 
-        def bound(*arguments: Any) -> Callable[[Tensor], None]:
+        def bound(*arguments: Any) -> ops.Step:
             step = bind(*arguments)
 
-            def row(model_out: Tensor) -> None:
-                self._now.append("row")
+            def run(*outputs: Tensor | None) -> None:
+                self._now.append(name)
                 self._in_row = True
-                step(model_out)
+                step(*outputs)
                 self._in_row = False
 
-            return row
+            return run
 
         return bound
 
@@ -82,9 +82,11 @@ def traffic_of(
         seen.leave_network()
         return output
 
-    patch.setattr(ops, "bind", seen.counting_rows(ops.bind))
+    patch.setattr(ops, "bind", seen.counting(ops.bind, "row"))
+    patch.setattr(buffers, "bind_guide", seen.counting(buffers.bind_guide, "reduction"))
     plan = fd.plan(solver, schedule_for(solver), 6)
     sampler = fd.Sampler(plan, fd.Denoiser(net, plan.schedule, "x0"), backend)
+    arguments |= {"given": {name: torch.zeros(SHAPE) for name in plan.given}}
     sampler.sample(SHAPE, **arguments)
     seen.between.clear()
     with seen:
@@ -93,7 +95,7 @@ def traffic_of(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", fd.solvers.names())
+@pytest.mark.parametrize("solver", [name for name in fd.solvers.names() if not fd.solvers.get(name).adaptive])
 def test_no_solver_runs_more_than_its_row_between_two_evaluations(
     solver: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,25 @@ def test_neither_does_noise_on_a_path_or_guidance(backend: str, monkeypatch: pyt
     labels = {"y": torch.zeros(SHAPE[0])}
     between, plan = traffic_of("unipc", backend, monkeypatch, 2, cond=labels, uncond=labels, guidance=2.0)
     assert between == [["row"]] * (plan.nfe - 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": fd.guidance.Rescale(0.7)},
+        {"rule": fd.guidance.APG(0.3, -0.5, 2.0)},
+        {"rule": fd.guidance.CFGZero(1)},
+        {"threshold": fd.guidance.DynamicThreshold(0.99)},
+        {"rule": fd.guidance.Rescale(0.7), "threshold": fd.guidance.DynamicThreshold(0.99)},
+    ],
+    ids=str,
+)
+def test_a_rule_adds_one_reduction(backend: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = {"y": torch.zeros(SHAPE[0])}
+    guided = {"cond": labels, "uncond": labels, "guidance": 2.0}
+    between, plan = traffic_of("dpmpp_2m", backend, monkeypatch, 2, **guided, **rule)
+    assert between == [["reduction", "row"]] * (plan.nfe - 1)
 
 
 def test_an_operation_between_two_evaluations_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
