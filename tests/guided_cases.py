@@ -101,7 +101,8 @@ def in_double(
         return combine(ask(model, count - 1, torch.from_numpy(x), level)).numpy()
 
     start = start_of(plan) if init is None else init.double()
-    end = execute(plan, denoise, start.numpy(), None if draws is None else lambda i, _: draws[i].double().numpy())
+    normal = None if draws is None else lambda i, _: draws[i].double().numpy()
+    end = execute(plan, denoise, start.numpy(), normal, dict.fromkeys(plan.given, 0.0))
     assert count == plan.nfe
     return torch.from_numpy(end)
 

@@ -163,9 +163,10 @@ def test_cfg_pp_with_equal_branches_draws_the_plain_sample(solver: str, backend:
     init = 0.5 * torch.randn(SHAPE, generator=generator) if fd.solvers.get(solver).upward else None
     draws = torch.randn(plain.draws, *SHAPE, generator=generator)
     exact = in_double(plain, model, lambda at: at.cond, draws, init)
-    expected = fd.Sampler(plain, model, backend).sample(SHAPE, init=init, noise=draws, cond=cond)
+    run = {"init": init, "noise": draws, "cond": cond, "given": {name: torch.zeros(SHAPE) for name in plain.given}}
+    expected = fd.Sampler(plain, model, backend).sample(SHAPE, **run)
     sizes.clear()
-    ours = fd.Sampler(moved, model, backend).sample(SHAPE, init=init, noise=draws, cond=cond, uncond=cond, guidance=0.7)
+    ours = fd.Sampler(moved, model, backend).sample(SHAPE, **run, uncond=cond, guidance=0.7)
     assert sizes == [2 * SHAPE[0]] * plain.nfe
     assert error(ours, exact) < 2 * error(expected, exact) + 1e-6
 

@@ -99,7 +99,7 @@ def plus_plus(plan: Plan) -> Plan:
 
 def _carried(plan: Plan) -> NDArray[np.float64]:
     """[moves, states]: how a unit added to the state that row i writes is felt in each later state, D and z held."""
-    registers = {plan.rows[0].x: np.zeros(plan.nfe)}
+    registers = {register: np.zeros(plan.nfe) for register in (plan.rows[0].x, *plan.given.values())}
     states = []
     for i, row in enumerate(plan.rows):
         x = registers[row.x]

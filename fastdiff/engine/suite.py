@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.compiler import layout
+from fastdiff.compiler import layout, solvers
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.verify import GIVEN, execute, verify
@@ -87,9 +87,15 @@ def trials(solver: str, **options: Any) -> list[Trial]:
     `outcome = trial.run(); assert outcome.ok, outcome.sentence`. Raises ValueError for an unknown name, and where the
     sampler runs on no schedule at all.
     """
+    if solvers.get(solver).adaptive:
+        raise ValueError(
+            f"{solver} chooses its steps while it runs and the suite is of tables; see fd.plan(...).verify()"
+        )
     schedule, grid = home(solver, options)
     found = [Trial(solver, options, name, grid) for name in processes()]
     for name in grids.names():
+        if name == "gits":
+            continue  # measured on a network, it is no grid of a schedule's own
         where = _schedule_for(name, schedule)
         if (where, name) != (schedule, grid):
             found.append(Trial(solver, options, where, name))
