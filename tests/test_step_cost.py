@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
+from fastdiff.compiler import solvers
 from fastdiff.engine import buffers, ops
 
+ADAPTIVE = [name for name in fd.solvers.names() if solvers.get(name).adaptive]
+FIXED = [name for name in fd.solvers.names() if name not in ADAPTIVE]
 BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 SCHEDULES = ("edm", "linear", "rectified_flow")
 SHAPE = (2, 3, 8, 8)
@@ -42,19 +45,19 @@ class Traffic(TorchDispatchMode):
     def leave_network(self) -> None:
         self._now = []
 
-    def counting(self, bind: Callable[..., ops.Step], name: str) -> Callable[..., ops.Step]:
-        """`ops.bind` or `guide.bind`, its steps noted by name whatever the executor does in them."""
+    def counting(self, name: str, bind: Callable[..., ops.Step]) -> Callable[..., ops.Step]:
+        """A function that binds an op of ours, whose calls are noted by name whatever the executor does in them."""
 
         def bound(*arguments: Any) -> ops.Step:
             step = bind(*arguments)
 
-            def run(*outputs: Tensor | None) -> None:
+            def call(*outputs: Any) -> None:
                 self._now.append(name)
                 self._in_row = True
                 step(*outputs)
                 self._in_row = False
 
-            return run
+            return call
 
         return bound
 
@@ -72,7 +75,7 @@ def schedule_for(solver: str, **options: Any) -> str:
 
 def traffic_of(
     solver: str, backend: str, patch: pytest.MonkeyPatch, copies: int = 1, **arguments: Any
-) -> tuple[list[list[str]], fd.Plan]:
+) -> tuple[list[list[str]], fd.Sampler]:
     """What happens between the evaluations of a second run, when the buffers and the table are there."""
     seen = Traffic()
     output = torch.zeros(copies * SHAPE[0], *SHAPE[1:])
@@ -82,8 +85,8 @@ def traffic_of(
         seen.leave_network()
         return output
 
-    patch.setattr(ops, "bind", seen.counting(ops.bind, "row"))
-    patch.setattr(buffers, "bind_guide", seen.counting(buffers.bind_guide, "reduction"))
+    patch.setattr(ops, "bind", seen.counting("row", ops.bind))
+    patch.setattr(buffers, "bind_guide", seen.counting("reduction", buffers.bind_guide))
     plan = fd.plan(solver, schedule_for(solver), 6)
     sampler = fd.Sampler(plan, fd.Denoiser(net, plan.schedule, "x0"), backend)
     arguments |= {"given": {name: torch.zeros(SHAPE) for name in plan.given}}
@@ -91,26 +94,43 @@ def traffic_of(
     seen.between.clear()
     with seen:
         sampler.sample(SHAPE, **arguments)
-    return seen.between[1:], plan
+    return seen.between[1:], sampler
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", [name for name in fd.solvers.names() if not fd.solvers.get(name).adaptive])
+@pytest.mark.parametrize("solver", FIXED)
 def test_no_solver_runs_more_than_its_row_between_two_evaluations(
     solver: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    between, plan = traffic_of(solver, backend, monkeypatch)
-    assert between == [["row"]] * (plan.nfe - 1)
-    assert plan.nfe > 1
+    between, sampler = traffic_of(solver, backend, monkeypatch)
+    assert between == [["row"]] * (sampler.plan.nfe - 1)
+    assert sampler.plan.nfe > 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_an_adaptive_solver_does_more_only_where_it_decides(
+    solver: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a trial step a row and nothing else; after it the error is measured, and one row accepts or rejects."""
+    between, sampler = traffic_of(solver, backend, monkeypatch)
+    assert sampler.last_run is not None and sampler.last_run.adaptive is not None
+    counts = sampler.last_run.adaptive
+    trials = max(a + r for a, r in zip(counts.accepted, counts.rejected, strict=True))
+    # a select is a view of a register, which runs nothing
+    decisions = [gap for gap in between if [name for name in gap if name != "aten.select.int"] != ["row"]]
+    assert len(between) == sampler.last_run.nfe - 1
+    assert 0 < len(decisions) <= trials + 1 < len(between)
+    assert all(gap.count("row") <= 2 for gap in decisions)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_neither_does_noise_on_a_path_or_guidance(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    between, plan = traffic_of("dpmpp_2m_sde", backend, monkeypatch, noise="brownian")
-    assert between == [["row"]] * (plan.nfe - 1)
+    between, sampler = traffic_of("dpmpp_2m_sde", backend, monkeypatch, noise="brownian")
+    assert between == [["row"]] * (sampler.plan.nfe - 1)
     labels = {"y": torch.zeros(SHAPE[0])}
-    between, plan = traffic_of("unipc", backend, monkeypatch, 2, cond=labels, uncond=labels, guidance=2.0)
-    assert between == [["row"]] * (plan.nfe - 1)
+    between, sampler = traffic_of("unipc", backend, monkeypatch, 2, cond=labels, uncond=labels, guidance=2.0)
+    assert between == [["row"]] * (sampler.plan.nfe - 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,18 +145,18 @@ def test_neither_does_noise_on_a_path_or_guidance(backend: str, monkeypatch: pyt
     ],
     ids=str,
 )
-def test_a_rule_adds_one_reduction(backend: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guidance_rule_is_one_reduction(backend: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     labels = {"y": torch.zeros(SHAPE[0])}
     guided = {"cond": labels, "uncond": labels, "guidance": 2.0}
-    between, plan = traffic_of("dpmpp_2m", backend, monkeypatch, 2, **guided, **rule)
-    assert between == [["reduction", "row"]] * (plan.nfe - 1)
+    between, sampler = traffic_of("dpmpp_2m", backend, monkeypatch, 2, **guided, **rule)
+    assert between == [["reduction", "row"]] * (sampler.plan.nfe - 1)
 
 
 def test_an_operation_between_two_evaluations_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The count itself: a callback's operation is one more on every row."""
-    between, plan = traffic_of("ddim", BACKENDS[0], monkeypatch, callback=lambda at: at.state.sum())
+    between, sampler = traffic_of("ddim", BACKENDS[0], monkeypatch, callback=lambda at: at.state.sum())
     extra = [row.count("aten.sum.default") for row in between]
-    assert extra == [1] * (plan.nfe - 1)
+    assert extra == [1] * (sampler.plan.nfe - 1)
 
 
 def test_a_plan_of_fifty_steps_takes_less_than_fifty_milliseconds() -> None:
