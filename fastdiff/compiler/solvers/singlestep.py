@@ -66,13 +66,14 @@ def dpmsolver(
     return multistep(run, x, order, k=-1.0, correction=correction, curvature=curvature, lower_final=lower_final)
 
 
-@solver("dpm_fast", order=2, denoises={"denoise": True})
-def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
+@solver("dpm_fast", order=2, exact_marginal={"s_noise": 1.0}, denoises={"denoise": True})
+def dpm_fast(run: Run, x: Lin, denoise: bool = True, eta: float = 0.0, s_noise: float = 1.0) -> Lin:
     """DPM-Solver-fast (Lu et al. 2022a, section 3.4): singlestep orders 3, 3, ..., and what is left, in `steps` calls.
 
     The grid gives the two ends and the number of evaluations; the levels between are uniform in lambda. denoise: the
     last evaluation is x' = D at the last noisy level; False spends all of them on the way there and ends there, as
-    k-diffusion does.
+    k-diffusion does. eta: every block goes to the lower level of an ancestral split, not below the last noisy level,
+    and noise brings it up again.
     """
     top, bottom, final = run.levels[0], run.levels[-2], run.levels[-1]
     evaluations = run.steps - 1 if denoise else run.steps
@@ -89,7 +90,11 @@ def dpm_fast(run: Run, x: Lin, denoise: bool = True) -> Lin:
     orders = orders if evaluations else []
     ends = [run.level_between(top, bottom, i / len(orders)) for i in range(1, len(orders))]
     for s, t, order in zip([top, *ends], [*ends, bottom], orders, strict=False):
-        x = _singlestep(run, x, s, t, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        down = run.level_from_rho(max(ancestral_split(s, t, eta)[0], bottom.rho)) if eta > 0.0 else t
+        x = _singlestep(run, x, s, down, ((), (0.5,), (1.0 / 3.0, 2.0 / 3.0))[order - 1], k=-1.0)
+        added = math.sqrt(max(0.0, t.rho**2 - down.rho**2)) if down is not t else 0.0
+        if added * s_noise > 0.0:
+            x = (t.alpha / down.alpha) * x + (s_noise * t.alpha * added) * run.noise()
     return final.alpha * run.denoise(x, bottom) if denoise else (final.alpha / bottom.alpha) * x
 
 
