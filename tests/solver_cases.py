@@ -69,6 +69,7 @@ CASES = [
     Case("dpmpp_2s", {"flavor": "diffusers"}, 2),
     Case("dpmpp_3s", {"flavor": "diffusers"}, None),
     Case("dpm_fast", {}, None),
+    Case("dpm_fast", {"eta": 0.7}, None),
     Case("exp_heun_2_x0", {}, 2, two),
     Case("exp_heun_2_x0", {"eta": 1.0}, 2, two),
     Case("seeds_2", {}, 2, two),

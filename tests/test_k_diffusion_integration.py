@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import k_diffusion_modules
@@ -364,6 +366,33 @@ def test_layouts(theirs: Any, name: str, layout: str) -> None:
     assert apart(*ends) < TOLERANCE
 
 
+def test_sigma_written_by_a_model_stays_in_its_run() -> None:
+    """What a model is shown is kept from run to run, unless one wrote into it."""
+
+    def writing(x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = model(x, sigma)
+        sigma.zero_()
+        return denoised
+
+    ends = [run(K.sample_dpmpp_2m, f, start(), sigmas_of(5))[0] for f in (model, writing, model, writing)]
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
+def test_gradients_inside_a_model(theirs: Any) -> None:
+    """Guidance by a gradient, as programs write it: torch.enable_grad around their own leaf, or around x itself."""
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x.requires_grad_()
+            denoised = model(x, sigma)
+            (slope,) = torch.autograd.grad(denoised.square().sum(), x)
+        return denoised - 0.01 * slope
+
+    for name in ("sample_euler_ancestral", "sample_dpmpp_2m"):
+        ends = [run(getattr(lib, name), guided, start(), sigmas_of(5))[0] for lib in (K, theirs)]
+        assert apart(*ends) < TOLERANCE and not ends[0].requires_grad
+
+
 def test_input_is_left_alone_and_result_is_new() -> None:
     x = start()
     before = x.clone()
@@ -507,8 +536,10 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("sample_euler", {"sigmas": torch.tensor([1.0, 2.0]), "s_churn": 1.0}, ValueError, "descending"),
     ("sample_euler", {"sigmas": torch.tensor([float("nan"), 0.0])}, ValueError, "finite"),
     ("sample_euler", {"sigmas": torch.tensor([1.0, -1.0])}, ValueError, ">= 0, got 1, -1"),
-    ("sample_euler", {"sigmas": torch.ones(2, 3)}, ValueError, r"\[steps \+ 1\], got \(2, 3\)"),
-    ("sample_euler", {"sigmas": [1.0, 0.0]}, ValueError, "must be a tensor"),
+    ("sample_euler", {"sigmas": torch.ones(2, 3)}, ValueError, r"\[steps \+ 1\], got torch.float32 \(2, 3\)"),
+    ("sample_euler", {"sigmas": [1.0, 0.0]}, ValueError, "must be a floating-point tensor"),
+    ("sample_euler", {"sigmas": torch.tensor([3, 0])}, ValueError, "got torch.int64"),
+    ("sample_euler_ancestral", {"eta": torch.tensor(1.0)}, ValueError, "eta is an amount of noise"),
     ("sample_euler", {"x": torch.ones(2, 3, dtype=torch.float64)}, ValueError, "float32, float16 or bfloat16"),
     ("sample_euler", {"x": torch.ones(2, 3, dtype=torch.long)}, ValueError, "got torch.int64"),
     ("sample_euler", {"x": torch.ones(3)}, ValueError, r"\[batch, \*sample\]"),
@@ -733,6 +764,20 @@ class Test_patch:
             K.patch()
         with pytest.raises(TypeError, match="module must be a module"):
             K.patch("k_diffusion.sampling")  # type: ignore[arg-type]
+
+
+def test_page(theirs: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/k_diffusion.md: its Python runs as it stands, its table has every function, its tests exist."""
+    text = (root / "docs" / "k_diffusion.md").read_text()
+    torch.manual_seed(0)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
+    printed = capsys.readouterr().out
+    assert "5 0.10" in printed and "('sample_dpm_2', " in printed
+    lines = re.findall(r"^\| `(sample_\w+)` \| (\S+) \| the same \|", text, re.M)
+    assert [name for name, _ in lines] == TABLES
+    assert all(float(difference) <= TOLERANCE for _, difference in lines)
+    for words in re.findall(r"`pytest -k (\w+)`", text):
+        assert f"def test_{words}" in Path(__file__).read_text(), words
 
 
 @pytest.mark.parametrize("name", ALL)

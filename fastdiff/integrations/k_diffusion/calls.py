@@ -37,9 +37,9 @@ class Call(NamedTuple):
 
 def on_sigmas(name: str, call: Call, sigmas: Tensor, **options: Any) -> Tensor:
     """sample_{name} on sigmas [steps + 1]."""
-    if not isinstance(sigmas, Tensor) or sigmas.dim() != 1:
-        got = tuple(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
-        raise Refused(f"sample_{name}: sigmas must be a tensor [steps + 1], got {got}")
+    if not isinstance(sigmas, Tensor) or sigmas.dim() != 1 or not sigmas.is_floating_point():
+        got = f"{sigmas.dtype} {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise Refused(f"sample_{name}: sigmas must be a floating-point tensor [steps + 1], got {got}")
     loop.check_state(name, call.x)
     if len(sigmas) < 2:
         return call.x  # no step to make, as in k-diffusion

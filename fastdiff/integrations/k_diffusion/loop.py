@@ -50,6 +50,7 @@ class Memory:
         self.registers = list(self.state.unbind())
         self.slot = self.noise[0]
         self._steps: OrderedDict[Any, tuple[ops.Step, Recipe]] = OrderedDict()
+        self._sigmas: OrderedDict[Any, tuple[Tensor, tuple[Tensor, ...], Recipe]] = OrderedDict()
 
     def step(self, recipe: Recipe, like: Tensor, external: bool) -> ops.Step:
         """The row op on this recipe's table, for model outputs of this dtype; bound at its first use."""
@@ -60,6 +61,18 @@ class Memory:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
         return self._steps[key][0]
+
+    def sigmas(self, recipe: Recipe, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What each model call is shown, [B]; made anew where a model has written into the last run's."""
+        key = (id(recipe), dtype)
+        if key not in self._sigmas or self._sigmas[key][0]._version:
+            with torch.inference_mode(False):
+                table = torch.tensor(recipe.sigma, dtype=dtype, device=self.state.device)
+                table = table.unsqueeze(1).expand(-1, self.key[0][0]).contiguous()
+                self._sigmas[key] = (table, table.unbind(), recipe)
+            if len(self._sigmas) > KEPT_STEPS:
+                self._sigmas.popitem(last=False)
+        return self._sigmas[key][1]
 
     def _bind(self, recipe: Recipe, like: Tensor, external: bool) -> ops.Step:
         packed, device = recipe.external if external else recipe.packed, self.state.device
@@ -146,7 +159,7 @@ def run(
         plan, dtype, slot = recipe.plan, x.dtype, memory.slot
         slope_first = recipe.name in SLOPE_FIRST
         external = draw is not None and any(recipe.used)
-        sigmas = torch.tensor(recipe.sigma, dtype=dtype, device=x.device).unsqueeze(1).repeat(1, x.shape[0]).unbind()
+        sigmas = memory.sigmas(recipe, dtype)
         if seeds is not None:
             memory.seed.copy_(seeds)
         memory.registers[plan.rows[0].x].copy_(x)
@@ -156,7 +169,7 @@ def run(
         if recipe.opens:
             memory.step(recipe, memory.state[0], external)(memory.state[0])
         copy = _copy_for_versions if torch.is_inference_mode_enabled() else _copy
-        steps: dict[torch.dtype, ops.Step] = {}
+        model_dtype: torch.dtype | None = None
         for r, row in enumerate(plan.rows[1:]):
             begins = recipe.first[r]
             if begins is not None and on_step is not None:
@@ -180,21 +193,20 @@ def run(
                     state.copy_(shown)
             if draw is not None and drawn[r + 1]:
                 draw(slot)
-            step = steps.get(taken.dtype)
-            if step is None:
-                step = steps[taken.dtype] = memory.step(recipe, taken, external)
+            if taken.dtype is not model_dtype:
+                step, model_dtype = memory.step(recipe, taken, external), taken.dtype
             step(taken)
         return memory.registers[plan.result].to(dtype, copy=True)
 
 
 def _copy(state: Tensor, dtype: torch.dtype) -> Tensor:
-    return state.to(dtype, copy=True)
+    return state.clone() if dtype == torch.float32 else state.to(dtype)
 
 
 def _copy_for_versions(state: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy that knows when it is written to, which tensors made in inference mode do not."""
     with torch.inference_mode(False):
-        return state.to(dtype, copy=True)
+        return _copy(state, dtype)
 
 
 def _taken(denoised: Any, x: Tensor, recipe: Recipe, r: int, layout: torch.memory_format) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,7 @@ def dpm_fast(sigma_min: float, sigma_max: float, n: int, options: tuple[tuple[st
     _check_options("dpm_fast", given)
     if not 0.0 < sigma_min < sigma_max < math.inf:
         raise Refused(f"sample_dpm_fast: expected 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
         raise Refused(f"sample_dpm_fast: n is a number of model calls, at least 1, got {n!r}")
     if n == 1:  # one step of order 1 from end to end, where eta has no room
         ends = [Level(1.0, sigma, sigma) for sigma in (sigma_max, sigma_min)]
@@ -163,7 +164,7 @@ def _gamma(sigma: float, steps: int, options: Mapping[str, Any]) -> float:
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     for key in ("eta", "s_churn", "s_noise"):
         value = options.get(key, 0.0)
-        if not (isinstance(value, int | float) and 0.0 <= value < math.inf):
+        if not (isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf):
             raise Refused(f"sample_{name}: {key} is an amount of noise, a finite number >= 0, got {value!r}")
     if options.get("solver_type", "heun") not in ("heun", "midpoint"):
         raise Refused(f"sample_{name}: solver_type must be 'heun' or 'midpoint', got {options['solver_type']!r}")
