@@ -117,7 +117,11 @@ def _run(
     else:
         draw = _source(recipe, call, ends, sigmas, extra_args, any(drawn))
     callback = None if call.callback is None else tell
-    return loop.run(recipe, call.model, call.x, extra_args, callback, draw, drawn, seeds, on_step, on_call)
+    try:
+        return loop.run(recipe, call.model, call.x, extra_args, callback, draw, drawn, seeds, on_step, on_call)
+    except Refused as refused:
+        refused.inside = True
+        raise
 
 
 def _source(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine import backends, ops
+from fastdiff.errors import BackendUnavailable
 from fastdiff.integrations.k_diffusion.tables import SLOPE_FIRST, Recipe, Refused
 
 Model = Callable[..., Tensor]
@@ -124,7 +125,7 @@ def clear() -> None:
 
 
 def check_state(name: str, x: Tensor) -> None:
-    """Refused, or BackendUnavailable, unless a run can start from x."""
+    """Refused unless a run can start from x."""
     if not isinstance(x, Tensor) or x.dtype not in ops.MODEL_DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise Refused(
@@ -132,7 +133,10 @@ def check_state(name: str, x: Tensor) -> None:
         )
     if x.dim() < 2 or not x.numel():
         raise Refused(f"sample_{name}: x must be [batch, *sample] with at least one element, got {tuple(x.shape)}")
-    backends.choose(x.device)
+    try:
+        backends.choose(x.device)
+    except BackendUnavailable as missing:
+        raise Refused(f"sample_{name}: {missing}") from missing
 
 
 def run(

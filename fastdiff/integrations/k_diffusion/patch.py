@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.errors import BackendUnavailable
 from fastdiff.integrations.k_diffusion import functions
 from fastdiff.integrations.k_diffusion.noise import Host
 from fastdiff.integrations.k_diffusion.tables import Refused
@@ -105,15 +104,12 @@ def _original(function: Any) -> Any:
 
 
 def _replacement(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], host: Host) -> Callable[..., Tensor]:
-    signature = inspect.signature(ours)
-
     @functools.wraps(theirs)
     def sample(*args: Any, **kwargs: Any) -> Tensor:
         try:
             return ours(*args, **kwargs, host=host)
-        except (Refused, BackendUnavailable) as refused:
-            bound = signature.bind(*args, **kwargs).arguments
-            if bound.get("seed") is not None:
+        except Refused as refused:
+            if refused.inside or kwargs.get("seed") is not None:
                 raise
             warnings.warn(f"{refused}. The module's own {theirs.__name__} runs instead", stacklevel=2)
         return theirs(*args, **kwargs)

@@ -33,7 +33,12 @@ _RENAMED = {"solver_type": "correction"}
 
 
 class Refused(ValueError):
-    """Arguments the table form does not cover; raised before the model is called and before anything is drawn."""
+    """Arguments the table form does not cover; raised before the model is called and before anything is drawn.
+
+    inside: it comes from a sampler that the model itself called.
+    """
+
+    inside = False
 
 
 @dataclass(frozen=True)
