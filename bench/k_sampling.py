@@ -1,4 +1,4 @@
-"""Time outside the network: k-diffusion's functions and ours, one call, microseconds a step.
+"""Time outside the network: k-diffusion's functions and ours, microseconds a model call.
 
     python bench/k_sampling.py                 # k-diffusion must be installed: pip install --no-deps k-diffusion
     python bench/k_sampling.py --batch 16 --threads 2 --device cuda
@@ -55,7 +55,7 @@ def main() -> int:
     x = 14.6 * torch.randn(shape, device=device)
     sigmas = theirs.get_sigmas_karras(STEPS, 0.03, 14.6, device=str(device))
     print(
-        f"{torch.__version__}, {device}, {options.threads} threads, {shape}, {STEPS} steps; µs a step, network excluded"
+        f"{torch.__version__}, {device}, {options.threads} threads, {shape}, {STEPS} steps; µs a model call, without it"
     )
     print(f"{'function':34}{'k-diffusion':>12}{'ours':>8}{'ratio':>8}{'draws':>8}{'rest':>8}{'seed=':>8}{'ratio':>8}")
     red = 0
