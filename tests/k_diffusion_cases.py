@@ -27,7 +27,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sample_dpmpp_2m": [{}],
     "sample_dpmpp_2m_sde": [{}, {"eta": 0.0}, {"eta": 0.5, "s_noise": 1.1, "solver_type": "heun"}],
     "sample_dpmpp_sde": [{}, {"eta": 0.0}, {"eta": 0.5, "r": 0.3}],
-    "sample_dpm_fast": [{}, {"eta": 1.0}, {"eta": 0.4, "s_noise": 1.1}],
+    "sample_dpm_fast": [{}, {"eta": 0.4, "s_noise": 1.1}],
 }
 OTHERS: list[dict[str, Any]] = [{}, {"eta": 0.0}, {"eta": 0.4, "s_noise": 0.9}, {"s_noise": 0.0}]
 CASES = [(name, options) for name in TABLES for options in OPTIONS.get(name, OTHERS)]
