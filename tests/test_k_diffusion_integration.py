@@ -68,14 +68,15 @@ def test_long_steps(theirs: Any, name: str) -> None:
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_dpm_fast_with_all_its_noise(theirs: Any, steps: int) -> None:
     """At eta = 1 the long steps of ten evaluations multiply rounding by 65: both are held against float64."""
-    noise = Recorder(start())
+    x = start()
+    noise = Recorder(x)
     draw = lambda *_: noise(torch.tensor(1.0), torch.tensor(2.0))  # noqa: E731
     options = {"eta": 1.0, "noise_sampler": draw}
     levels = levels_of("sample_dpm_fast", steps, True)
-    ours, rounded = (run(lib.sample_dpm_fast, model, start(), *levels, **options)[0] for lib in (K, theirs))
+    ours, rounded = (run(lib.sample_dpm_fast, model, x, *levels, **options)[0] for lib in (K, theirs))
     torch.set_default_dtype(torch.float64)
     try:
-        exact, _ = run(theirs.sample_dpm_fast, model, start().double(), *levels, **options)
+        exact, _ = run(theirs.sample_dpm_fast, model, x.double(), *levels, **options)
     finally:
         torch.set_default_dtype(torch.float32)
     assert apart(ours, exact) < 5e-6
