@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -45,6 +46,20 @@ def test_python_blocks_run_in_order(tmp_path):
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "midpoint_2s, 19 model evaluations, grid karras: ok" in done.stdout
+
+
+FEATURES = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README.read_text())
+
+
+def test_every_feature_names_its_test():
+    rows = [line for line in README.read_text().splitlines() if line.startswith("|") and "::test_" in line]
+    assert len(rows) > 25 and len(FEATURES) >= len(rows)
+
+
+@pytest.mark.parametrize(("file", "test"), FEATURES)
+def test_the_test_of_a_feature_is_there(file, test):
+    tree = ast.parse((Path(__file__).parent / file).read_text())
+    assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_first_example_is_short():
