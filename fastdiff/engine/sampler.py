@@ -1,6 +1,6 @@
 """The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
 
-May import: buffers, branches, guidance, seeds, graphs, backends, adaptive, compiler, models.denoiser.
+May import: arguments, buffers, branches, guidance, seeds, graphs, backends, adaptive, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import adaptive, backends
+from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
 from fastdiff.engine.buffers import Buffers
 from fastdiff.engine.external import Noise
@@ -85,25 +86,10 @@ class Sampler:
     ) -> None:
         if graph not in (True, False, "auto"):
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
-        if plan.schedule is not None and plan.schedule != model.schedule:
-            raise ValueError(
-                f"the plan is made for schedule {plan.schedule!r}, the model was trained on {model.schedule!r}; "
-                "make the plan with schedule=model.schedule"
-            )
-        unread = any(row.level is not None and row.reading is None for row in plan.rows)
-        if plan.schedule is None and unread and model.schedule.name != "edm":
-            raise ValueError(
-                f"the plan has bare levels, at which the network is shown sigma, the model was trained on "
-                f"{model.schedule!r}; give trace(...) schedule=model.schedule"
-            )
+        check_fits(plan, model)
         for name, other in (("guide", guide), ("perturbed", perturbed)):
             if other is not None:
-                _check_alike(name, other, model)
-        if model.schedule.shared is not None and any(row.reading is not None for row in plan.rows):
-            raise ValueError(
-                f"the plan shows the network the times of the scheduler it was captured from, the model shares times: "
-                f"{model.schedule!r}; use a plan made with schedule=model.schedule"
-            )
+                check_alike(name, other, model)
         self.plan = plan
         self.model, self.guide, self.perturbed = model, guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
@@ -159,8 +145,8 @@ class Sampler:
         """
         shape = batch_shape(shape)
         seeds = seeds_of(seed, shape[0])
-        weights = _per_sample("guidance", guidance, shape[0])
-        scales = _per_sample("perturbed_scale", perturbed_scale, shape[0])
+        weights = number_per_sample("guidance", guidance, shape[0])
+        scales = number_per_sample("perturbed_scale", perturbed_scale, shape[0])
         reduces = reduction(rule, threshold)
         if isinstance(rule, APG) and any(scales):
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
@@ -368,36 +354,3 @@ class Sampler:
             f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
             "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
-
-
-def batch_shape(shape: Sequence[int]) -> torch.Size:
-    """`shape` if it is [batch, *sample]. Raises TypeError or ValueError otherwise."""
-    if isinstance(shape, int):
-        raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
-    return torch.Size(shape)
-
-
-def _check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
-    if not isinstance(other, Denoiser):
-        raise TypeError(f"{name} must be a Denoiser, got {type(other).__name__}; wrap the network as the model is")
-    for what in ("schedule", "prediction", "sigma_data", "device"):
-        if _comparable(getattr(other, what)) != _comparable(getattr(model, what)):
-            raise ValueError(
-                f"{name} has {what} {getattr(other, what)!r}, the model {getattr(model, what)!r}: outputs of the two "
-                "are combined, so they must mean the same"
-            )
-
-
-def _comparable(value: Any) -> Any:
-    return (value.type, value.index or 0) if isinstance(value, torch.device) else value
-
-
-def _per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
-    values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
-    if len(values) not in (1, batch):
-        raise ValueError(f"{name} must be one number or one per sample ({batch}), got {len(values)}")
-    if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):
-        raise ValueError(f"{name} must be finite in float32, got {given}")
-    return values * batch if len(values) == 1 else values

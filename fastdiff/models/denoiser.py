@@ -85,6 +85,15 @@ class Denoiser:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
         """The same denoiser with its network moved and cast (a module is moved in place, as torch does)."""
         net = self.net.to(device=device, dtype=dtype) if isinstance(self.net, nn.Module) else self.net
+        return self.around(net, device, dtype)
+
+    def around(
+        self,
+        net: nn.Module | Callable[..., Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Denoiser:
+        """All that is known of this network, said of another."""
         return Denoiser(
             net,
             self.schedule,

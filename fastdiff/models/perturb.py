@@ -110,14 +110,4 @@ def _changed(model: Denoiser, names: Sequence[str], caller: str, change: Callabl
                 stack.enter_context(change(name, modules[name]))
             return net(*arguments, **conditions)
 
-    return Denoiser(
-        call,
-        model.schedule,
-        model.prediction,
-        sigma_data=model.sigma_data,
-        time_dtype=model.time_dtype,
-        device=model.device,
-        dtype=model.dtype,
-        shape=model.shape,
-        learned_variance=model.learned_variance,
-    )
+    return model.around(call)

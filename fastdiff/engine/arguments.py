@@ -1,0 +1,70 @@
+"""What a caller gives a Sampler, checked: that plan and networks fit each other, shapes, numbers per sample.
+
+May import: compiler, models.denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.plan import Plan
+from fastdiff.models.denoiser import Denoiser
+
+
+def check_fits(plan: Plan, model: Denoiser) -> None:
+    """ValueError unless the network can be asked at the plan's levels and times."""
+    if plan.schedule is not None and plan.schedule != model.schedule:
+        raise ValueError(
+            f"the plan is made for schedule {plan.schedule!r}, the model was trained on {model.schedule!r}; "
+            "make the plan with schedule=model.schedule"
+        )
+    unread = any(row.level is not None and row.reading is None for row in plan.rows)
+    if plan.schedule is None and unread and model.schedule.name != "edm":
+        raise ValueError(
+            f"the plan has bare levels, at which the network is shown sigma, the model was trained on "
+            f"{model.schedule!r}; give trace(...) schedule=model.schedule"
+        )
+    if model.schedule.shared is not None and any(row.reading is not None for row in plan.rows):
+        raise ValueError(
+            f"the plan shows the network the times of the scheduler it was captured from, the model shares times: "
+            f"{model.schedule!r}; use a plan made with schedule=model.schedule"
+        )
+
+
+def batch_shape(shape: Sequence[int]) -> torch.Size:
+    """`shape` if it is [batch, *sample]. Raises TypeError or ValueError otherwise."""
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
+    return torch.Size(shape)
+
+
+def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
+    """TypeError or ValueError unless the outputs of the two networks may be added up."""
+    if not isinstance(other, Denoiser):
+        raise TypeError(f"{name} must be a Denoiser, got {type(other).__name__}; wrap the network as the model is")
+    for what in ("schedule", "prediction", "sigma_data", "device"):
+        if _comparable(getattr(other, what)) != _comparable(getattr(model, what)):
+            raise ValueError(
+                f"{name} has {what} {getattr(other, what)!r}, the model {getattr(model, what)!r}: outputs of the two "
+                "are combined, so they must mean the same"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    return (value.type, value.index or 0) if isinstance(value, torch.device) else value
+
+
+def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
+    """One finite number per sample, from one for all or one for each. Raises ValueError otherwise."""
+    values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    if len(values) not in (1, batch):
+        raise ValueError(f"{name} must be one number or one per sample ({batch}), got {len(values)}")
+    if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):
+        raise ValueError(f"{name} must be finite in float32, got {given}")
+    return values * batch if len(values) == 1 else values
