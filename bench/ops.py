@@ -96,13 +96,13 @@ class Bound:
             status=torch.full((batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(batch, dtype=torch.int32, device=device),
         )
-        self.step = ops.bind(self.tensors, case.executor)
+        self.step = ops.bind(self.tensors, case.executor, uses_e=False)
         emitting = dataclasses.replace(
             self.tensors,
             model_in=torch.zeros(case.shape, dtype=case.dtype, device=device),
             model_time=torch.zeros(batch, device=device),
         )
-        self.step_and_emit = ops.bind(emitting, case.executor)
+        self.step_and_emit = ops.bind(emitting, case.executor, uses_e=False)
 
     def reset(self) -> None:
         """The inputs as they were, at the first row."""
@@ -177,7 +177,7 @@ def _run_error(bound: Bound, device: torch.device) -> tuple[float, float]:
         # another one in every step: with a constant eps samplers of all orders agree
         return bound.model_out.roll(i, -1)
 
-    step, ours = ops.bind(table, bound.case.executor), []
+    step, ours = ops.bind(table, bound.case.executor, uses_e=False), []
     for i in range(steps):
         step(outputs(i))
         ours.append(table.state[plan.rows[i + 1].outputs[0].dest][chosen].double())

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -307,18 +306,19 @@ def bind(
     momentum: Tensor | None = None,
     variance: Tensor | None = None,
     *,
+    second: bool = True,
     programs: int = PROGRAMS,
 ) -> Callable[..., None]:
     """`step(model_out, unguided, perturbed)` launching one row per sample, in place, on tensors like the ones given.
 
-    Tensors and equation as in fastdiff.engine.ops, where they are checked; the table is read here, for whether any row
-    uses E. `programs` is the number of programs aimed at; the step is deterministic whatever it is, and capturable.
+    Tensors and equation as in fastdiff.engine.ops, where they are checked. second: whether a row of this table, or of
+    one copied into it later, may use E. `programs` is the number of programs aimed at; the step is deterministic
+    whatever it is, and capturable.
     """
     batch = state.shape[1]
     length = state[0, 0].numel()
     if mix is None:
         momentum = None
-    second = _uses_second(coef)
     extended = mix is not None or variance is not None or second
     channels = 1 if state[0].is_contiguous() else state.shape[2]
     draw, channels = _choose_draw(channels, length, noise is not None, coef.shape[1] > at.NOISE.value, extended)
@@ -372,14 +372,6 @@ def bind(
         launch(*branches.tensors(model_out, unguided, perturbed, perturbed_place >= 0), *arguments, **options)
 
     return step
-
-
-def _uses_second(coef: Tensor) -> bool:
-    """Whether any row gives E a weight; taken for granted under capture, where the table cannot be read."""
-    if coef.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
-    column, stride = at.OUTPUT.value + at.OUT_E.value, at.OUTPUT_STRIDE.value
-    return bool(coef[:, column : at.SPREAD_LOG.value : stride].any())
 
 
 def tile_shape(draw: int, channels: int, unit: int, extended: bool) -> tuple[int, int]:

@@ -342,7 +342,7 @@ def test_bound_call_equals_the_dispatched_op(executor: str, rule: str) -> None:
         ({"settings": torch.zeros(8).double()}, TypeError, "settings has dtype torch.float64, expected torch.float32"),
         ({"partial": torch.zeros(6, 64, 8, device="meta")}, ValueError, "partial is on meta, the state on cpu"),
         ({"unguided": torch.zeros(6, 3, 5, 4)}, ValueError, r"model_out has shape \(18, 3, 5, 4\), expected \(6, 3"),
-        ({"momentum": torch.zeros(6, 3, 4, 5).mT}, ValueError, "momentum must be dense and laid out like the state"),
+        ({"momentum": torch.zeros(6, 3, 4, 5).mT}, ValueError, "momentum must be contiguous like the state"),
     ],
 )
 def test_what_does_not_fit_is_refused(

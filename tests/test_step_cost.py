@@ -48,8 +48,8 @@ class Traffic(TorchDispatchMode):
     def counting(self, name: str, bind: Callable[..., ops.Step]) -> Callable[..., ops.Step]:
         """A function that binds an op of ours, whose calls are noted by name whatever the executor does in them."""
 
-        def bound(*arguments: Any) -> ops.Step:
-            step = bind(*arguments)
+        def bound(*arguments: Any, **options: Any) -> ops.Step:
+            step = bind(*arguments, **options)
 
             def call(*outputs: Any) -> None:
                 self._now.append(name)

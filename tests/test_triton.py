@@ -145,7 +145,8 @@ def copy_step(step: StepTensors, device: torch.device | str = "cpu") -> StepTens
 
 def launch(step: StepTensors, **options: int) -> None:
     """One row on the Triton executor, in place."""
-    affine.bind(*step.arguments(), **options)(step.model_out, step.unguided, step.perturbed)
+    second = bool(step.coef[:, at.OUTPUT + at.OUT_E : at.SPREAD_LOG : at.OUTPUT_STRIDE].any())
+    affine.bind(*step.arguments(), second=second, **options)(step.model_out, step.unguided, step.perturbed)
 
 
 def run(step: StepTensors, **options: int) -> StepTensors:

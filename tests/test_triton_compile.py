@@ -92,6 +92,10 @@ GUIDE_ACCESSES = {
 # ---- in the other process
 
 
+def uses_e(coef: torch.Tensor) -> bool:
+    return bool(coef[:, at.OUTPUT + at.OUT_E : at.SPREAD_LOG : at.OUTPUT_STRIDE].any())
+
+
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
     """Launch each specialisation on a stand-in driver and describe the kernel that a GPU would have got."""
     from fastdiff.kernels import affine, guide
@@ -124,7 +128,7 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
         t = tensors(specialisation)
         branches = t["model_out"], t["unguided"], t["perturbed"]
         if specialisation.kernel == "row":
-            affine.bind(**t)(*branches)
+            affine.bind(**t, second=uses_e(t["coef"]))(*branches)
             reports.append(describe(*compiled["affine_kernel"]))
             continue
         rule, _, name = specialisation.kernel.rpartition(" ")

@@ -79,7 +79,7 @@ def plus_plus(plan: Plan) -> Plan:
         raise ValueError(f"cfg_pp: {plan.solver} does not say what levels it reaches, so alpha' is not known")
 
     carried = _carried(plan)
-    if len(carried) and (carried.min() < -ROUNDING or not carried.any()):
+    if carried.size and (carried.min() < -ROUNDING or not carried.any()):
         how = "drops what a row adds to its state" if not carried.any() else "turns it round in a later row"
         raise ValueError(
             f"cfg_pp: {plan.solver} {how}, so the guidance of its rows would not add up; take a sampler that carries "
@@ -112,7 +112,8 @@ def _carried(plan: Plan) -> NDArray[np.float64]:
         if i:
             states.append(registers[row.outputs[0].dest])
             registers[row.outputs[0].dest] = states[-1] + np.eye(plan.nfe)[i - 1]
-    return np.array(states).T[:-1, 1:]
+    felt = np.array(states).T[:-1, 1:]
+    return felt[:, :-1] if plan.levels[-1].sigma == 0.0 else felt  # a clean sample is D alone, whatever its state was
 
 
 def _interval(name: str, interval: Interval) -> Callable[[Level], float]:

@@ -110,7 +110,7 @@ class _Tables:
             row=torch.zeros_like(tensors.row),
             denoised=None,
         )
-        self._decide = ops.bind(self._deciding, executor)
+        self._decide = ops.bind(self._deciding, executor, uses_e=False)
         self._hosts = [_Host(self._deciding), _Host(tensors)]
         self._evaluations: dict[int, tuple[Row, ...]] = {}
         self._stride = self._seen = 0

@@ -57,7 +57,9 @@ def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    return (value.type, value.index or 0) if isinstance(value, torch.device) else value
+    if isinstance(value, torch.device) and value.type == "cuda" and value.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return value
 
 
 def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:

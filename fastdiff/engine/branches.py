@@ -79,17 +79,20 @@ class Branches:
         return max(i + 1 for i, name in enumerate(self.stack) if name in needed)
 
     def evaluate(self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format) -> Outputs:
-        """Ask the networks at x [nB, *S] (n copies of one input) and time [nB]."""
+        """Ask the networks at x [nB, *S] and time [nB]: a copy of one input for each of the n branches, in order.
+
+        A network may write into its input, so no two of them are given the same copy.
+        """
         needed = self.needed(row)
         copies = self.copies(needed)
         count = copies * self.batch
-        if count != x.shape[0]:
-            x, time = x[:count], time[:count]
-        stacked, variance = self._ask(self.model, x, time, self.conditions[copies - 1], memory_format)
+        own = (x, time) if count == x.shape[0] else (x[:count], time[:count])
+        stacked, variance = self._ask(self.model, *own, self.conditions[copies - 1], memory_format)
         apart: dict[str, Tensor] = {}
-        for name, (network, condition) in self.apart.items():
+        for i, (name, (network, condition)) in enumerate(self.apart.items(), len(self.stack)):
             if name in needed:
-                apart[name] = self._ask(network, x[: self.batch], time[: self.batch], condition, memory_format)[0]
+                place = slice(i * self.batch, (i + 1) * self.batch)
+                apart[name] = self._ask(network, x[place], time[place], condition, memory_format)[0]
                 if apart[name].dtype != stacked.dtype:
                     apart[name] = apart[name].to(stacked.dtype)
         if self.stack[:copies] == (CONDITIONAL, PERTURBED):

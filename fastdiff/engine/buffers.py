@@ -26,7 +26,7 @@ from fastdiff.models.denoiser import Denoiser
 class Buffers:
     """The state's registers, the network's input and time, the table, and the bound step.
 
-    key: what they fit. copies: of the network's input, one per branch in its batch. work: the guidance rule
+    key: what they fit. copies: of the network's input, one per branch. work: the guidance rule
     to run before each row, and whether it thresholds. perturbed: a perturbed branch has a scale of its own.
     """
 
@@ -47,7 +47,7 @@ class Buffers:
         self.key = (id(plan), shape, copies, keep_denoised, work, perturbed)
         self.batch, self.copies = shape[0], copies
         self.work = work
-        self._learns_spread = plan.learns_spread
+        self._learns_spread, self._uses_e = plan.learns_spread, plan.uses_second_estimate
         self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
         self._sample = shape[1:]
         self.model_in = self._images(copies * self.batch, dtype, device)
@@ -167,7 +167,7 @@ class Buffers:
         if self._opening_step is None:
             coef, ids = self._opening_table
             opening = dataclasses.replace(self.tensors, coef=coef, ids=ids, denoised=None, variance=None)
-            self._opening_step = ops.bind(opening, executor)
+            self._opening_step = ops.bind(opening, executor, uses_e=False)
         self._opening_step(self.model_in)
         self.tensors.row.zero_()
 
@@ -199,7 +199,7 @@ class Buffers:
             "unguided": outputs.unguided,
             "perturbed": outputs.perturbed,
         }
-        step = ops.bind(dataclasses.replace(t, **given), executor)  # type: ignore[arg-type]
+        step = ops.bind(dataclasses.replace(t, **given), executor, self._uses_e)  # type: ignore[arg-type]
         if self.work is None:
             return (step,)
         own = {name: getattr(t, name) for name in ("state", "coef", "ids", "row", "guidance", "ticket", "momentum")}

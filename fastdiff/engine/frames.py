@@ -139,5 +139,5 @@ class _Normals:
             momentum=None,
             variance=None,
         )
-        ops.bind(step, self._executor)(self._state[0])
+        ops.bind(step, self._executor, uses_e=False)(self._state[0])
         return self._state[0]

@@ -53,9 +53,10 @@ class StepGraph:
     @staticmethod
     def of(buffers: Buffers, branches: Branches, row: Row, executor: str) -> StepGraph:
         """The graph captured for these buffers, with this run's conditions loaded; every row is like `row`."""
-        if buffers.graph is None or buffers.graph._signature != _signature(branches, row):
-            buffers.graph = StepGraph(buffers, branches, row, executor)
-        conditions.load(buffers.graph._conditions, _conditions(branches))
+        with torch.inference_mode(False), torch.no_grad():  # its memory is written in and out of inference mode
+            if buffers.graph is None or buffers.graph._signature != _signature(branches, row):
+                buffers.graph = StepGraph(buffers, branches, row, executor)
+            conditions.load(buffers.graph._conditions, _conditions(branches))
         return buffers.graph
 
     def replay(self) -> None:

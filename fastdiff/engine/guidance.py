@@ -48,7 +48,8 @@ class APG:
 class CFGZero:
     """CFG-Zero* (Fan et al. 2025, Alg. 1): F = a Fu + w (Fc - a Fu), a = <Fc, Fu> / <Fu, Fu>.
 
-    zero_init: in this many first evaluations F is taken as 0 (for velocity networks the state stands still).
+    zero_init: in this many first evaluations F is taken as 0 (for velocity networks the state stands still); the
+    networks are evaluated all the same.
     """
 
     zero_init: int = 1

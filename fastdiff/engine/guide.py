@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference_guide
-from fastdiff.engine.ops import MODEL_DTYPES, Step
+from fastdiff.engine.checks import Checks
+from fastdiff.engine.ops import Step, on_device
 
 _ARGUMENTS = (
     "Tensor state, Tensor model_out, Tensor coef, Tensor ids, Tensor row, Tensor guidance, Tensor settings, "
@@ -87,7 +88,7 @@ def bind(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> St
     if executor == "triton":
         from fastdiff.kernels import guide as triton_guide
 
-        return triton_guide.bind(**own, rule=rule, threshold=threshold)
+        return on_device(triton_guide.bind(**own, rule=rule, threshold=threshold), tensors.state.device)
 
     def find(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         given = {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}
@@ -100,44 +101,23 @@ def check(t: GuideTensors, rule: int) -> None:
     """Raise ValueError or TypeError unless every tensor has the shape, dtype and device of `GuideTensors`."""
     if rule not in (at.PLAIN, at.RESCALE, at.APG, at.CFG_ZERO):
         raise ValueError(f"guide: rule must be 0 to 3 (PLAIN, RESCALE, APG, CFG_ZERO), got {rule}")
-    if t.state.dim() < 3 or t.state.numel() == 0:
-        raise ValueError(f"guide: state must be [registers, batch, *shape] and not empty, got {tuple(t.state.shape)}")
+    given = Checks("guide", t.state)
     batch, sample = t.state.shape[1], tuple(t.state.shape[2:])
-    stacked = 1 if t.unguided is not None else 2 if t.perturbed is not None else 3
-    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[tuple[int, ...], ...]]] = {
-        "model_out": (MODEL_DTYPES, tuple((n * batch, *sample) for n in range(1, stacked + 1))),
-        "unguided": ((t.model_out.dtype,), ((batch, *sample),)),
-        "perturbed": ((t.model_out.dtype,), ((batch, *sample),)),
-        "momentum": ((torch.float32,), ((batch, *sample),)),
-        "row": ((torch.int32,), ((batch,),)),
-        "guidance": ((torch.float32,), ((batch,),)),
-        "settings": ((torch.float32,), ((at.SETTINGS,),)),
-        "mix": ((torch.float32,), ((batch, at.MIX),)),
-        "partial": ((torch.float32,), ((batch, at.PARTS, at.SUMS),)),
-        "ticket": ((torch.int32,), ((batch,),)),
-        "coef": ((torch.float32,), (tuple(t.coef.shape),)),
-        "ids": ((torch.int32,), (tuple(t.ids.shape),)),
-    }
-    for name, (dtypes, shapes) in expected.items():
-        tensor = getattr(t, name)
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"guide: {name} has dtype {tensor.dtype}, expected {dtypes[0]}; cast it first")
-        if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"guide: {name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
-        if tensor.device != t.state.device:
-            raise ValueError(f"guide: {name} is on {tensor.device}, the state on {t.state.device}; move one of them")
-        if tensor.dim() >= 2 and not _dense_as(tensor, t.state[0]):
-            raise ValueError(f"guide: {name} must be dense and laid out like the state, got strides {tensor.stride()}")
-    if rule == at.APG and t.momentum is None:
+    given.branches(t.model_out, t.unguided, t.perturbed, batch, sample)
+    if t.momentum is not None:
+        given.image("momentum", t.momentum, (torch.float32,), ((batch, *sample),))
+    elif rule == at.APG:
         raise ValueError("guide: rule APG keeps its direction in momentum, fp32 [B, *S]; got None")
-
-
-def _dense_as(tensor: Tensor, like: Tensor) -> bool:
-    if like.is_contiguous() or tensor.dim() != 4:
-        return tensor.is_contiguous()
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+    for name, dtype, shape in (
+        ("row", torch.int32, (batch,)),
+        ("ticket", torch.int32, (batch,)),
+        ("guidance", torch.float32, (batch,)),
+        ("settings", torch.float32, (at.SETTINGS,)),
+        ("mix", torch.float32, (batch, at.MIX)),
+        ("partial", torch.float32, (batch, at.PARTS, at.SUMS)),
+    ):
+        given.numbers(name, getattr(t, name), (dtype,), (shape,))
+    given.table(t.coef, t.ids)
 
 
 def _guide(*arguments: object, rule: int, threshold: bool, executor: str) -> None:

@@ -1,6 +1,6 @@
 """The row op: one schema, one set of checks, one fake implementation, and the choice of executor.
 
-May import: fastdiff.kernels and the compiled extension (through engine.native), the reference.
+May import: fastdiff.kernels and the compiled extension (through engine.native), checks, the reference.
 An executor is chosen once, when a plan is bound to a device (`bind`); nothing falls back silently.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference
+from fastdiff.engine.checks import MODEL_DTYPES, Checks, channels_of
 
 _ARGUMENTS = (
     "Tensor(a!) state, Tensor model_out, Tensor(b!)? model_in, Tensor(c!)? model_time, Tensor coef, Tensor ids, "
@@ -25,7 +26,6 @@ _ARGUMENTS = (
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
-MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Step = Callable[..., None]
 
 
@@ -77,7 +77,7 @@ class StepTensors:
     @property
     def channels(self) -> int:
         """1 for contiguous registers; the channel count C when they are channels_last."""
-        return _channels(self.state[0])
+        return channels_of(self.state[0])
 
 
 def affine_step(tensors: StepTensors, executor: str) -> None:
@@ -93,10 +93,12 @@ def affine_step(tensors: StepTensors, executor: str) -> None:
     torch.ops.fastdiff.affine_step(*tensors.arguments(), executor=executor)
 
 
-def bind(tensors: StepTensors, executor: str) -> Step:
+def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
     """Check once and return `step(model_out, unguided, perturbed)`: the hot path, no dispatcher and no allocation.
 
     Its tensors must keep the shapes, dtypes and memory format of those that were bound; what was None stays None.
+    uses_e: False promises that no row of any table that is copied into `coef` gives E a weight, which lets "triton"
+    take its shorter kernel.
     """
     check(tensors)
     backends.require(executor, tensors.state.device)
@@ -109,12 +111,24 @@ def bind(tensors: StepTensors, executor: str) -> Step:
     if executor == "triton":
         from fastdiff.kernels import affine
 
-        return affine.bind(**own)
+        return on_device(affine.bind(**own, second=uses_e), tensors.state.device)
 
     def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         reference.affine_step(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
 
     return step
+
+
+def on_device(step: Step, device: torch.device) -> Step:
+    """A step that Triton launches, on its tensors' device whichever is current."""
+    if device.type != "cuda":
+        return step
+
+    def guarded(*outputs: Tensor | None) -> None:
+        with torch.cuda.device(device):
+            step(*outputs)
+
+    return guarded
 
 
 def _affine_step(*arguments: object, executor: str) -> None:
@@ -130,105 +144,31 @@ _library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdiff::affine_step", _fake_affine_step, lib=_library)
 
 
-def _channels(sample: Tensor) -> int:
-    """1 when [B, *S] is contiguous, C when it is channels_last, 0 when it is neither."""
-    if sample.is_contiguous():
-        return 1
-    if sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
-        return sample.shape[1]
-    return 0
-
-
 def check(t: StepTensors) -> None:
     """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout of `StepTensors`."""
-    if t.state.dim() < 3:
-        raise ValueError(f"affine_step: state must be [registers, batch, *shape], got {tuple(t.state.shape)}")
-    registers, batch, *shape = t.state.shape
-    sample = tuple(shape)
-    if t.state.numel() == 0:
-        raise ValueError(f"affine_step: state has no elements, got {tuple(t.state.shape)}; draw at least one sample")
-    channels = _channels(t.state[0])
-    if channels == 0 or (registers > 1 and t.state.stride(0) != t.state[0].numel()):
-        raise ValueError(
-            "affine_step: state must hold dense registers, contiguous or channels_last, "
-            f"got strides {t.state.stride()} for shape {tuple(t.state.shape)}; allocate it with Sampler"
-        )
-
-    def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"affine_step: {name} has dtype {tensor.dtype}, expected {_either(dtypes)}; cast it first")
-        if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"affine_step: {name} has shape {tuple(tensor.shape)}, expected {_either(shapes)}")
-        if tensor.device != t.state.device:
-            raise ValueError(
-                f"affine_step: {name} is on {tensor.device}, the state on {t.state.device}; move one of them"
-            )
-
-    def expect_image(
-        name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]
-    ) -> None:
-        expect(name, tensor, dtypes, shapes)
-        if not _dense_as(tensor, channels):
-            wanted = "contiguous" if channels == 1 else "channels_last"
-            raise ValueError(f"affine_step: {name} must be {wanted} like the state, got strides {tensor.stride()}")
-
-    batches = tuple((n * batch, *sample) for n in (1, 2, 3))
-    stacked = 1 if t.unguided is not None else 2 if t.perturbed is not None else 3
-    expect_image("model_out", t.model_out, MODEL_DTYPES, batches[:stacked])
-    for name in ("unguided", "perturbed", "variance"):
-        given = getattr(t, name)
-        if given is not None:
-            expect_image(name, given, (t.model_out.dtype,), batches[:1])
+    given = Checks("affine_step", t.state)
+    batch, sample = t.state.shape[1], tuple(t.state.shape[2:])
+    one, several = ((batch, *sample),), tuple((n * batch, *sample) for n in (1, 2, 3))
+    given.branches(t.model_out, t.unguided, t.perturbed, batch, sample)
+    if t.variance is not None:
+        given.image("variance", t.variance, (t.model_out.dtype,), one)
     if t.mix is not None:
-        expect("mix", t.mix, (torch.float32,), ((batch, at.MIX),))
+        given.numbers("mix", t.mix, (torch.float32,), ((batch, at.MIX),))
     elif t.perturbed is not None or t.model_out.shape[0] == 3 * batch:
         raise ValueError("affine_step: a perturbed branch needs mix, whose last column is its scale; got None")
     if t.momentum is not None:
-        expect_image("momentum", t.momentum, (torch.float32,), batches[:1])
+        given.image("momentum", t.momentum, (torch.float32,), one)
     if t.model_in is not None:
-        expect_image("model_in", t.model_in, MODEL_DTYPES, batches)
+        given.image("model_in", t.model_in, MODEL_DTYPES, several)
     if t.model_time is not None:
-        expect("model_time", t.model_time, (torch.float32,), ((batch,), (2 * batch,), (3 * batch,)))
+        given.numbers("model_time", t.model_time, (torch.float32,), ((batch,), (2 * batch,), (3 * batch,)))
     if t.denoised is not None:
-        expect_image("denoised", t.denoised, (torch.float32,), batches[:1])
+        given.image("denoised", t.denoised, (torch.float32,), one)
     if t.noise is not None:
-        expect("noise", t.noise, (torch.float32,), ((t.noise.shape[0], batch, *sample),))
-        if not _dense_as(t.noise.flatten(0, 1), channels):
-            raise ValueError("affine_step: noise must be dense and in the state's memory format")
+        if tuple(t.noise.shape[1:]) != (batch, *sample):
+            raise ValueError(f"affine_step: noise has shape {tuple(t.noise.shape)}, expected [draws, *{one[0]}]")
+        given.image("noise", t.noise.flatten(0, 1), (torch.float32,), ((t.noise.shape[0] * batch, *sample),))
     for name, dtype in (("row", torch.int32), ("seed", torch.int64), ("status", torch.int32), ("ticket", torch.int32)):
-        expect(name, getattr(t, name), (dtype,), ((batch,),))
-    expect("guidance", t.guidance, (torch.float32,), ((batch,),))
-    _check_table(t)
-
-
-def _check_table(t: StepTensors) -> None:
-    if t.coef.dtype != torch.float32 or t.ids.dtype != torch.int32:
-        raise TypeError(f"affine_step: coef and ids must be float32 and int32, got {t.coef.dtype} and {t.ids.dtype}")
-    terms = (t.coef.shape[-1] - at.COEF_FIXED) // at.NOISE_STRIDE
-    rows = t.coef.shape[0]
-    if t.coef.dim() != 2 or rows == 0:
-        raise ValueError(f"affine_step: coef must be [rows, columns] with at least one row, got {tuple(t.coef.shape)}")
-    expected = (
-        (rows, at.COEF_FIXED + at.NOISE_STRIDE * terms),
-        (rows, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms),
-    )
-    if (tuple(t.coef.shape), tuple(t.ids.shape)) != expected:
-        raise ValueError(
-            f"affine_step: coef {tuple(t.coef.shape)} and ids {tuple(t.ids.shape)} are not one packed plan; "
-            "use plan.pack()"
-        )
-    if not (t.coef.is_contiguous() and t.ids.is_contiguous()):
-        raise ValueError("affine_step: coef and ids must be contiguous; call .contiguous() when uploading the plan")
-    for name in ("coef", "ids"):
-        if getattr(t, name).device != t.state.device:
-            raise ValueError(f"affine_step: {name} is on {getattr(t, name).device}, the state on {t.state.device}")
-
-
-def _dense_as(tensor: Tensor, channels: int) -> bool:
-    if channels == 1:
-        return tensor.is_contiguous()
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _either(options: tuple[object, ...]) -> str:
-    return " or ".join(str(option) for option in options)
+        given.numbers(name, getattr(t, name), (dtype,), ((batch,),))
+    given.numbers("guidance", t.guidance, (torch.float32,), ((batch,),))
+    given.table(t.coef, t.ids)

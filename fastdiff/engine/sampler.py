@@ -278,7 +278,7 @@ class Sampler:
     def _prepare(
         self, plan: Plan, shape: torch.Size, branches: Branches, keep_denoised: bool, reduces: Reduction | None
     ) -> Buffers:
-        copies, perturbed = len(branches.stack), PERTURBED in branches.names
+        copies, perturbed = len(branches.names), PERTURBED in branches.names
         work = None if reduces is None else reduces.work
         wanted = (id(plan), shape, copies, keep_denoised, work, perturbed)
         if self._buffers is None or self._buffers.key != wanted:
@@ -333,7 +333,7 @@ class Sampler:
         try:
             return StepGraph.of(buffers, branches, self.plan.rows[1], self.backend)
         except RuntimeError as error:
-            if self._insist:
+            if self._insist or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.graph = False
             warnings.warn(

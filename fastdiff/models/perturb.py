@@ -1,10 +1,12 @@
 """A network made worse on purpose, for the perturbed branch of guidance: the same weights, some layers not as trained.
 
-May import: models.denoiser. The layers are changed by hooks that are there during a call only; the network is not.
+May import: models.denoiser. The layers are changed by hooks that are there during a call only, and act in the thread of
+that call only; the network itself is not changed.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +30,11 @@ def skip_layers(model: Denoiser, names: Sequence[str]) -> Denoiser:
 
     @contextmanager
     def skipped(name: str, layer: nn.Module) -> Iterator[None]:
+        caller = threading.get_ident()
+
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+            if threading.get_ident() != caller:
+                return output
             given = arguments[0] if arguments else None
             if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.shape != output.shape:
                 raise ValueError(
@@ -56,12 +62,15 @@ def identity_attention(model: Denoiser, names: Sequence[str]) -> Denoiser:
 
     @contextmanager
     def passing(name: str, layer: nn.Module) -> Iterator[None]:
-        mode = _Identity(name)
+        mode, caller = _Identity(name), threading.get_ident()
 
         def enter(*_: Any) -> None:
-            mode.__enter__()
+            if threading.get_ident() == caller:
+                mode.__enter__()
 
         def leave(*_: Any) -> None:
+            if threading.get_ident() != caller:
+                return
             mode.__exit__(None, None, None)
             if not mode.seen:
                 raise ValueError(f"identity_attention: {name!r} does not call scaled_dot_product_attention")
