@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -105,16 +107,39 @@ class Net(nn.Module):
         (skip_layers, "plain", "list of module names"),
         (skip_layers, [], "list of module names"),
         (skip_layers, ["grow"], "'grow' cannot be left out"),
+        (skip_layers, ["mid_block.attentions"], "never called 'mid_block.attentions'; it holds mid_block.attentions.0"),
+        (identity_attention, ["mid_block.attentions"], "never called 'mid_block.attentions'"),
         (identity_attention, ["plain"], "'plain' does not call scaled_dot_product_attention"),
         (identity_attention, ["cross"], "'cross' attends to another sequence"),
     ],
 )
 def test_what_cannot_be_perturbed_says_so(change: object, names: object, words: str) -> None:
-    own = model() if "Did you" in words else fd.Denoiser(Net(), "linear", "eps")
+    own = model() if "block" in str(names) else fd.Denoiser(Net(), "linear", "eps")
     with pytest.raises(ValueError, match=words):
         outputs(change(own, names))  # type: ignore[operator]
     torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 4)] * 3)  # no mode is left behind
     outputs(own)
+
+
+def test_another_thread_sees_the_network_as_it_is() -> None:
+    """A perturbed call in this thread, held open, while another thread asks the same network."""
+    own = model()
+    expected, seen = outputs(own), []
+
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread() is threading.main_thread():
+                worker = threading.Thread(target=lambda: seen.append(outputs(own)))
+                worker.start()
+                worker.join()
+            return inner(x)
+
+    inner = own.net.mid_block.attentions[0]
+    for change in (skip_layers, identity_attention):
+        own.net.mid_block.attentions[0] = Asks()
+        perturbed = outputs(change(own, ["mid_block.attentions.0"]))
+        assert torch.equal(seen.pop(), expected)
+        assert not torch.equal(perturbed, expected)
 
 
 def test_a_function_has_no_layers() -> None:

@@ -24,13 +24,13 @@ def skip_layers(model: Denoiser, names: Sequence[str]) -> Denoiser:
 
     names: of `model.net.named_modules()`; modules whose output has the shape of their first argument. Use it as
     `Sampler(..., perturbed=skip_layers(model, names))` with perturbed_scale: F + s (Fc - Fp) moves away from what the
-    network says without them. Raises ValueError for a name that is not there, or, at the call, for a module whose
-    output has another shape.
+    network says without them. Raises ValueError for a name that is not there, or, at the call, for a module that is
+    not called or whose output has another shape.
     """
 
     @contextmanager
-    def skipped(name: str, layer: nn.Module) -> Iterator[None]:
-        caller = threading.get_ident()
+    def skipped(name: str, layer: nn.Module) -> Iterator[list[bool]]:
+        caller, reached = threading.get_ident(), []
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
             if threading.get_ident() != caller:
@@ -41,11 +41,12 @@ def skip_layers(model: Denoiser, names: Sequence[str]) -> Denoiser:
                     f"skip_layers: {name!r} cannot be left out, its output is not shaped as its first argument; "
                     "name a residual block or an attention layer"
                 )
+            reached.append(True)
             return given
 
         handle = layer.register_forward_hook(hook)
         try:
-            yield
+            yield reached
         finally:
             handle.remove()
 
@@ -61,8 +62,8 @@ def identity_attention(model: Denoiser, names: Sequence[str]) -> Denoiser:
     """
 
     @contextmanager
-    def passing(name: str, layer: nn.Module) -> Iterator[None]:
-        mode, caller = _Identity(name), threading.get_ident()
+    def passing(name: str, layer: nn.Module) -> Iterator[list[bool]]:
+        mode, caller, reached = _Identity(name), threading.get_ident(), []
 
         def enter(*_: Any) -> None:
             if threading.get_ident() == caller:
@@ -72,12 +73,13 @@ def identity_attention(model: Denoiser, names: Sequence[str]) -> Denoiser:
             if threading.get_ident() != caller:
                 return
             mode.__exit__(None, None, None)
+            reached.append(True)
             if not mode.seen:
                 raise ValueError(f"identity_attention: {name!r} does not call scaled_dot_product_attention")
 
         handles = (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True))
         try:
-            yield
+            yield reached
         finally:
             for handle in handles:
                 handle.remove()
@@ -115,8 +117,13 @@ def _changed(model: Denoiser, names: Sequence[str], caller: str, change: Callabl
 
     def call(*arguments: Any, **conditions: Any) -> Any:
         with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(change(name, modules[name]))
-            return net(*arguments, **conditions)
+            reached = [stack.enter_context(change(name, modules[name])) for name in names]
+            output = net(*arguments, **conditions)
+        missed = [name for name, was in zip(names, reached, strict=True) if not was]
+        if missed:
+            inside = [name for name in modules if name.startswith(f"{missed[0]}.")][:3]
+            hint = f"; it holds {', '.join(inside)}" if inside else ""
+            raise ValueError(f"{caller}: the network never called {missed[0]!r}{hint}")
+        return output
 
     return model.around(call)
