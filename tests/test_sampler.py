@@ -422,3 +422,40 @@ def test_bare_levels_are_shown_to_networks_that_expect_sigma_only() -> None:
     linear = fd.Denoiser(lambda x, t: seen.append(float(t[0])) or x, "linear", "eps")
     fd.Sampler(fd.trace(euler, [10.0, 3.0, 0.0], "linear"), linear).sample((1, 1, 2, 2))
     assert seen == pytest.approx([float(linear.schedule.time_from_rho(rho)) for rho in (10.0, 3.0)])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: fd.sample(m, (1, 1, 2, 2), fd.plan("ddim", m.schedule, 2)), TypeError, "fd.Sampler"),
+        (lambda m: fd.sample(m, (1, 1, 2, 2), guidence=2.0), TypeError, "Did you mean 'guidance'"),
+        (
+            lambda m: fd.sample(m, (1, 1, 2, 2), guidance="two"),
+            TypeError,
+            "guidance must be a number or one per sample",
+        ),
+        (lambda m: fd.sample(m, (1, 1, 2.0, 2)), TypeError, "shape must hold integers"),
+        (lambda m: fd.sample(m, (1, 1, 2, 2), "ddim_inverse"), ValueError, "ddim_inverse goes from an image up.*init="),
+        (lambda m: fd.Sampler("ddim", m), TypeError, "needs a plan first, got str"),
+        (lambda m: fd.Sampler(fd.plan("ddim", m.schedule, 2), m.net), TypeError, "needs a Denoiser second"),
+        (lambda m: fd.plan("ddim", 20), TypeError, "needs a schedule or its name second, got 20"),
+        (lambda m: fd.plan("ddim", "from_betas"), ValueError, r"Make it with schedules.from_betas\(...\)"),
+        (lambda m: fd.plan("ddim", "edm", 4, guidance_schedule="cosine"), TypeError, "guidance_schedule must hold num"),
+        (lambda m: fd.Denoiser(m.net, fd.schedules.edm), TypeError, "schedule must be a name or what"),
+        (lambda m: fd.Denoiser(m.net, "edm", "x0", time_dtype="long"), TypeError, "torch dtype such as torch.long"),
+        (lambda m: fd.models.skip_layers(m.net, ["a"]), TypeError, "skip_layers needs a Denoiser"),
+    ],
+)
+def test_what_users_mistake_says_what_to_do(call: Any, error: type[Exception], words: str) -> None:
+    model = fd.Denoiser(lambda x, t: 0.5 * x, "edm", "x0")
+    with pytest.raises(error, match=words):
+        call(model)
+
+
+def test_an_image_goes_up_by_ddim_inverse_and_comes_back() -> None:
+    model = fd.Denoiser(lambda x, t: 0.9 * x, fd.schedules.edm(0.01, 20.0), "x0")
+    image = torch.linspace(-1.0, 1.0, 12).view(1, 3, 2, 2)
+    latent = fd.sample(model, image.shape, "ddim_inverse", 200, init=image)
+    back = fd.Sampler(fd.plan("ddim", model.schedule, 200), model).sample(image.shape, init=latent)
+    assert latent.abs().max() > 1.2
+    assert (back - image).abs().max() < 0.05

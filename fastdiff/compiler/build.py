@@ -51,6 +51,8 @@ def plan(
     chosen = solvers.get(solver)
     chosen.check_options(options)
     process = schedules.get(schedule) if isinstance(schedule, str) else schedule
+    if not isinstance(process, Schedule):
+        raise TypeError(f"plan needs a schedule or its name second, got {schedule!r}; steps= is the third argument")
     if isinstance(grid, str):
         name, times = grid, grids.make(grid, process, steps, **dict(grid_options or {}))
     else:

@@ -41,7 +41,10 @@ def perturbed_within(rows: Rows, interval: Interval) -> Rows:
 def scheduled(rows: Rows, schedule: Schedule) -> Rows:
     """The rows with guidance 1 + g (w - 1) in each row: g from a sequence, one per evaluation, or g(level)."""
     given = [schedule(row.level) for row in rows[1:] if row.level] if callable(schedule) else schedule
-    gains = np.array(given, dtype=np.float64)
+    try:
+        gains = np.array(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"guidance_schedule must hold numbers, or be a function of the level, got {given!r}") from None
     if gains.shape != (len(rows) - 1,):
         raise ValueError(
             f"guidance_schedule needs one number per evaluation of the network ({len(rows) - 1}), or a function of the "

@@ -64,6 +64,11 @@ class Run:
 
     def denoise(self, x: Lin, level: Level) -> Lin:
         """D(x; level), one model evaluation: the current row ends here and `x` becomes a register."""
+        if not isinstance(x, Lin) or not isinstance(level, Level):
+            raise TypeError(
+                f"{self._where()} calls run.denoise(state, level) with {type(x).__name__} and {type(level).__name__}; "
+                "the state is a register, the level one of run.intervals() or run.levels"
+            )
         row = len(self.segments) - 1
         self.segments[-1].state = dict(x.terms)
         x.become(Atom("x", row))

@@ -6,6 +6,7 @@ May import: compiler, models.denoiser.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from fastdiff.models.denoiser import Denoiser
 
 
 def check_fits(plan: Plan, model: Denoiser) -> None:
-    """ValueError unless the network can be asked at the plan's levels and times."""
+    """TypeError or ValueError unless this is a plan and a network that can be asked at its levels and times."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"Sampler needs a plan first, got {type(plan).__name__}; make it with fd.plan(solver, model.schedule, ...)"
+        )
+    if not isinstance(model, Denoiser):
+        raise TypeError(f"Sampler needs a Denoiser second, got {type(model).__name__}; wrap the network: fd.Denoiser")
     if plan.schedule is not None and plan.schedule != model.schedule:
         raise ValueError(
             f"the plan is made for schedule {plan.schedule!r}, the model was trained on {model.schedule!r}; "
@@ -41,6 +48,8 @@ def batch_shape(shape: Sequence[int]) -> torch.Size:
         raise TypeError(f"shape must be [batch, *sample], for example (4, 3, 32, 32), got {shape}")
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
+    if not all(isinstance(size, Integral) for size in shape):
+        raise TypeError(f"shape must hold integers, got {tuple(shape)}")
     return torch.Size(shape)
 
 
@@ -64,7 +73,10 @@ def _comparable(value: Any) -> Any:
 
 def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
     """One finite number per sample, from one for all or one for each. Raises ValueError otherwise."""
-    values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one per sample, got {given!r}") from None
     if len(values) not in (1, batch):
         raise ValueError(f"{name} must be one number or one per sample ({batch}), got {len(values)}")
     if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):

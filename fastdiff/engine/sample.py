@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.compiler import solvers
 from fastdiff.compiler.build import plan as build_plan
+from fastdiff.compiler.plan import Plan
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
 from fastdiff.engine.sampler import RowInfo, Sampler
@@ -57,6 +61,9 @@ def sample(
             f"sample needs a Denoiser, got {type(model).__name__}; wrap the network: "
             'fd.Denoiser(net, schedule=fd.schedules.linear(), prediction="eps")'
         )
+    if isinstance(solver, Plan):
+        raise TypeError("sample makes its own plan: run one that is made with fd.Sampler(plan, model).sample(shape)")
+    _check_names(solver, options)
     plan = build_plan(
         solver,
         model.schedule,
@@ -67,9 +74,11 @@ def sample(
         grid_options=grid_options,
         **options,
     )
-    if init is None and strength != 1.0:
-        raise ValueError("strength < 1 needs init=, the image to start from")
-    if init is not None and strength == 1.0 and start_step == 0:
+    upward = solvers.get(solver).upward
+    if init is None and (strength != 1.0 or upward):
+        why = f"{solver} goes from an image up to noise and" if upward else "strength < 1"
+        raise ValueError(f"{why} needs init=, the image to start from")
+    if init is not None and strength == 1.0 and start_step == 0 and not upward:
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
@@ -77,3 +86,13 @@ def sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
         rule, threshold, perturbed_cond, perturbed_scale, given,
     )  # fmt: skip
+
+
+def _check_names(solver: str, options: Mapping[str, Any]) -> None:
+    """TypeError for a keyword that is nobody's; it names the arguments of `sample` that are spelt like it."""
+    known = solvers.get(solver).options()
+    own = [name for function in (sample, build_plan) for name in inspect.signature(function).parameters]
+    for name in options:
+        close = difflib.get_close_matches(name, own, n=2, cutoff=0.7)
+        if name not in known and name not in own and close:
+            raise TypeError(f"sample has no argument {name!r}. Did you mean {' or '.join(map(repr, close))}?")

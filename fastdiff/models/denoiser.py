@@ -56,6 +56,13 @@ class Denoiser:
             raise ValueError(f"sigma_data belongs to prediction 'edm', got it with {prediction!r}; leave it out")
         self.net = net
         self.schedule = schedules.get(schedule) if isinstance(schedule, str) else schedule
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                f"Denoiser: schedule must be a name or what fd.schedules.NAME() returns, got {schedule!r}; of your own "
+                "betas: fd.schedules.from_betas(betas)"
+            )
+        if not isinstance(time_dtype, torch.dtype):
+            raise TypeError(f"Denoiser: time_dtype must be a torch dtype such as torch.long, got {time_dtype!r}")
         self.prediction = prediction
         self.sigma_data = sigma_data
         self.time_dtype = time_dtype

@@ -105,6 +105,8 @@ class _Identity(TorchFunctionMode):
 
 
 def _changed(model: Denoiser, names: Sequence[str], caller: str, change: Callable[[str, nn.Module], Any]) -> Denoiser:
+    if not isinstance(model, Denoiser):
+        raise TypeError(f"{caller} needs a Denoiser, got {type(model).__name__}; wrap the network: fd.Denoiser")
     net = model.net
     if not isinstance(net, nn.Module):
         raise TypeError(f"{caller} needs a network that is a torch module, got {type(net).__name__}")

@@ -249,5 +249,5 @@ def _check_inside(values: Array, low: float, high: float, schedule: Schedule) ->
         at = int(np.argmin(inside))
         raise ValueError(
             f"Level {at} of the grid is {values[at]:.9g}, outside {schedule!r}, which goes from {low:.6g} to "
-            f"{high:.6g}. Choose levels inside it."
+            f"{high:.6g}. Choose levels inside it, without the final clean one, which is added."
         )

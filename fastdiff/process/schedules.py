@@ -118,6 +118,8 @@ def time_shared(schedule: Schedule, below: float = 100, parts: int = 5) -> Sched
     below: on the schedule's clock; theirs is 100 of 1000 steps. parts: theirs is 5.
     Raises ValueError for a `below` outside the clock, parts below 1, and a schedule that shares already.
     """
+    if isinstance(schedule, str):
+        schedule = get(schedule)
     if not isinstance(schedule, Schedule):
         raise ValueError(f"time_shared needs a schedule, got {schedule!r}. Use time_shared(linear()), for example.")
     if schedule.shared is not None:
@@ -197,7 +199,8 @@ def get(name: str, /, **options: Any) -> Schedule:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         known = ", ".join(inspect.signature(make).parameters) or "none"
-        raise ValueError(f"Schedule {name}: {error}. Its options: {known}.") from None
+        hint = f" Make it with schedules.{name}(...) and give that instead of the name." if not options else ""
+        raise ValueError(f"Schedule {name}: {error}. Its options: {known}.{hint}") from None
     return make(**options)
 
 
