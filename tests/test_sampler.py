@@ -446,7 +446,9 @@ def test_bare_levels_are_shown_to_networks_that_expect_sigma_only() -> None:
         (lambda m: fd.models.skip_layers(m.net, ["a"]), TypeError, "skip_layers needs a Denoiser"),
     ],
 )
-def test_what_users_mistake_says_what_to_do(call: Any, error: type[Exception], words: str) -> None:
+def test_what_users_mistake_says_what_to_do(
+    call: Callable[[fd.Denoiser], object], error: type[Exception], words: str
+) -> None:
     model = fd.Denoiser(lambda x, t: 0.5 * x, "edm", "x0")
     with pytest.raises(error, match=words):
         call(model)

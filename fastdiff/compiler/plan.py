@@ -114,11 +114,11 @@ class Plan:
         """The same sampler with what of guidance is linear written into its rows (fastdiff.compiler.guided).
 
         interval: (low, high) in sigma/alpha; rows outside it evaluate the conditional branch alone, half the batch
-        (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), not the scale itself, a number per
+        (Kynkäänniemi et al. 2024). schedule: per row g in w_row = 1 + g (w - 1), not the scale itself: a number per
         evaluation or a function of the level. perturbed_interval: the levels where the perturbed branch is evaluated.
-        cfg_pp: CFG++ (Chung et al. 2024) in the rows within interval, whose scale the paper takes from [0, 1]. clamp: bounds of D in every
-        row, but not of E, a second estimate that some rows use. Raises ValueError for values that do not fit and, with
-        cfg_pp, for a plan that does not say what levels it reaches or does not carry its state on.
+        cfg_pp: CFG++ (Chung et al. 2024) in the rows within interval, whose scale the paper takes from [0, 1]. clamp:
+        bounds of D in every row, but not of E, a second estimate that some rows use. Raises ValueError for values that
+        do not fit and, with cfg_pp, for a plan that does not say what levels it reaches or does not carry its state on.
         """
         from fastdiff.compiler import guided
 
