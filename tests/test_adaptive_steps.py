@@ -262,3 +262,28 @@ def test_bounds_of_a_walk() -> None:
     nan.trial()
     nan.judge(math.nan)
     assert (nan.accepted, nan.rejected) == (0, 1)
+
+
+@pytest.mark.parametrize("s_noise", [0.0, 0.9, 1.1])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noise_that_leads_elsewhere_is_not_judged(eta: float, s_noise: float) -> None:
+    """With s_noise other than 1 the variance is stated, the mean judged, and no ODE is compared with."""
+    report = make("dpm_adaptive", eta=eta, s_noise=s_noise).verify()
+    assert report.ok, str(report)
+    assert [check.name for check in report.checks] == ["point mass", "finite"]
+    assert "stated and not judged with s_noise other than 1" in report.checks[0].sentence
+
+
+def test_noise_of_strength_one_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With draws 5 % too small the point mass has another variance, and s_noise = 1 does not excuse it."""
+    plan = make("dpm_adaptive", eta=1.0)
+    assert plan.verify().ok
+    landing = Walk._landing
+
+    def quiet(walk: Walk, t: Any) -> Any:
+        down, (names, normals) = landing(walk, t)
+        return down, (names, tuple(0.95 * c for c in normals))
+
+    monkeypatch.setattr(Walk, "_landing", quiet)
+    check = plan.verify().checks[0]
+    assert not check.ok and check.value > 0.01

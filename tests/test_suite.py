@@ -16,9 +16,10 @@ from solver_cases import CASES, FLOW_ONLY, Case
 
 import fastdiff as fd
 from fastdiff import cli
-from fastdiff.compiler import solvers
+from fastdiff.compiler import convergence, solvers
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.solvers import registry
+from fastdiff.compiler.solvers.steps import ancestral_split, ode_step
 from fastdiff.compiler.verify import verify
 from fastdiff.engine import suite
 from fastdiff.process import grids, predictions, schedules
@@ -296,6 +297,60 @@ def test_what_the_suite_says_of_a_broken_sampler(kind: str, says: str) -> None:
     outcome = trial.run()
     assert not outcome.ok and not outcome.refused
     assert says in outcome.sentence
+
+
+def register_biased(kind: str) -> str:
+    """Samplers whose error first falls and then stays: what they get wrong is as large in every step of any grid."""
+
+    def short_slope(run: Any, x: Any) -> Any:
+        for _, s, t in run.intervals():
+            denoised = run.denoise(x, s)
+            if t.sigma == 0.0:
+                return t.alpha * denoised
+            x = 0.97 * ode_step(x, denoised, s, t) + 0.03 * (t.alpha / s.alpha) * x
+        return x
+
+    def little_noise(run: Any, x: Any) -> Any:
+        for _, s, t in run.intervals():
+            denoised = run.denoise(x, s)
+            if t.sigma == 0.0:
+                return t.alpha * denoised
+            down = run.level_from_rho(ancestral_split(s, t, 1.0)[0])
+            x = (t.alpha / down.alpha) * ode_step(x, denoised, s, down)
+            x = x + 0.95 * t.alpha * math.sqrt(t.rho**2 - down.rho**2) * run.noise()
+        return x
+
+    name = f"users_{kind}"
+    registry.solver(name, order=1, exact_marginal=False)({"short": short_slope, "quiet": little_noise}[kind])
+    return name
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize(("kind", "slope"), [("short", "-0.13"), ("quiet", "0.44")])
+def test_a_bias_that_no_refinement_removes_fails(kind: str, slope: str) -> None:
+    """3 % too short a slope and 5 % too little noise: one refinement of 8 steps lowers the error, the order fails."""
+    name = register_biased(kind)
+    assert fd.plan(name, "edm", 8).verify().ok  # why the order is a trial
+    order = next(trial for trial in suite.trials(name) if trial.what == "order").run()
+    assert not order.ok and not order.refused
+    assert f"order: declared 1, measured {slope}; error" in order.sentence
+
+
+def test_the_order_of_options_that_lower_it() -> None:
+    """er_sde of order 1 keeps order 1, though 2 is declared of its defaults; what leads nowhere is not judged."""
+
+    def order(solver: str, **options: Any) -> suite.Outcome:
+        return next(trial for trial in suite.trials(solver, **options) if trial.what == "order").run()
+
+    assert order("er_sde", order=1).ok and not order("er_sde", order=1).refused
+    assert order("flow_sde", flavor="diffusers").ok
+    assert order("euler", s_churn=5.0, s_noise=1.1).ok
+    lowered = convergence.measure_table(solvers.get("er_sde"), "edm", {"order": 1})
+    assert (lowered.declared, lowered.order) == (1, pytest.approx(0.96, abs=0.05))
+    flow = convergence.measure_table(solvers.get("flow_sde"), "rectified_flow", {"flavor": "diffusers"})
+    assert flow.unjudged and flow.errors[-1] == pytest.approx(-0.5, abs=0.05)
+    noisy = convergence.measure_table(solvers.get("euler"), "edm", {"s_churn": 5.0, "s_noise": 1.1})
+    assert noisy.order_options == {"s_noise": 1.0} and noisy.order == pytest.approx(0.97, abs=0.05)
 
 
 def test_a_failure_of_another_kind_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

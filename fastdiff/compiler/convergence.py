@@ -47,17 +47,20 @@ class Bias:
 class Measurement:
     """What `measure` found of one solver; `print(measurement)` shows it.
 
+    declared: the solver's order; with options that are not its defaults, which may lower it, 1: the error must fall.
     order: slope of the error, inf where it is rounding from the start, nan where it is not finite. order_options: those
-    it was measured with besides the defaults: s_noise = 1, since more noise than the levels hold leaves a bias that no
-    refinement removes. curve: (model evaluations, signed error) at 5, 10, 20, ... 160 steps. unjudged: why the order
-    has no meaning, or "". nfe, registers, width (outputs, inputs of the widest row), draws: of the table of 20 steps;
-    report: its laws.
+    it was measured with besides the chosen ones: s_noise = 1, since more noise than the levels hold leaves a bias that
+    no refinement removes. errors: those it is the slope of. curve: (model evaluations, signed error) at 5, 10, 20, ...
+    160 steps. unjudged: why the order has no meaning, or "". nfe, registers, width (outputs, inputs of the widest row),
+    draws: of the table of 20 steps; report: its laws.
     """
 
     solver: Solver
     schedule: str
+    declared: int
     order: float
     order_options: Mapping[str, Any]
+    errors: tuple[float, ...]
     curve: tuple[tuple[int, float], ...]
     bias: tuple[Bias, ...]
     nfe: int
@@ -70,7 +73,17 @@ class Measurement:
     @property
     def order_holds(self) -> bool:
         """False where the measured order is less than the declared one by more than TOLERANCE."""
-        return bool(self.unjudged) or self.order >= self.solver.order - TOLERANCE
+        return bool(self.unjudged) or self.order >= self.declared - TOLERANCE
+
+    @property
+    def order_sentence(self) -> str:
+        """What the order was declared and measured to be, and the errors."""
+        errors = ", ".join(f"{abs(error):.1e}" for error in self.errors)
+        order = f"declared {self.declared}, measured {self.order:.2f}"
+        order += "".join(f" with {name} = {value:g}" for name, value in self.order_options.items())
+        if self.unjudged:
+            order = f"stated and not judged, {self.unjudged}; slope {self.order:.2f}"
+        return f"{order}; error {errors} at N = {', '.join(map(str, STEPS))} steps"
 
     @property
     def ok(self) -> bool:
@@ -78,11 +91,6 @@ class Measurement:
         return self.report.ok and self.order_holds
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{abs(error):.1e}" for _, error in self.curve[len(COARSE) :])
-        order = f"declared {self.solver.order}, measured {self.order:.2f}"
-        order += "".join(f" with {name} = {value:g}" for name, value in self.order_options.items())
-        if self.unjudged:
-            order = f"stated and not judged, {self.unjudged}; slope {self.order:.2f}"
         bias = (
             f"{b.error:+.2%} at {b.nfe}" if b.error is not None else f"two steps cost more than {b.budget}"
             for b in self.bias
@@ -92,8 +100,7 @@ class Measurement:
             (
                 f"{self.solver.name}: {self.solver.summary}",
                 str(self.report),
-                f"  {'ok  ' if self.order_holds else 'FAIL'} order: {order}; error {errors} at N = "
-                f"{', '.join(map(str, STEPS))} steps",
+                f"  {'ok  ' if self.order_holds else 'FAIL'} order: {self.order_sentence}",
                 f"  bias: {'; '.join(bias)} evaluations",
                 f"  cost: {self.nfe} evaluations at {STEPS[0]} steps, {self.registers} registers, rows of at most "
                 f"{self.width[0]} outputs and {self.width[1]} inputs, {noise}",
@@ -151,7 +158,9 @@ def measure(name: str) -> Measurement | AdaptiveMeasurement:
     tolerances instead. Raises what compiling raises.
     """
     chosen = solvers.get(name)
-    return _measure_adaptive(chosen) if chosen.adaptive else _measure_table(chosen)
+    if chosen.adaptive:
+        return _measure_adaptive(chosen)
+    return measure_table(chosen, "rectified_flow" if chosen.flow_only else "edm", {})
 
 
 def _measure_adaptive(chosen: Solver) -> AdaptiveMeasurement:
@@ -167,34 +176,40 @@ def _measure_adaptive(chosen: Solver) -> AdaptiveMeasurement:
     )
 
 
-def _measure_table(chosen: Solver) -> Measurement:
-    name = chosen.name
-    schedule = "rectified_flow" if chosen.flow_only else "edm"
+def measure_table(chosen: Solver, schedule: str, options: Mapping[str, Any]) -> Measurement:
+    """`measure` of a solver that compiles to a table, on a schedule and with options. Raises what compiling raises."""
+    defaults = chosen.options()
+    chosen.check_options(dict(options))
     plans: dict[int, Plan] = {}
+
+    def make(steps: int, **more: Any) -> Plan:
+        return build(chosen.name, schedule, steps, GRID, grid_options=ENDS, **{**options, **more})
 
     def plan(steps: int) -> Plan:
         if steps not in plans:
-            plans[steps] = build(name, schedule, steps, GRID, grid_options=ENDS)
+            plans[steps] = make(steps)
         return plans[steps]
 
     curve = tuple((plan(n).nfe, variance_error(plan(n))) for n in (*COARSE, *STEPS))
     falling = [error for _, error in curve[len(COARSE) :]]
-    without: dict[str, Any] = {"s_noise": 1.0} if chosen.options().get("s_noise", 1.0) != 1.0 else {}
+    without = {"s_noise": 1.0} if {**defaults, **options}.get("s_noise", 1.0) != 1.0 else {}
     if without:
-        falling = [variance_error(build(name, schedule, n, GRID, grid_options=ENDS, **without)) for n in STEPS]
+        falling = [variance_error(make(n, **without)) for n in STEPS]
     table = plan(STEPS[0])
     return Measurement(
         solver=chosen,
         schedule=schedule,
+        declared=chosen.order if {**defaults, **options} == defaults else min(1, chosen.order),
         order=slope(STEPS, falling),
         order_options=without,
+        errors=tuple(falling),
         curve=curve,
         bias=tuple(_bias(plan, budget) for budget in BUDGETS),
         nfe=table.nfe,
         registers=table.registers,
         width=_width(table),
         draws=table.draws,
-        unjudged=_unjudged(chosen),
+        unjudged=_unjudged(chosen, options),
         report=verify.verify(table),
     )
 
@@ -231,10 +246,10 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
     return math.log(coarse / fine) / math.log(m / n)
 
 
-def _unjudged(solver: Solver) -> str:
+def _unjudged(solver: Solver, options: Mapping[str, Any]) -> str:
     if solver.upward:
         return "it goes from the data to the noise, so what it ends in is no sample"
-    if solver.order == 0:
+    if not solver.leads_to_data(options):
         return "it takes D for a sample, so with an exact mean no refinement leads to the data"
     return ""
 

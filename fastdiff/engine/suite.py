@@ -1,4 +1,4 @@
-"""One suite for any sampler, shipped or a user's own: every schedule, grid, prediction and executor of the CPU.
+"""One suite for any sampler, shipped or a user's own: its order, every schedule, grid, prediction and CPU executor.
 
 May import: compiler, engine, models.denoiser, process. `fastdiff verify --solver` runs it; `trials` hands the same
 trials to a test runner.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.compiler import layout, solvers
+from fastdiff.compiler import convergence, layout, solvers
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.verify import GIVEN, execute, verify
@@ -52,7 +52,7 @@ class Outcome:
 class Trial:
     """One check of one sampler; `str(trial)` names it and `trial.run()` does it.
 
-    what: "table", "prediction" or "executor"; name: of the prediction or the executor.
+    what: "table", "order", "prediction" or "executor"; name: of the prediction or the executor, or "order".
     """
 
     solver: str
@@ -81,7 +81,7 @@ class Trial:
 def trials(solver: str, **options: Any) -> list[Trial]:
     """The suite of a registered sampler with these options.
 
-    Every schedule on one grid, every grid on one schedule, every prediction, every executor of the CPU.
+    Every schedule on one grid, every grid on one schedule, the order, every prediction, every executor of the CPU.
 
     For a test runner: `@pytest.mark.parametrize("trial", fd.suite.trials("mine"), ids=str)`, and in the test
     `outcome = trial.run(); assert outcome.ok, outcome.sentence`. Raises ValueError for an unknown name, and where the
@@ -99,6 +99,7 @@ def trials(solver: str, **options: Any) -> list[Trial]:
         where = _schedule_for(name, schedule)
         if (where, name) != (schedule, grid):
             found.append(Trial(solver, options, where, name))
+    found.append(Trial(solver, options, schedule, convergence.GRID, "order", "order"))
     for kind in predictions.names():
         found.append(Trial(solver, options, schedule, grid, "prediction", kind))
     for name in _executors():
@@ -189,6 +190,17 @@ def _table(trial: Trial) -> str:
     return "; ".join(wrong)
 
 
+def _order(trial: Trial) -> str:
+    """The error falls at the declared order up to 160 steps: a bias that no refinement removes stops it."""
+    steps, ends = convergence.STEPS[0], convergence.ENDS
+    try:
+        build(trial.solver, trial.schedule, steps, convergence.GRID, grid_options=ends, **trial.options)
+    except ValueError as reason:
+        raise Refused(str(reason)) from reason
+    measured = convergence.measure_table(solvers.get(trial.solver), trial.schedule, trial.options)
+    return "" if measured.order_holds else f"order: {measured.order_sentence}"
+
+
 def _runs_with(trial: Trial) -> str:
     """A network of this prediction gives the sample that its D gives in float64."""
     plan = make_plan(trial, RUN_STEPS)
@@ -208,7 +220,12 @@ def _runs_on(trial: Trial) -> str:
     return _compare(plan, "x0", trial.name)
 
 
-_CHECKS: dict[str, Callable[[Trial], str]] = {"table": _table, "prediction": _runs_with, "executor": _runs_on}
+_CHECKS: dict[str, Callable[[Trial], str]] = {
+    "table": _table,
+    "order": _order,
+    "prediction": _runs_with,
+    "executor": _runs_on,
+}
 
 
 def _compare(plan: Plan, kind: str, executor: str) -> str:
@@ -280,10 +297,10 @@ def summary(outcomes: Mapping[Trial, Outcome]) -> str:
 
 
 def _counted(outcomes: Mapping[Trial, Outcome]) -> str:
-    kinds = {what: sum(trial.what == what for trial in outcomes) for what in ("table", "prediction", "executor")}
+    kinds = {what: sum(trial.what == what for trial in outcomes) for what in _CHECKS}
     return (
         f"{len({trial.schedule for trial in outcomes})} schedules and {len({trial.grid for trial in outcomes})} grids "
-        f"({kinds['table']} tables), {kinds['prediction']} predictions, {kinds['executor']} executors"
+        f"({kinds['table']} tables), {kinds['prediction']} predictions, {kinds['executor']} executors, and the order"
     )
 
 

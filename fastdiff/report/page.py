@@ -30,7 +30,8 @@ fastdiff verify --solver my_solver.py  # the same for your own: a file that regi
 fastdiff verify --solver my_package.samplers:mine  # or a module of your package
 ```
 
-`--solver` also runs the suite that every sampler here passes: each schedule, grid, prediction and executor of the CPU.
+`--solver` also runs the suite that every sampler here passes: its order, and each schedule, grid, prediction and
+executor of the CPU.
 In a test of your own:
 
 ```python

@@ -33,7 +33,7 @@ def flow_heun(run: Run, x: Lin) -> Lin:
     return x
 
 
-@solver("flow_sde", order=1, exact_marginal={"s_noise": 1.0}, flow_only=True)
+@solver("flow_sde", order=1, exact_marginal={"s_noise": 1.0}, refines={"flavor": None}, flow_only=True)
 def flow_sde(run: Run, x: Lin, eta: float = 1.0, s_noise: float = 1.0, flavor: str | None = None) -> Lin:
     """The reverse SDE of a flow model with D held over the step: x' = a x + (alpha_t - alpha_s a) D + c z.
 

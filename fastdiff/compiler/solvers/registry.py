@@ -24,6 +24,7 @@ class Solver:
     exact_marginal: with D == mu at every level the state keeps the law N(alpha mu, sigma^2) exactly; always, never,
     or where these options have these values.
     denoises: the step to sigma = 0 is x' = D; same values.
+    refines: refining the grid leads to the data, as an order above 0 says; same values, False by order = 0.
     upward: the solver goes from the data to the noise, so its levels ascend.
     flow_only: it is defined on flow schedules only.
     adaptive: it chooses its steps while it runs; `function(top, bottom, **options)` returns its
@@ -35,6 +36,7 @@ class Solver:
     order: int
     exact_marginal: bool | Mapping[str, Any]
     denoises: bool | Mapping[str, Any] = True
+    refines: bool | Mapping[str, Any] = True
     upward: bool = False
     flow_only: bool = False
     adaptive: bool = False
@@ -56,6 +58,10 @@ class Solver:
     def ends_in_denoise(self, options: Mapping[str, Any]) -> bool:
         """Whether `denoises` holds with these options, defaults filled in."""
         return self._holds(self.denoises, options)
+
+    def leads_to_data(self, options: Mapping[str, Any]) -> bool:
+        """Whether the law of many steps is that of the data with these options, defaults filled in."""
+        return self.order > 0 and self._holds(self.refines, options)
 
     def _holds(self, law: bool | Mapping[str, Any], options: Mapping[str, Any]) -> bool:
         if isinstance(law, bool):
@@ -104,6 +110,7 @@ def solver(
     order: int,
     exact_marginal: bool | Mapping[str, Any] = True,
     denoises: bool | Mapping[str, Any] = True,
+    refines: bool | Mapping[str, Any] = True,
     upward: bool = False,
     flow_only: bool = False,
     adaptive: bool = False,
@@ -120,7 +127,7 @@ def solver(
             function.__qualname__,
         ):
             raise ValueError(f"a solver named {name!r} exists already; choose another name")
-        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, upward, flow_only, adaptive)
+        _SOLVERS[name] = Solver(name, function, order, exact_marginal, denoises, refines, upward, flow_only, adaptive)
         return function
 
     return register
