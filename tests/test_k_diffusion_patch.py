@@ -27,7 +27,9 @@ class Test_patch:
         before = dict(vars(theirs))
         report = K.patch()
         assert report.replaced == tuple(TABLES)
-        assert report.left == {"sample_dpm_adaptive": "not a table: it chooses its steps as it goes"}
+        assert report.left == {
+            "sample_dpm_adaptive": "not a table here: it chooses its steps for the whole batch as it goes"
+        }
         assert report.module == "k_diffusion.sampling"
         assert K.patch() == report, "twice is once"
         for name in TABLES:
@@ -45,6 +47,13 @@ class Test_patch:
         K.patch(theirs)
         assert torch.equal(torch.get_rng_state(), state)
         K.unpatch(theirs)
+
+    def test_generators_of_gpus_are_not_seeded(self, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        seeded: list[int] = []
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+        K.patch(theirs)
+        K.unpatch(theirs)
+        assert seeded == []
 
     def test_programs_noise_is_used(self, theirs: Any) -> None:
         """As A1111 does: another object in torch's place in the module, with a randn_like of its own."""
@@ -160,6 +169,47 @@ class Test_patch:
         with pytest.raises(ValueError, match="float64"):
             theirs.sample_euler(model, x, sigmas_of(4), seed=1)
         K.unpatch(theirs)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "text"),
+        [
+            ("sample_lms", {"order": [4]}, r"order must be an integer of 1..4, got \[4\]"),
+            ("sample_lms", {"order": 4.0}, "order must be an integer of 1..4, got 4.0"),
+            ("sample_euler", {"s_churn": 1.0, "s_tmin": None}, "s_tmin is a bound .* a number, got None"),
+            ("sample_euler", {"s_tmax": "9"}, "s_tmax is a bound .* a number, got '9'"),
+            ("sample_heun", {"s_churn": torch.ones(2)}, "s_churn is an amount of noise"),
+            ("sample_euler_ancestral", {"eta": torch.tensor([0.5])}, r"eta is an amount of noise.* got tensor"),
+            ("sample_dpmpp_2s_ancestral", {"s_noise": 1e300}, "a coefficient outside float32"),
+            ("sample_dpmpp_sde", {"r": None}, r"r, where in the step .* a number in \(0, 1\], got None"),
+            ("sample_dpmpp_2m_sde", {"solver_type": ["heun"]}, r"'heun' or 'midpoint', got \['heun'\]"),
+            ("sample_dpm_fast", {"n": [5]}, r"n is a number of model calls, at least 1, got \[5\]"),
+            ("sample_dpm_fast", {"sigma_min": None}, "two finite numbers, got None and"),
+        ],
+        ids=str,
+    )
+    def test_odd_arguments(self, theirs: Any, name: str, options: dict[str, Any], text: str) -> None:
+        """They are the module's own to take or to refuse: the same result, or its own error."""
+        levels = dict(zip(("sigma_min", "sigma_max", "n"), levels_of(name, 5), strict=False))
+        given = levels if name == "sample_dpm_fast" else {"sigmas": sigmas_of(5)}
+        run(getattr(K, name), model, start(), **given)  # an equal number in the table's key must not let it through
+
+        def outcome(function: Any) -> Any:
+            try:
+                return run(function, model, start(), **given | options)
+            except Exception as error:
+                return type(error), str(error)
+
+        expected = outcome(getattr(theirs, name))
+        with pytest.raises(K.Refused, match=text):
+            run(getattr(K, name), model, start(), **given | options)
+        K.patch(theirs)
+        with pytest.warns(UserWarning, match=f"{text}.*own {name} runs instead"):
+            got = outcome(getattr(theirs, name))
+        K.unpatch(theirs)
+        if isinstance(expected[0], Tensor):
+            assert torch.equal(got[0].nan_to_num(), expected[0].nan_to_num()) and torch.equal(got[1], expected[1])
+        else:
+            assert got == expected
 
     def test_errors_of_the_model_are_not_caught(self, theirs: Any) -> None:
         K.patch(theirs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from k_diffusion_cases import TOLERANCE, apart, levels_of, model, run, sigmas_of, start
@@ -70,6 +72,35 @@ def test_two_threads(name: str) -> None:
     for thread in threads:
         thread.join(30)
     assert torch.equal(ends[1], alone[0]) and torch.equal(ends[2], alone[1])
+
+
+def test_streams_do_not_share_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run returns while its kernels are queued: the next on another stream must not get its memory."""
+    now = [7]
+    monkeypatch.setattr(loop, "_stream", lambda device: now[0])
+    K.clear()
+    run(K.sample_euler, model, start(), sigmas_of(3))
+    (first,) = loop._kept
+    now[0] = 8
+    run(K.sample_euler, model, start(), sigmas_of(3))
+    _, second = loop._kept
+    assert (first.key.stream, second.key.stream) == (7, 8)
+    assert not {t.data_ptr() for t in (first.state, first.row, first.ticket, first.noise)} & {
+        t.data_ptr() for t in (second.state, second.row, second.ticket, second.noise)
+    }
+    now[0] = 7
+    run(K.sample_euler, model, start(), sigmas_of(3))
+    assert loop._kept == [second, first], "each stream gets its own again"
+    K.clear()
+
+
+def test_stream_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.cuda_stream = 100 + (device.index or 0)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    assert [loop._stream(torch.device(d)) for d in ("cpu", "cuda:0", "cuda:3")] == [0, 100, 103]
 
 
 def test_call_inside_a_model() -> None:
@@ -145,6 +176,15 @@ def test_bad_input_of_dpm_fast(levels: tuple[Any, ...], text: str) -> None:
         K.sample_dpm_fast(model, start(), *levels, disable=True)
 
 
+def test_numbers_of_other_kinds() -> None:
+    """A bound taken from the sigmas, a fraction, NumPy's numbers: the same as the plain number, bit for bit."""
+    plain = {"s_churn": 0.5, "s_tmin": float(sigmas_of(5)[3]), "s_noise": 1.5}
+    other = {"s_churn": np.float32(0.5), "s_tmin": sigmas_of(5)[3], "s_noise": Fraction(3, 2)}
+    ends = [run(K.sample_euler, model, start(), sigmas_of(5), **options)[0] for options in (plain, other)]
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], run(K.sample_euler, model, start(), sigmas_of(5))[0])
+
+
 def test_double_output_is_taken_as_float() -> None:
     ends = [run(K.sample_euler, f, start(), sigmas_of(4))[0] for f in (model, lambda x, s: model(x, s).double())]
     assert torch.equal(*ends)
@@ -176,5 +216,5 @@ def test_adaptive_is_theirs_or_a_clear_error(theirs: Any, monkeypatch: pytest.Mo
     expected, known = theirs.sample_dpm_adaptive(model, start(), 0.03, 14.6, disable=True, return_info=True)
     assert torch.equal(end, expected) and info == known
     monkeypatch.setitem(__import__("sys").modules, "k_diffusion.sampling", None)
-    with pytest.raises(NotImplementedError, match="sample_dpm_adaptive chooses its steps as it goes"):
+    with pytest.raises(NotImplementedError, match=r"chooses one step for the whole batch.*fd.sample\(.*dpm_adaptive"):
         K.sample_dpm_adaptive(model, start(), 0.03, 14.6)

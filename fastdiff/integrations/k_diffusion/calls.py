@@ -20,6 +20,7 @@ Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
 Seed = int | Sequence[int] | Tensor | None
 Ends = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]  # sigma and sigma_next of every draw, in order
+BOUNDS = ("s_tmin", "s_tmax")
 
 
 class Call(NamedTuple):
@@ -41,10 +42,11 @@ def on_sigmas(name: str, call: Call, sigmas: Tensor, **options: Any) -> Tensor:
         got = f"{sigmas.dtype} {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise Refused(f"sample_{name}: sigmas must be a floating-point tensor [steps + 1], got {got}")
     loop.check_state(name, call.x)
+    options = tables.checked(name, {key: _plain(value) if key in BOUNDS else value for key, value in options.items()})
     if len(sigmas) < 2:
         return call.x  # no step to make, as in k-diffusion
     if options.get("s_churn"):
-        for bound in ("s_tmin", "s_tmax"):  # compared with sigmas in their dtype
+        for bound in BOUNDS:  # compared with sigmas in their dtype
             options[bound] = torch.tensor(options[bound], dtype=sigmas.dtype).item()
     recipe = tables.on_sigmas(name, tuple(sigmas.tolist()), tuple(options.items()))
 
@@ -67,9 +69,11 @@ def on_sigmas(name: str, call: Call, sigmas: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def dpm_fast(call: Call, sigma_min: float, sigma_max: float, n: int, **options: Any) -> Tensor:
+def dpm_fast(call: Call, sigma_min: Any, sigma_max: Any, n: int, **options: Any) -> Tensor:
     """sample_dpm_fast, whose callback is told the time -log sigma as well."""
     loop.check_state("dpm_fast", call.x)
+    options = tables.checked("dpm_fast", options)
+    sigma_min, sigma_max, n = tables.fast_levels(_plain(sigma_min), _plain(sigma_max), n)
     recipe = tables.dpm_fast(sigma_min, sigma_max, n, tuple(options.items()))
     start, end = (float(-torch.tensor(sigma).log()) for sigma in (sigma_max, sigma_min))
     times = torch.linspace(start, end, len(tables.fast_orders(n)) + 1, device=call.x.device)
@@ -86,6 +90,11 @@ def dpm_fast(call: Call, sigma_min: float, sigma_max: float, n: int, **options: 
 
     with call.host.counter(n, call.disable) as bar:
         return _run(recipe, call, tell, ends, None, None, bar.update)
+
+
+def _plain(value: Any) -> Any:
+    """A level taken from a tensor of levels, as a number; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
 
 
 def _halves(sigmas: Tensor, recipe: Recipe, r: float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -95,7 +95,7 @@ def sample_dpm_fast(
     callback receives "t" and "t_up" = -log sigma too, once a block of one to three calls.
     """
     call = Call(model, x, extra_args, callback, disable, noise_sampler, seed, host)
-    return calls.dpm_fast(call, float(sigma_min), float(sigma_max), n, eta=eta, s_noise=s_noise)
+    return calls.dpm_fast(call, sigma_min, sigma_max, n, eta=eta, s_noise=s_noise)
 
 
 def sample_dpm_adaptive(
@@ -104,16 +104,19 @@ def sample_dpm_adaptive(
     h_init: float = 0.05, pcoeff: float = 0.0, icoeff: float = 1.0, dcoeff: float = 0.0, accept_safety: float = 0.81,
     eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, return_info: bool = False,
 ) -> Any:  # fmt: skip
-    """DPM-Solver-12 and 23 with adaptive steps, which no table holds: k-diffusion's own function, where it is there.
+    """DPM-Solver-12 and 23 with adaptive steps: k-diffusion's own function, where it is there.
 
+    It takes the norm of the error over the whole batch and so one step for all; fastdiff's own "dpm_adaptive"
+    (fd.sample(..., solver="dpm_adaptive")) gives every sample steps of its own, which is the same for a batch of one.
     Raises NotImplementedError where k-diffusion is not installed.
     """
     try:
         theirs = sys.modules.get("k_diffusion.sampling") or importlib.import_module("k_diffusion.sampling")
     except ImportError as error:
         raise NotImplementedError(
-            "sample_dpm_adaptive chooses its steps as it goes, which no table holds, and k-diffusion, whose function "
-            f"would be called instead, cannot be imported ({error}); use sample_dpm_fast or sample_dpmpp_2m"
+            "sample_dpm_adaptive chooses one step for the whole batch as it goes, which is left to k-diffusion's own "
+            f"function, and k-diffusion cannot be imported ({error}); use sample_dpm_fast or sample_dpmpp_2m here, or "
+            'fd.sample(fd.Denoiser(...), shape, solver="dpm_adaptive"), where every sample has steps of its own'
         ) from error
     return theirs.sample_dpm_adaptive(
         model, x, sigma_min, sigma_max, extra_args, callback, disable, order, rtol, atol, h_init, pcoeff, icoeff,

@@ -1,7 +1,7 @@
 """The loop of a k-diffusion function: model, callback, draw, row.
 
-May import: engine (the row op), tables. Buffers are kept by shape and lent to one run at a time, so threads, and
-models that sample inside, do not meet in them.
+May import: engine (the row op), tables. Buffers are kept by shape and stream and lent to one run at a time, so threads,
+and models that sample inside, do not meet in them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +26,25 @@ KEPT_BUFFERS = 4  # sets of buffers that wait for their next run
 KEPT_STEPS = 8  # bound tables in each set
 
 
-class Memory:
-    """The registers of one shape, and the tables bound to them."""
+class Key(NamedTuple):
+    """Which runs may follow each other in one memory.
 
-    def __init__(self, shape: torch.Size, device: torch.device, layout: torch.memory_format, registers: int) -> None:
-        self.key = (shape, device, layout)
-        self.layout = layout
+    stream: a run returns while its kernels are queued, and only on its own stream are the next run's behind them.
+    Memory that is dropped goes back to torch's allocator for the same stream, where it was made.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    layout: torch.memory_format
+    stream: int
+
+
+class Memory:
+    """The registers of one shape on one stream, and the tables bound to them."""
+
+    def __init__(self, key: Key, registers: int) -> None:
+        self.key = key
+        shape, device, layout, _ = key
         batch = shape[0]
 
         def images(count: int) -> Tensor:
@@ -69,7 +82,7 @@ class Memory:
         if key not in self._sigmas or self._sigmas[key][0]._version:
             with torch.inference_mode(False):
                 table = torch.tensor(recipe.sigma, dtype=dtype, device=self.state.device)
-                table = table.unsqueeze(1).expand(-1, self.key[0][0]).contiguous()
+                table = table.unsqueeze(1).expand(-1, self.key.shape[0]).contiguous()
                 self._sigmas[key] = (table, table.unbind(), recipe)
             if len(self._sigmas) > KEPT_STEPS:
                 self._sigmas.popitem(last=False)
@@ -99,18 +112,23 @@ _kept: list[Memory] = []
 _lock = threading.Lock()
 
 
+def _stream(device: torch.device) -> int:
+    """The handle of the stream that kernels go to now; 0 on a CPU, which has none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @contextmanager
 def _lent(x: Tensor, registers: int) -> Iterator[Memory]:
-    """Buffers of x's shape for one run: some that wait, or new ones."""
+    """Buffers of x's shape for one run on the current stream: some that wait, or new ones."""
     layout = torch.contiguous_format
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         layout = torch.channels_last
-    key = (x.shape, x.device, layout)
+    key = Key(x.shape, x.device, layout, _stream(x.device))
     with _lock:
         found = next((m for m in _kept if m.key == key and len(m.registers) >= registers), None)
         if found is not None:
             _kept.remove(found)
-    memory = found or Memory(x.shape, x.device, layout, registers)
+    memory = found or Memory(key, registers)
     try:
         yield memory
     finally:
@@ -186,12 +204,12 @@ def run(
             written = shown._version
             if written:
                 state.copy_(shown)
-            taken = _taken(denoised, shown, recipe, r, memory.layout)
+            taken = _taken(denoised, shown, recipe, r, memory.key.layout)
             if callback is not None and begins is not None:
                 # the slope is there before the callback, or else what the callback makes of denoised counts
                 callback(begins, shown, denoised.clone() if slope_first else denoised)
                 if not slope_first:
-                    taken = _taken(denoised, shown, recipe, r, memory.layout)
+                    taken = _taken(denoised, shown, recipe, r, memory.key.layout)
                 if shown._version != written:
                     taken = taken.float() + (shown.float() - state) if slope_first else taken
                     state.copy_(shown)

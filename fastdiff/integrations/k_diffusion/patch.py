@@ -47,7 +47,11 @@ def patch(module: ModuleType | None = None) -> Patched:
     stay the module's: its torch.randn_like, default_noise_sampler, BrownianTreeNoiseSampler, trange and tqdm are
     called as its own functions call them. Arguments no table covers go to the function that was there, with a
     warning. Doing it twice changes nothing. Modules that imported a function by name before keep what they have.
-    Raises ImportError when there is no module to patch.
+
+    Call it before threads that sample start: each function is tried on the CPU, for which torch's global CPU generator
+    and the module's `torch` are set aside and put back at the end; a sampler that runs in another thread meanwhile
+    would draw from the wrong generator. CUDA's generators are not touched. Raises ImportError when there is no module
+    to patch.
     """
     module = _module(module)
     replaced, left = [], {}
@@ -125,7 +129,7 @@ def _unlike(ours: Callable[..., Any], theirs: Callable[..., Any]) -> str:
         for function in (ours, theirs)
     )
     if inspect.signature(ours).parameters.keys().isdisjoint(ADDED):
-        return "not a table: it chooses its steps as it goes"
+        return "not a table here: it chooses its steps for the whole batch as it goes"
     if mine == other:
         return ""
     named = [f"{name}={default}" for name, default in other if (name, default) not in mine]
@@ -161,7 +165,7 @@ def _difference(
         with _apart(module):
             results = []
             for function, more in ((theirs, {}), (ours, {"host": host})):
-                torch.manual_seed(11)
+                torch.default_generator.manual_seed(11)  # torch.manual_seed sets those of every GPU too
                 x = given[0][0] * torch.randn(2, 3, 4, 4) if len(given) == 1 else given[1] * torch.randn(2, 3, 4, 4)
                 end = function(_model, x, *given, extra_args={"seed": 5}, disable=True, **option, **more)
                 results.append((end, torch.get_rng_state()))

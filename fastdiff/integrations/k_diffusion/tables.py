@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import numbers
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,9 +67,8 @@ class Recipe:
 
 @functools.lru_cache(maxsize=TABLES)
 def on_sigmas(name: str, sigmas: tuple[float, ...], options: tuple[tuple[str, Any], ...]) -> Recipe:
-    """The recipe of sample_{name} on these sigmas; Refused where there is none."""
+    """The recipe of sample_{name} on these sigmas; Refused where there is none. options: from `checked`."""
     given = dict(options)
-    _check_options(name, given)
     _check_sigmas(name, sigmas, given)
     levels = [Level(1.0, sigma, sigma) for sigma in sigmas]
     steps = [_step(name, s, t, given) for s, t in itertools.pairwise(levels)]
@@ -78,13 +78,8 @@ def on_sigmas(name: str, sigmas: tuple[float, ...], options: tuple[tuple[str, An
 
 @functools.lru_cache(maxsize=TABLES)
 def dpm_fast(sigma_min: float, sigma_max: float, n: int, options: tuple[tuple[str, Any], ...]) -> Recipe:
-    """The recipe of sample_dpm_fast; Refused where there is none."""
+    """The recipe of sample_dpm_fast; Refused where there is none. Arguments: from `fast_levels` and `checked`."""
     given = dict(options)
-    _check_options("dpm_fast", given)
-    if not 0.0 < sigma_min < sigma_max < math.inf:
-        raise Refused(f"sample_dpm_fast: expected 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}")
-    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
-        raise Refused(f"sample_dpm_fast: n is a number of model calls, at least 1, got {n!r}")
     if n == 1:  # one step of order 1 from end to end, where eta has no room
         ends = [Level(1.0, sigma, sigma) for sigma in (sigma_max, sigma_min)]
         return _recipe("dpm_fast", "euler", ends, {}, [(1, (1,))], [0.0])
@@ -107,11 +102,15 @@ def _recipe(
     gamma: Sequence[float],
 ) -> Recipe:
     renamed = {_RENAMED.get(key, key): value for key, value in options.items()}
-    plan = compile_levels(solver, levels, None, "k_diffusion", renamed | _FIXED.get(solver, {}))
-    # a level between two given ones has no time of its own: the model is shown its sigma
-    plan = replace(
-        plan, rows=tuple(row if row.level is None else replace(row, level=_own(row.level)) for row in plan.rows)
-    )
+    try:
+        plan = compile_levels(solver, levels, None, "k_diffusion", renamed | _FIXED.get(solver, {}))
+        # a level between two given ones has no time of its own: the model is shown its sigma
+        plan = replace(
+            plan, rows=tuple(row if row.level is None else replace(row, level=_own(row.level)) for row in plan.rows)
+        )
+        packed = plan.pack(opening="state")
+    except ValueError as error:  # levels or options so extreme that a coefficient leaves float32
+        raise Refused(f"sample_{name}: {error}") from error
     first: list[int | None] = []
     drawn: dict[int, int] = {}
     for i, (rows, after) in enumerate(steps):
@@ -121,7 +120,6 @@ def _recipe(
         raise Refused(
             f"sample_{name}: no table with {_shown(options)} makes k-diffusion's draws; leave eta at 1 or below"
         )
-    packed = plan.pack(opening="state")
     one_slot = packed.ids.copy()
     one_slot[:, at.TERM_IDS :: at.TERM_IDS_STRIDE] = 0
     opening, *rest = plan.rows
@@ -166,18 +164,59 @@ def _gamma(sigma: float, steps: int, options: Mapping[str, Any]) -> float:
     return min(options["s_churn"] / steps, math.sqrt(2.0) - 1.0)
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with each number as a float, so that they can be hashed; Refused where one is none, or too far."""
+    plain = {key: value if key in ("order", "solver_type") else _number(value) for key, value in options.items()}
     for key in ("eta", "s_churn", "s_noise"):
-        value = options.get(key, 0.0)
-        if not (isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf):
-            raise Refused(f"sample_{name}: {key} is an amount of noise, a finite number >= 0, got {value!r}")
-    if options.get("solver_type", "heun") not in ("heun", "midpoint"):
-        raise Refused(f"sample_{name}: solver_type must be 'heun' or 'midpoint', got {options['solver_type']!r}")
-    order = options.get("order", 4)
+        if not 0.0 <= plain.get(key, 0.0) < math.inf:
+            raise Refused(
+                f"sample_{name}: {key} is an amount of noise, a finite number >= 0, got {_given(options[key])}"
+            )
+    for key in ("s_tmin", "s_tmax"):
+        if math.isnan(plain.get(key, 0.0)):
+            raise Refused(
+                f"sample_{name}: {key} is a bound on the sigmas that are churned, a number, got {_given(options[key])}"
+            )
+    kind = plain.get("solver_type", "heun")
+    if not isinstance(kind, str) or kind not in ("heun", "midpoint"):
+        raise Refused(f"sample_{name}: solver_type must be 'heun' or 'midpoint', got {_given(kind)}")
+    order = plain.get("order", 4)
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 4:
-        raise Refused(f"sample_{name}: order must be an integer of 1..4, got {order!r}")
-    if not 0.0 < options.get("r", 0.5) <= 1.0:
-        raise Refused(f"sample_{name}: r, where in the step the second model call is, must be in (0, 1]")
+        raise Refused(f"sample_{name}: order must be an integer of 1..4, got {_given(order)}")
+    if not 0.0 < plain.get("r", 0.5) <= 1.0:
+        raise Refused(
+            f"sample_{name}: r, where in the step the second model call is, must be a number in (0, 1], "
+            f"got {_given(options['r'])}"
+        )
+    return plain
+
+
+def fast_levels(sigma_min: Any, sigma_max: Any, n: Any) -> tuple[float, float, int]:
+    """What `dpm_fast` takes, in plain numbers; Refused where it has no table from sigma_max to sigma_min in n calls."""
+    low, high = _number(sigma_min), _number(sigma_max)
+    if not 0.0 < low < high < math.inf:
+        raise Refused(
+            "sample_dpm_fast: expected 0 < sigma_min < sigma_max, two finite numbers, "
+            f"got {_given(sigma_min)} and {_given(sigma_max)}"
+        )
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+        raise Refused(f"sample_dpm_fast: n is a number of model calls, at least 1, got {_given(n)}")
+    return low, high, int(n)
+
+
+def _number(value: Any) -> float:
+    """A real number as a float, NaN for anything else."""
+    if not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value == abs(value) else -math.inf
+
+
+def _given(value: Any) -> str:
+    """A value as a message quotes it, on one line however large."""
+    return reprlib.repr(value)
 
 
 def _check_sigmas(name: str, sigmas: tuple[float, ...], options: Mapping[str, Any]) -> None:
