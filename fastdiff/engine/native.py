@@ -125,6 +125,31 @@ def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
     return step
 
 
+def bind_apart(tensors: StepTensors, executor: str) -> Callable[[int, Tensor, Tensor, Tensor | None], None]:
+    """`step(i, model_out, model_in, denoised)`: row i on tensors like those that were bound, which is not checked."""
+    library, args = load(), arguments(tensors)
+    address, row = ctypes.addressof(args), tensors.row
+    run: Callable[[int], int] = library.fastdiff_affine_step_cpu
+    choose: Callable[[int], object] = row.fill_
+    if executor == "cuda":
+        run = _on_current_stream(library, tensors.state.device)
+    elif row.numel() == 1:
+        choose = functools.partial(setattr, ctypes.c_int32.from_address(row.data_ptr()), "value")
+
+    def step(i: int, model_out: Tensor, model_in: Tensor, denoised: Tensor | None) -> None:
+        choose(i)
+        args.model_out = model_out.data_ptr()
+        args.model_in = model_in.data_ptr()
+        args.denoised = None if denoised is None else denoised.data_ptr()
+        code = run(address)
+        if code:
+            state = tuple(tensors.state.shape)  # named here, the tensors live as long as their addresses
+            why = library.fastdiff_error(code).decode()
+            raise RuntimeError(f"affine_step on {executor}, state {state}, row {i}: {why} (code {code})")
+
+    return step
+
+
 def _on_current_stream(library: ctypes.CDLL, device: torch.device) -> Callable[[int], int]:
     launch, index = library.fastdiff_affine_step_cuda, device.index or 0
 

@@ -7,7 +7,7 @@ An executor is chosen once, when a plan is bound to a device (`bind`); nothing f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -113,6 +113,27 @@ def bind(tensors: StepTensors, executor: str) -> Step:
 
     def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         launch(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
+
+    return step
+
+
+def bind_apart(tensors: StepTensors, executor: str) -> Callable[[int, Tensor, Tensor, Tensor | None], None]:
+    """Check once and return `step(i, model_out, model_in, denoised)`: row i, for every sample, on the caller's tensors.
+
+    For loops that are somebody else's, whose tensors are other ones each time. They are read and written where they
+    lie: each must have the shape, dtype, device and memory format of the one that was bound; denoised may be None.
+    """
+    check(tensors)
+    backends.require(executor, tensors.state.device)
+    if executor in ("cpp", "cuda"):
+        from fastdiff.engine import native
+
+        return native.bind_apart(tensors, executor)
+    row = tensors.row
+
+    def step(i: int, model_out: Tensor, model_in: Tensor, denoised: Tensor | None) -> None:
+        row.fill_(i)
+        bind(replace(tensors, model_out=model_out, model_in=model_in, denoised=denoised), executor)(model_out)
 
     return step
 

@@ -1,0 +1,280 @@
+"""The run of a fast scheduler: which row a step is, its draws, its output.
+
+May import: torch, errors, engine, and the other files of this folder. `Run.step` is the hot path: it asks the device
+for nothing, and what does not change from step to step is made ready in `_fit`.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.capture.source import check_interface
+from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.integrations.diffusers.output import Output, output_of
+from fastdiff.integrations.diffusers.place import Place
+from fastdiff.integrations.diffusers.registers import Call, Registers
+from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, plain_copy
+from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
+
+
+class Ready(NamedTuple):
+    """A row made ready for tensors of given dtypes: its x, the call, its draws, and how its output is made."""
+
+    x: Tensor
+    call: Call
+    dtype: torch.dtype
+    draws: tuple[tuple[Draw, Tensor], ...]
+    changed: dict[str, Any]
+    short: Output
+    full: Output
+
+
+class Run:
+    """What a fast scheduler does since its last `set_timesteps`.
+
+    One step at a time: a lock keeps two threads apart, and steps that count belong to the thread of the first one.
+    """
+
+    def __init__(self, scheduler: Any, kind: type, before: Run | None = None) -> None:
+        self.kind, self.name = kind, kind.__name__
+        self.defaults = parameters(kind)
+        self.hosted = Hosted()
+        self.options: dict[str, Any] = {}
+        self.follows = False
+        check_interface(plain_copy(scheduler, kind, self.hosted), self.name, {})
+        self.table = self._table(scheduler, None)
+        self.place = Place(scheduler, self.name, self.hosted)
+        self.registers = None if before is None else before.registers
+        self._forget()
+
+    def _forget(self) -> None:
+        """No step was taken yet, and nothing is bound."""
+        self._seen: dict[str, Any] = {}
+        self.next: int | None = None
+        self._owner: int | None = None
+        self._key: tuple[Any, ...] | None = None
+        self._ready: list[Ready] = []
+        self._lock = threading.Lock()
+
+    @property
+    def scales(self) -> bool:
+        """Whether `scale_model_input` does anything."""
+        return self.table.scales
+
+    def scale(self, scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
+        """`scale_model_input` of a scheduler that scales: c_in of the row times the sample."""
+        with self._lock:
+            row = self._row(scheduler, timestep)
+            if hasattr(scheduler, "is_scale_input_called"):
+                scheduler.is_scale_input_called = True
+            return sample * self.table.input_scales[row]
+
+    def step(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> Any:
+        """One step of the original class: the row on these tensors, and its output in the original's form."""
+        with self._lock:
+            full = options.pop("return_dict", True)
+            generator = options.pop("generator", None)
+            given = options.pop("variance_noise", None)
+            if options or self._seen:
+                self._choose(scheduler, timestep, options)
+            row = self._row(scheduler, timestep)
+            key = (sample.shape, sample.stride(), sample.dtype, model_output.dtype)
+            if key != self._key or sample.device != self._device:
+                self._fit(model_output, sample, key)
+            if (
+                model_output.stride() != self._stride
+                or model_output.shape != key[0]
+                or model_output.device != self._device
+            ):
+                model_output = self._like(model_output, sample)
+            if (model_output.requires_grad or sample.requires_grad) and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
+                    f"torch.no_grad(), or use {self.name} itself where you differentiate through a step"
+                )
+            x, call, dtype, draws, changed, short, whole = self._ready[row]
+            make, reads_denoised = whole if full else short
+            if self.table.on_path and self.next == 0:
+                self._path(scheduler, (model_output, timestep, sample), generator)
+            if draws:
+                self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
+            x.copy_(sample)
+            prev = torch.empty_like(sample, dtype=dtype)
+            denoised = torch.empty_like(sample, dtype=torch.float32) if reads_denoised else None
+            call(row, model_output, prev, denoised)
+            self.next = row + 1
+            if changed:
+                scheduler.__dict__.update(changed)
+            return make(prev, denoised, sample, model_output)
+
+    def _row(self, scheduler: Any, timestep: Any) -> int:
+        """The row of this step; at the first one, the table from where the scheduler stands."""
+        if self.next is None:
+            first = self.place.start(scheduler, self.kind, timestep, self.table)
+            self.table = self._table(scheduler, first)
+            self.place = Place(scheduler, self.name, self.hosted)
+            self._key = None
+            self.next = 0
+        table = self.table
+        if table.keeps_time == "value":
+            return self.place.by_value(table, timestep)
+        thread = threading.get_ident()
+        if self._owner != thread:
+            self._take(thread)
+        row = self.place.counted(table, scheduler, timestep, self.next)
+        if row != self.next and table.history:
+            raise RuntimeError(
+                f"{self.name}: step called out of order: it stands at step {self.next} of {len(table)} and was asked "
+                f"for step {row}, which needs what the steps before it left; call set_timesteps to begin again"
+            )
+        return row
+
+    def _take(self, thread: int) -> None:
+        if self._owner is not None:
+            raise RuntimeError(
+                f"{self.name}: two threads step one scheduler, and its steps count on from each other; give each "
+                "thread a copy of its own, copy.deepcopy(scheduler), or call set_timesteps in the thread that goes on"
+            )
+        self._owner = thread
+
+    def _choose(self, scheduler: Any, timestep: Any, options: dict[str, Any]) -> None:
+        """Another table where arguments of `step` change the coefficients."""
+        follows = self.follows
+        if "prev_timestep" in options:
+            follows = self.place.follows(self.table, timestep, options.pop("prev_timestep"))
+        for name, value in options.items():
+            if name not in self.defaults:
+                raise TypeError(f"{self.name}.step() got an unexpected keyword argument {name!r}")
+            if isinstance(value, Tensor):
+                raise TypeError(
+                    f"{self.name}.step: {name} is a tensor, and a row has numbers; give a float, or use {self.name} "
+                    "itself for this"
+                )
+        if options == self._seen and follows == self.follows:
+            return
+        chosen = {name: value for name, value in options.items() if value != self.defaults[name]}
+        if chosen != self.options or follows != self.follows:
+            if self.table.history and self.next:
+                raise ValueError(
+                    f"{self.name}: step options changed within a run, from {self.options} to {chosen}, and its steps "
+                    "depend on each other; give every step the same ones, or call set_timesteps to begin again"
+                )
+            before = self.options, self.follows
+            self.options, self.follows = chosen, follows
+            try:
+                self.table = self._table(scheduler, self.table.first)
+            except BaseException:
+                self.options, self.follows = before
+                raise
+            self._key = None
+        self._seen = dict(options)
+
+    def _table(self, scheduler: Any, position: int | None) -> Table:
+        """The table of the scheduler from this position on; None: where a run begins that nothing was said of."""
+        plain = plain_copy(scheduler, self.kind, self.hosted)
+        if hasattr(plain, "is_scale_input_called"):
+            plain.is_scale_input_called = True
+        if hasattr(plain, "_step_index"):
+            position = plain._step_index = first_index(plain, plain.timesteps[0]) if position is None else position
+            plain._begin_index = None
+        return table_of(plain, position or 0, self.options, self.follows)
+
+    def _fit(self, model_output: Tensor, sample: Tensor, key: tuple[Any, ...]) -> None:
+        """Registers for samples like this one, and every row ready for these dtypes."""
+        for name, tensor in (("sample", sample), ("model_output", model_output)):
+            if tensor.dtype not in MODEL_DTYPES:
+                raise TypeError(
+                    f"{self.name}.step: {name} is {tensor.dtype}; a fast scheduler computes in float32 and takes "
+                    f"float32, float16 and bfloat16. Cast it, or use {self.name} itself"
+                )
+        held, table = self.registers, self.table
+        if held is None or not held.fits(table, sample):
+            if table.history and self.next:
+                shape = None if held is None else tuple(held.shape)
+                raise ValueError(
+                    f"{self.name}.step: the sample is {tuple(sample.shape)} on {sample.device}, this run began with "
+                    f"{shape} on {None if held is None else held.device}; call set_timesteps to begin another run"
+                )
+            held = self.registers = Registers(table, sample)
+        forms = table.forms(model_output.dtype, sample.dtype)
+        self._ready = []
+        for row, form in enumerate(forms):
+            dtype = form.dtypes[table.state_field]
+            assert dtype is not None
+            noise = held.noise_of(row, len(form.draws))
+            short, full = (
+                output_of(names, kind, table.state_field, table.fields[row], form, noise)
+                for names, kind in ((table.tuple_fields, tuple), (tuple(form.dtypes), table.kind))
+            )
+            draws = tuple(zip(form.draws, noise, strict=True))
+            call = held.call(model_output.dtype, dtype)
+            self._ready.append(Ready(held.states[row], call, dtype, draws, table.changed[row], short, full))
+        self._key, self._device, self._stride = key, sample.device, held.stride
+
+    def _like(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The model output in the sample's memory format; it must be like the sample otherwise."""
+        if model_output.shape != sample.shape or model_output.device != sample.device:
+            raise ValueError(
+                f"{self.name}.step: model_output is {tuple(model_output.shape)} on {model_output.device}, the sample "
+                f"{tuple(sample.shape)} on {sample.device}; a row needs them alike (cut a learned variance off)"
+            )
+        return torch.empty_like(sample, dtype=model_output.dtype).copy_(model_output)
+
+    def _draw(
+        self,
+        scheduler: Any,
+        draws: tuple[tuple[Draw, Tensor], ...],
+        arguments: tuple[Tensor, Any, Tensor],
+        generator: Any,
+        given: Tensor | None,
+    ) -> None:
+        """The step's normals, drawn as the original draws them."""
+        assert self.registers is not None
+        sample = arguments[2]
+        if given is not None and generator is not None:
+            raise ValueError(f"{self.name}.step: generator and variance_noise are both given; give one of them")
+        for draw, noise in draws:
+            if given is not None:
+                if given.shape != sample.shape:
+                    raise ValueError(
+                        f"{self.name}.step: variance_noise is {tuple(given.shape)}, the sample {tuple(sample.shape)}"
+                    )
+                noise.copy_(given)
+                continue
+            if draw.interval is not None:
+                noise.copy_(self._path(scheduler, arguments, generator)(*draw.interval))
+                continue
+            source = generator if draw.by_generator else None
+            alone = source is None or (isinstance(source, torch.Generator) and source.device.type == sample.device.type)
+            if alone and draw.dtype == torch.float32 and self.registers.in_order:
+                noise.normal_(generator=source)
+                continue
+            from diffusers.utils.torch_utils import randn_tensor
+
+            noise.copy_(randn_tensor(sample.shape, source, device=sample.device, dtype=draw.dtype))
+
+    def _path(self, scheduler: Any, arguments: tuple[Tensor, Any, Tensor], generator: Any) -> Callable[..., Tensor]:
+        """The Brownian noise sampler of a scheduler that has one: the one its own first step makes."""
+        if scheduler.noise_sampler is None:
+            original = self.kind.__new__(self.kind)
+            own = {key: value for key, value in vars(scheduler).items() if key not in (OURS, "_internal_dict")}
+            original.__dict__.update(copy.deepcopy(own), _internal_dict=vars(scheduler)["_internal_dict"])
+            asked = {"generator": generator} if "generator" in self.defaults else {}
+            original.step(*arguments, **asked)  # type: ignore[attr-defined]
+            scheduler.noise_sampler = original.noise_sampler  # type: ignore[attr-defined]
+        return scheduler.noise_sampler
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_device", "_stride", "hosted")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self.hosted = Hosted()
+        self.__dict__.update(state)
