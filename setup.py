@@ -15,8 +15,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ["csrc/cpu/affine.cpp", "csrc/cpu/scalar.cpp"]
-CUDA_SOURCE = "csrc/cuda/affine.cu"
+SOURCES = ["csrc/cpu/affine.cpp", "csrc/cpu/guide.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/scalar.cpp"]
+CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Each instruction set is a translation unit of its own, so that nothing else is compiled for the newer CPU.
@@ -85,9 +85,9 @@ def build_command():
                 return []
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
             try:
-                objects = self._objects(self.extensions[0], CUDA_SOURCE, CXX_FLAGS)
+                objects = [o for source in CUDA_SOURCES for o in self._objects(self.extensions[0], source, CXX_FLAGS)]
             except Exception as error:
-                warnings.warn(f"fastdiff: built without CUDA, its kernel did not compile: {error}", stacklevel=1)
+                warnings.warn(f"fastdiff: built without CUDA, its kernels did not compile: {error}", stacklevel=1)
                 return []
             # The static runtime, its symbols kept inside: any torch's own runtime may be loaded beside it.
             folders = [f"-L{folder}" for folder in cpp_extension.library_paths("cuda")]
@@ -107,7 +107,7 @@ def extension() -> Extension:
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],
         # what is listed here also goes into the sdist
-        depends=[*map(str, sorted(Path("csrc").rglob("*.h"))), *ISA_FLAGS, CUDA_SOURCE],
+        depends=[*map(str, sorted(Path("csrc").rglob("*.h"))), *ISA_FLAGS, *CUDA_SOURCES],
         language="c++",
         py_limited_api=True,
     )

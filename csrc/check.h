@@ -1,7 +1,10 @@
 // What both executors refuse before they touch anything. Shapes and dtypes of tensors are checked in Python, once.
 #pragma once
 
+#include <initializer_list>
+
 #include "affine.h"
+#include "guide.h"
 
 namespace fastdiff {
 
@@ -13,11 +16,22 @@ inline Error check(const AffineArgs& args) {
   if (args.B < 0 || args.N < 0 || args.K < 1 || args.R < 0 || args.channels < 1 || args.N % args.channels != 0 ||
       args.coef_width < kTerm || args.ids_width < kTermId)
     return kBadShape;
-  for (const int32_t batch : {args.model_out_batch, args.model_in_batch, args.model_time_batch})
-    if (batch < 0 || batch > 2) return kBadShape;
+  for (const int32_t batch : {args.model_in_batch, args.model_time_batch})
+    if (batch < 0 || batch > kMaxBranches) return kBadShape;
   for (const int32_t dtype : {args.model_out_dtype, args.model_in_dtype})
     if (dtype < kFloat32 || dtype > kBFloat16) return kBadDtype;
   return kOk;
+}
+
+inline Error check(const GuideArgs& args) {
+  if (!args.state || !args.model_out || !args.coef || !args.ids || !args.row || !args.guidance || !args.settings ||
+      !args.mix || !args.partial)
+    return kNullPointer;
+  if (args.rule == kApg && !args.momentum) return kNullPointer;
+  if (args.B < 0 || args.N < 1 || args.K < 1 || args.R < 0 || args.coef_width < kTerm || args.ids_width < kTermId)
+    return kBadShape;
+  if (args.model_out_dtype < kFloat32 || args.model_out_dtype > kBFloat16) return kBadDtype;
+  return args.rule < kPlain || args.rule > kCfgZero ? kBadRule : kOk;
 }
 
 }  // namespace fastdiff

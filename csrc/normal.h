@@ -1,5 +1,5 @@
-// Two uniform words to two unit normals: Box and Muller 1958, with polynomials instead of libm so that every executor
-// rounds alike. log(u): error 1.2 ulp; sin and cos of pi*(k/2 + s), |s| <= 1/4: error 1 ulp, no range reduction.
+// Two uniform words to two unit normals: Box and Muller 1958, and e^v, with polynomials instead of libm so that every
+// executor rounds alike. log(u): error 1.2 ulp; sin and cos of pi*(k/2 + s), |s| <= 1/4: error 1 ulp, no range reduction.
 #pragma once
 
 #include "philox.h"
@@ -51,6 +51,27 @@ FASTDIFF_INLINE void box_muller(typename L::I w0, typename L::I w1, typename L::
   const typename L::F d = L::select_odd(k, cs, sn);
   n0 = r * L::flip_sign(c, L::template shift_left<30>(L::add(k, L::iset(1))));
   n1 = r * L::flip_sign(d, L::template shift_left<30>(k));
+}
+
+// e^v to 1.2e-7 relative for v in [-86, 88]; beyond, as at the nearer end. A NaN stays one.
+template <class L>
+FASTDIFF_INLINE typename L::F exponential(typename L::F v) {
+  using F = typename L::F;
+  v = L::clamp(v, L::set(-86.0f), L::set(88.0f));
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const F shifted = L::fma(v, L::set(1.44269504f), L::set(12582912.0f));
+  const typename L::I k = L::sub(L::bits(shifted), L::iset(0x4b400000));
+  const F n = shifted - L::set(12582912.0f);
+  F r = L::fma(n, L::set(-0.693359375f), v);  // ln 2 in two pieces
+  r = L::fma(n, L::set(2.12194440e-4f), r);
+  F q = L::set(0.00138636329f);
+  q = L::fma(q, r, L::set(0.00836765487f));
+  q = L::fma(q, r, L::set(0.0416672453f));
+  q = L::fma(q, r, L::set(0.166665331f));
+  q = L::fma(q, r, L::set(0.5f));
+  const F y = L::fma(q, r * r, r) + L::set(1.0f);
+  const F scaled = L::from_bits(L::add(L::bits(y), L::template shift_left<23>(k)));
+  return L::fma(v, L::set(0.0f), scaled);
 }
 
 // The four normals of the counters q, as n[word][lane].

@@ -10,6 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Where the normal of an element comes from.
+GIVEN = tl.constexpr(0)  # a tensor
+QUADS = tl.constexpr(1)  # the counter, memory order = element order
+PIXELS = tl.constexpr(2)  # the counter, channels_last: tiles of whole groups of 4 pixels, so Philox runs once per quad
+ELEMENTS = tl.constexpr(3)  # the counter, any channels_last: Philox runs once per element
+
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
@@ -112,3 +118,25 @@ def normal_elements(element, seed, noise_id, stream):
     upper = (element & 2) != 0
     even, odd = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
     return tl.where((element & 1) != 0, odd, even)
+
+
+@triton.jit
+def draw_tile(start, local, seed, noise_id, stream, pixels, CHANNELS: tl.constexpr, DRAW: tl.constexpr):
+    """The normals of the tile that begins at memory index `start`, in memory order."""
+    BLOCK: tl.constexpr = local.shape[0]
+    if DRAW == QUADS:
+        quads = normal_quads(start // 4 + tl.arange(0, BLOCK // 4), seed, noise_id, stream)
+        return tl.reshape(quads, [BLOCK])
+    elif DRAW == PIXELS:
+        # memory is [pixel group, 4 pixels, channel]; quads are drawn as [pixel group, channel], 4 pixels each
+        quad = tl.arange(0, BLOCK // 4)
+        group = start // (4 * CHANNELS) + quad // CHANNELS
+        quads = normal_quads((quad % CHANNELS) * (pixels // 4) + group, seed, noise_id, stream)
+        # word-major, which is how the threads hold them, so only the gather itself moves data between threads
+        words = tl.reshape(tl.permute(quads, (1, 2, 0)), [BLOCK])
+        pixel = local // CHANNELS
+        source = (pixel % 4) * (BLOCK // 4) + (pixel // 4) * CHANNELS + local % CHANNELS
+        return tl.gather(words, source, 0)
+    else:
+        element = start + local
+        return normal_elements((element % CHANNELS) * pixels + element // CHANNELS, seed, noise_id, stream)

@@ -148,7 +148,7 @@ def test_the_direction_test_sees_wrong_imports():
     assert not forbidden("cli", "engine.machine")
 
 
-# csrc/affine.h's name for each column of fastdiff.compiler.layout; its slots do not count x.
+# The name that csrc/affine.h or csrc/guide.h has for each column of fastdiff.compiler.layout; its slots do not count x.
 HEADER_NAMES = {
     "kP": layout.P,
     "kQ": layout.Q,
@@ -157,8 +157,16 @@ HEADER_NAMES = {
     "kClampHi": layout.CLAMP_HI,
     "kEmitScale": layout.EMIT_SCALE,
     "kEmitTime": layout.EMIT_TIME,
+    "kPerturb": layout.PERTURB,
     "kOutput": layout.OUTPUT,
     "kOutputStride": layout.OUTPUT_STRIDE,
+    "kOutK": layout.OUT_K,
+    "kOutDelta": layout.OUT_DELTA,
+    "kOutB": layout.OUT_B,
+    "kOutE": layout.OUT_E,
+    "kOutA": layout.OUT_A,
+    "kSpreadLog": layout.SPREAD_LOG,
+    "kSpreadSlope": layout.SPREAD_SLOPE,
     "kTerm": layout.NOISE,
     "kTermStride": layout.NOISE_STRIDE,
     "kSlotRegister": layout.SLOT,
@@ -169,15 +177,39 @@ HEADER_NAMES = {
     "kTermId": layout.TERM_IDS,
     "kTermIdStride": layout.TERM_IDS_STRIDE,
     "kReadsModel": layout.READS_MODEL,
+    "kEUnguided": layout.E_UNGUIDED,
+    "kSpreadsNoise": layout.SPREADS_NOISE,
     "kMaxOutputs": layout.MAX_OUTPUTS,
     "kMaxSlots": layout.MAX_SLOTS - 1,
+    "kMixW": layout.MIX_W,
+    "kMixU": layout.MIX_U,
+    "kMixP": layout.MIX_P,
+    "kMixQ": layout.MIX_Q,
+    "kMixM": layout.MIX_M,
+    "kMixBound": layout.MIX_BOUND,
+    "kMixPost": layout.MIX_POST,
+    "kMixS": layout.MIX_S,
+    "kMix": layout.MIX,
+    "kPlain": layout.PLAIN,
+    "kRescale": layout.RESCALE,
+    "kApg": layout.APG,
+    "kCfgZero": layout.CFG_ZERO,
+    "kPhi": layout.PHI,
+    "kEta": layout.ETA,
+    "kBeta": layout.BETA,
+    "kRadius": layout.RADIUS,
+    "kPercentile": layout.PERCENTILE,
+    "kCeiling": layout.CEILING,
+    "kSettings": layout.SETTINGS,
+    "kParts": layout.PARTS,
+    "kSums": layout.SUMS,
 }
 
 
-def test_columns_of_the_header_are_the_layout():
-    text = re.sub(r"//.*", "", (ROOT / "csrc/affine.h").read_text())
+def test_columns_of_the_headers_are_the_layout():
+    text = re.sub(r"//.*", "", "".join((ROOT / "csrc" / name).read_text() for name in ("affine.h", "guide.h")))
     found: dict[str, int] = {}
-    for definitions in re.findall(r"constexpr int(?:32_t)? (k[^;]+);", text):
+    for definitions in re.findall(r"(?:constexpr int(?:32_t)?|enum Rule : int32_t {) (k[^;}]+) ?[;}]", text):
         for name, value in re.findall(r"(k\w+)\s*=\s*([^,]+)", definitions):
             found[name] = eval(value, {"__builtins__": {}}, dict(found))
     assert {name: found.get(name) for name in HEADER_NAMES} == HEADER_NAMES
@@ -185,7 +217,7 @@ def test_columns_of_the_header_are_the_layout():
 
 def test_columns_of_the_kernel_are_the_layout():
     found: dict[str, int] = {}
-    for node in ast.parse((ROOT / "kernels/affine.py").read_text()).body:
+    for node in ast.parse((ROOT / "kernels/layout.py").read_text()).body:
         target = node.target if isinstance(node, ast.AnnAssign) else None
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and hasattr(layout, target.id):

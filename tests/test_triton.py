@@ -1,26 +1,16 @@
-"""The Triton executor against the reference: on a GPU when there is one, else interpreted on the CPU.
-
-Triton decides whether a function is compiled or interpreted when it is decorated, so without a GPU this file loads a
-second copy of fastdiff.kernels with interpretation on, and leaves the installed copy and the environment alone.
-"""
+"""The Triton executor against the reference: on a GPU when there is one, else interpreted on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import fastdiff.kernels
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
+from interpreted import DEVICE, KERNELS, affine, interpreted, jit, layout, load, philox_module  # noqa: F401
+from row_cases import Case, expected
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
@@ -28,53 +18,11 @@ from fastdiff.engine import reference
 from fastdiff.engine.ops import StepTensors, check
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy under the interpreter, on inf and NaN
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-@contextlib.contextmanager
-def interpretation() -> Iterator[None]:
-    """TRITON_INTERPRET=1 unless a GPU runs the kernels."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0" if DEVICE.type == "cuda" else "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-def load(name: str, path: Path) -> ModuleType:
-    search = [str(path.parent)] if path.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=search)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def jit(function: Callable[..., None]) -> Any:
-    with interpretation():
-        return triton.jit(function)
-
-
-KERNELS = Path(fastdiff.kernels.__path__[0]) / "__init__.py"
-with interpretation():
-    load("kernels_under_test", KERNELS)
-    affine = importlib.import_module("kernels_under_test.affine")
-    philox_module = importlib.import_module("kernels_under_test.philox")
 philox, philox_words = philox_module.philox, philox_module.philox_words
-row_cases = load("row_cases", Path(__file__).with_name("row_cases.py"))
-Case, expected = row_cases.Case, row_cases.expected
 normal_quads, normal_elements = philox_module.normal_quads, philox_module.normal_elements
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if DEVICE.type == "cuda" else "1")
 
 
 # ---- noise
@@ -195,11 +143,16 @@ def copy_step(step: StepTensors, device: torch.device | str = "cpu") -> StepTens
     return StepTensors(*[move(tensor) for tensor in step.arguments()])  # type: ignore[arg-type]
 
 
+def launch(step: StepTensors, **options: int) -> None:
+    """One row on the Triton executor, in place."""
+    affine.bind(*step.arguments(), **options)(step.model_out, step.unguided, step.perturbed)
+
+
 def run(step: StepTensors, **options: int) -> StepTensors:
     """The step after one row on the Triton executor, back on the CPU."""
     there = copy_step(step, DEVICE)
     check(there)
-    affine.affine_step(*there.arguments(), **options)
+    launch(there, **options)
     return copy_step(there)
 
 
@@ -257,6 +210,95 @@ def test_random_rows_of_other_tables(seed: int) -> None:
     case = Case((3, 4, 5), 5, layout, emit_dtype=emit, guided=seed % 4 < 2, terms=seed % 5, idle=True, seed=seed)
     step = case.tensors()
     assert_row(step, run(step))
+
+
+FEATURES = [
+    {"branches": "apart"},
+    {"mixed": True},
+    {"spread": True},
+    {"perturbed": True},
+    {"perturbed": True, "guided": False, "branches": "apart"},
+    {"perturbed": True, "branches": "apart", "mixed": True, "spread": True},
+]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(map(str, features.values())))
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3, 5, 7), torch.contiguous_format),
+        ((3, 24, 20), torch.contiguous_format),
+        ((3, 24, 20), torch.channels_last),
+        ((3, 5, 5), torch.channels_last),
+    ],
+)
+def test_random_rows_with_everything_a_rule_may_add(
+    shape: tuple[int, ...], layout: torch.memory_format, features: dict[str, Any]
+) -> None:
+    for seed, dtypes in enumerate(DTYPES):
+        case = Case(shape, 3, layout, *dtypes, injected=seed == 1, idle=seed == 2, seed=seed + sum(shape), **features)
+        step = case.tensors()
+        assert_row(step, run(step, programs=(affine.PROGRAMS, 1, 2)[seed]))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_tables_with_everything_a_rule_may_add(seed: int) -> None:
+    features = FEATURES[seed % len(FEATURES)]
+    case = Case((3, 4, 5), 7, emit_dtype=(None, torch.float32)[seed % 2], terms=seed % 4, seed=100 + seed, **features)
+    step = case.tensors()
+    assert_row(step, run(step))
+
+
+def test_a_second_estimate_is_the_conditional_one_where_there_is_no_unguided_branch() -> None:
+    step = simple_step((40,), model_out=torch.randn(1, 40), noise=torch.zeros(4, 1, 40))
+    step.state.normal_()
+    step.ids[0, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED
+    step.coef[0, [at.P, at.Q, at.CLAMP_HI, at.OUTPUT + at.OUT_E]] = torch.tensor([0.5, 2.0, -9.0, 1.0])
+    step.coef[0, at.OUTPUT + at.OUT_DELTA] = 0.0
+    expected = 0.5 * step.state[0] + 2.0 * step.model_out
+    torch.testing.assert_close(run(step).state[0], expected, rtol=3e-7, atol=3e-7)
+
+
+def test_what_a_rule_switches_off_is_not_read() -> None:
+    """Scalars 0, and a guidance of 1, keep NaN in Fu, Fp, M and V away from the state and from status."""
+    case = Case((3, 4, 4), 4, branches="apart", perturbed=True, mixed=True, spread=True, rows=1, seed=3)
+    step = case.tensors()
+    step.state[step.state.isnan()] = 0.0
+    clean = run(step)
+    for name in ("unguided", "perturbed", "momentum", "variance"):
+        getattr(step, name).fill_(NAN)
+    step.ids[:, at.FLAGS] = at.READS_MODEL
+    step.guidance.fill_(1.0)
+    step.mix[:, at.MIX_S] = step.mix[:, at.MIX_M] = 0.0  # type: ignore[index]
+    got = run(step)
+    assert not clean.state.isnan().any() and not got.state.isnan().any()
+    assert got.status.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("branch", ["unguided", "perturbed"])
+def test_status_watches_every_branch_that_is_read(branch: str) -> None:
+    step = Case((3, 4, 4), 4, branches="apart", perturbed=True, mixed=True, rows=1, seed=3).tensors()
+    step.state[step.state.isnan()] = 0.0
+    step.ids[:, at.FLAGS] = at.READS_MODEL
+    step.coef[:, [at.GAIN, at.PERTURB]] = 1.0
+    step.guidance.copy_(torch.tensor([3.0, 3.0, 1.0, 3.0]))
+    step.mix[:, at.MIX_W], step.mix[:, at.MIX_S] = 1.0, torch.tensor([1.0, 1.0, 0.0, 1.0])  # type: ignore[index]
+    getattr(step, branch)[0, 0, 0, 0] = INF
+    getattr(step, branch)[2, 1, 1, 1] = NAN  # not read
+    getattr(step, branch)[3, 2, 3, 3] = NAN
+    assert run(step).status.tolist() == [0, -1, -1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_learned_spread_is_exact_to_a_millionth(dtype: torch.dtype) -> None:
+    variance = torch.linspace(-20, 20, 2001, dtype=torch.float64).to(dtype)
+    step = simple_step((2001,), variance=variance[None], noise=torch.ones(4, 1, 2001))
+    step.model_out = step.model_out.to(dtype)
+    step.coef[0, [at.SPREAD_LOG, at.SPREAD_SLOPE]] = torch.tensor([-1.25, 1.5])
+    step.ids[0, at.FLAGS] = at.SPREADS_NOISE
+    # the argument of exp is one fused operation, whose rounding is not the exponential's fault
+    argument = (1.5 * variance.double() - 1.25).float()
+    torch.testing.assert_close(run(step).state[0, 0].double(), argument.double().exp(), rtol=1e-6, atol=0)
 
 
 def simple_step(
@@ -431,12 +473,12 @@ def test_a_row_without_model_or_noise_reads_neither() -> None:
 
 
 def test_columns_are_those_of_the_layout() -> None:
-    names = [name for name in dir(affine) if name.isupper() and hasattr(at, name)]
-    assert len(names) >= 22
+    names = [name for name in dir(layout) if name.isupper()]
+    assert len(names) >= 50
     for name in names:
-        assert getattr(affine, name).value == getattr(at, name), name
-    assert affine.NOISE.value == at.COEF_FIXED
-    assert affine.TERM_IDS.value == at.IDS_FIXED
+        assert getattr(layout, name).value == getattr(at, name), name
+    assert layout.NOISE.value == at.COEF_FIXED
+    assert layout.TERM_IDS.value == at.IDS_FIXED
     assert (at.MAX_OUTPUTS, at.MAX_SLOTS) == (3, 6)
 
 
@@ -456,13 +498,13 @@ def test_a_captured_step_replays_every_row() -> None:
     step.state.normal_()
     step.row.zero_()
     eager, captured = copy_step(step, DEVICE), copy_step(step, DEVICE)
-    warm = copy_step(step, DEVICE)
-    affine.affine_step(*warm.arguments())
+    launch(copy_step(step, DEVICE))
+    bound = affine.bind(*captured.arguments())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        affine.affine_step(*captured.arguments())
+        bound(captured.model_out)
     for _ in range(5):
-        affine.affine_step(*eager.arguments())
+        launch(eager)
         graph.replay()
     torch.cuda.synchronize()
     assert captured.row.tolist() == [4, 4, 4]
@@ -485,7 +527,7 @@ def test_rows_advance_once_under_contention() -> None:
     step.coef[:, at.CLAMP_LO] = torch.arange(launches, device=DEVICE, dtype=torch.float32)
     step.ids[:, at.FLAGS] = at.READS_MODEL
     for launch in range(launches):
-        affine.affine_step(*step.arguments(), programs=2**20)
+        launch(step, programs=2**20)
         assert bool((step.state == launch).all()), "a program saw the next row"
         assert step.row.tolist() == [launch + 1] * 2 and step.ticket.tolist() == [0, 0]
 
@@ -502,5 +544,5 @@ def test_offsets_beyond_32_bits() -> None:
     step.state = torch.zeros(4, 1, length, device=DEVICE)
     step.state[2, 0] = torch.arange(length, device=DEVICE, dtype=torch.float32)
     step.model_out = torch.zeros(1, length, device=DEVICE, dtype=torch.float16)
-    affine.affine_step(*step.arguments())
+    launch(step)
     assert torch.equal(step.state[3], step.state[2])

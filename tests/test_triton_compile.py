@@ -1,4 +1,4 @@
-"""The Triton kernel compiled for GPUs on a machine that has none: access widths, registers, spills, precision.
+"""The Triton kernels compiled for GPUs on a machine that has none: access widths, registers, spills, precision.
 
 Every specialisation is compiled by the launcher itself, with a stand-in for the CUDA driver, so what is checked is what
 a GPU would run. That happens in another process, because this one may have been told to interpret Triton.
@@ -16,17 +16,25 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+
+from fastdiff.compiler import layout as at
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Specialisation(NamedTuple):
-    """What the launcher compiles for: the model's dtypes, where normals come from, and the shape of a sample."""
+    """What the launcher compiles for: the model's dtypes, where normals come from, the shape of a sample, and extras.
+
+    Of the guide op, `kernel` is its rule or "quantile".
+    """
 
     path: str
     model_out: str
     model_in: str
+    extras: tuple[str, ...] = ()
+    kernel: str = "row"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,15 +51,41 @@ PATHS: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "contiguous, odd": ("contiguous", (3, 33, 33), False),
     "given noise, odd": ("contiguous", (3, 33, 33), True),
     "channels last, odd": ("channels_last", (3, 33, 33), False),
+    "long": ("contiguous", (3, 256, 256), False),
 }
+ROW_PATHS = [path for path in PATHS if path != "long"]
+# of the row: what makes the launcher compile more than the plain step; "second" is a weight of E in the table
+EXTRAS = [("mix",), ("mix", "momentum"), ("mix", "perturbed"), ("second",), ("variance",)]
+EVERYTHING = ("mix", "momentum", "perturbed", "second", "variance")
+RULES = ("plain", "rescale", "apg", "cfg_zero")
 SAME = [(dtype, dtype) for dtype in DTYPES]
 PAIRS = [(model_out, model_in) for model_out in DTYPES for model_in in DTYPES]
-EVERY = [Specialisation(path, *pair) for path in PATHS for pair in PAIRS]
-# the model's two dtypes touch nothing else, so by default their product is compiled for one architecture and path
+EVERY = [Specialisation(path, *pair) for path in ROW_PATHS for pair in PAIRS]
+# the model's dtypes touch nothing else, so by default their product is compiled for one architecture and path
 USUAL = {
-    80: [Specialisation(path, dtype, dtype) for path in PATHS for dtype in ("float32", "bfloat16")],
-    90: [Specialisation(path, *pair) for path in PATHS for pair in (PAIRS if path == "contiguous" else SAME)],
-    100: [Specialisation(path, dtype, dtype) for path in PATHS for dtype in ("float32", "bfloat16")],
+    80: [Specialisation(path, dtype, dtype) for path in ROW_PATHS for dtype in ("float32", "bfloat16")],
+    90: [Specialisation(path, *pair) for path in ROW_PATHS for pair in (PAIRS if path == "contiguous" else SAME)],
+    100: [Specialisation(path, dtype, dtype) for path in ROW_PATHS for dtype in ("float32", "bfloat16")],
+}
+EXTENDED = [
+    *[Specialisation("contiguous", "bfloat16", "bfloat16", extras) for extras in EXTRAS],
+    *[Specialisation(path, dtype, dtype, EVERYTHING) for path in ROW_PATHS for dtype in ("float32", "bfloat16")],
+]
+GUIDES = [
+    Specialisation(path, dtype, "float32", extras, kernel)
+    for path in ("contiguous", "contiguous, odd", "long")
+    for dtype in ("float32", "bfloat16")
+    for kernel in (*RULES, "quantile", "apg quantile")
+    for extras in ((("mix",), ("mix", "perturbed")) if kernel in ("rescale", "apg quantile") else (("mix",),))
+]
+# loads of each branch, loads of a fp32 register or of M, and stores of M, per vector
+GUIDE_ACCESSES = {
+    "plain": (0, 0, 0),
+    "rescale": (2, 0, 0),  # the first tile twice: its means, then its sums
+    "apg": (1, 2, 1),
+    "cfg_zero": (1, 0, 0),
+    "quantile": (2, 2, 0),  # the counting pass and the one for the value above
+    "apg quantile": (2, 4, 0),
 }
 
 
@@ -60,7 +94,7 @@ USUAL = {
 
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
     """Launch each specialisation on a stand-in driver and describe the kernel that a GPU would have got."""
-    from fastdiff.kernels import affine
+    from fastdiff.kernels import affine, guide
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -70,24 +104,50 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
         get_current_stream = staticmethod(lambda device: 0)
 
     driver.set_active(Driver())
-    kernel, compiled = affine.affine_kernel, []
+    compiled: dict[str, tuple[Any, int]] = {}
 
     class Launches:
+        def __init__(self, module: Any, name: str) -> None:
+            self.name, self.kernel = name, getattr(module, name)
+            setattr(module, name, self)
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **options: compiled.append((kernel.warmup(*args, grid=grid, **options), options))
+            def launch(*args: Any, **options: Any) -> None:
+                compiled[self.name] = self.kernel.warmup(*args, grid=grid, **options), options["BLOCK"]
 
-    affine.affine_kernel = Launches()
+            return launch
+
+    for module, name in ((affine, "affine_kernel"), (guide, "guide_kernel"), (guide, "quantile_kernel")):
+        Launches(module, name)
+    reports = []
     for specialisation in wanted:
-        affine.affine_step(*tensors(specialisation))
-    return [describe(kernel, options["BLOCK"]) for kernel, options in compiled]
+        t = tensors(specialisation)
+        branches = t["model_out"], t["unguided"], t["perturbed"]
+        if specialisation.kernel == "row":
+            affine.bind(**t)(*branches)
+            reports.append(describe(*compiled["affine_kernel"]))
+            continue
+        rule, _, name = specialisation.kernel.rpartition(" ")
+        wanted_rule = rule or ("plain" if name == "quantile" else name)
+        bound = {key: t[key] for key in ("state", "model_out", "coef", "ids", "row", "guidance", "mix", "ticket")}
+        sizes = {"settings": torch.zeros(8), "partial": torch.zeros(2, 64, 8), "momentum": t["state"][0].clone()}
+        find = guide.bind(
+            **bound,
+            **sizes,
+            unguided=t["unguided"],
+            perturbed=t["perturbed"],
+            rule=RULES.index(wanted_rule),
+            threshold=True,
+        )
+        find(*branches)
+        reports.append(describe(*compiled["quantile_kernel" if name == "quantile" else "guide_kernel"]))
+    return reports
 
 
-def tensors(specialisation: Specialisation) -> list[Any]:
-    import torch
-
+def tensors(specialisation: Specialisation) -> dict[str, Any]:
     layout, shape, given = PATHS[specialisation.path]
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    batch, terms = 2, 1
+    batch, terms, extras = 2, 1, specialisation.extras
 
     def images(count: int, dtype: str = "float32") -> torch.Tensor:
         return torch.zeros(count, *shape, dtype=getattr(torch, dtype)).contiguous(memory_format=memory_format)
@@ -95,21 +155,28 @@ def tensors(specialisation: Specialisation) -> list[Any]:
     def integers(dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(batch, dtype=dtype)
 
-    return [
-        images(6 * batch).unflatten(0, (6, batch)),
-        images(2 * batch, specialisation.model_out),
-        images(2 * batch, specialisation.model_in),
-        torch.zeros(2 * batch),
-        torch.zeros(7, 32 + 4 * terms),
-        torch.zeros(7, 16 + 2 * terms, dtype=torch.int32),
-        integers(torch.int32),
-        integers(torch.int64),
-        torch.zeros(batch),
-        images(4 * batch).unflatten(0, (4, batch)) if given else None,
-        images(batch),
-        integers(torch.int32),
-        integers(torch.int32),
-    ]
+    coef = torch.zeros(7, at.COEF_FIXED + at.NOISE_STRIDE * terms)
+    coef[3, at.OUTPUT + at.OUTPUT_STRIDE + at.OUT_E] = float("second" in extras)
+    return {
+        "state": images(6 * batch).unflatten(0, (6, batch)),
+        "model_out": images((3 if "perturbed" in extras else 2) * batch, specialisation.model_out),
+        "model_in": images(2 * batch, specialisation.model_in),
+        "model_time": torch.zeros(2 * batch),
+        "coef": coef,
+        "ids": torch.zeros(7, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms, dtype=torch.int32),
+        "row": integers(torch.int32),
+        "seed": integers(torch.int64),
+        "guidance": torch.zeros(batch),
+        "noise": images(4 * batch).unflatten(0, (4, batch)) if given else None,
+        "denoised": images(batch),
+        "status": integers(torch.int32),
+        "ticket": integers(torch.int32),
+        "unguided": None,
+        "perturbed": None,
+        "mix": torch.zeros(batch, at.MIX) if "mix" in extras else None,
+        "momentum": images(batch) if "momentum" in extras else None,
+        "variance": images(batch, specialisation.model_out) if "variance" in extras else None,
+    }
 
 
 def describe(kernel: Any, block: int) -> dict[str, Any]:
@@ -124,7 +191,7 @@ def describe(kernel: Any, block: int) -> dict[str, Any]:
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {
-        "vectors": block // (4 * 32 * 4),
+        "vectors": block // (4 * 32 * kernel.metadata.num_warps),
         "accesses": Counter(re.findall(r"\b((?:ld|st)\.(?:global|shared|local)[\w.:]*)", ptx)),
         "doubles": len(re.findall(r"\.f64\b", ptx)),
         "local": len(re.findall(r"\.local\b", ptx)),
@@ -155,20 +222,40 @@ def assert_good(specialisation: Specialisation, report: dict[str, Any]) -> None:
     assert report["local"] == 0
     assert report["resources"]["STACK"] == 0
     assert report["resources"]["LOCAL"] == 0
+    assert report["resources"]["REG"] <= (168 if "channels last" in specialisation.path else 128)
     accesses, vectors = Counter(report["accesses"]), report["vectors"]
-    expected = Counter({"ld.global.v4.b32": 6 * vectors, "st.global.v4.b32": 4 * vectors})  # 6 slots; 3 outputs and D
-    expected["ld.global.v4.b32" if specialisation.model_out == "float32" else "ld.global.v2.b32"] += 2 * vectors
-    expected["st.global.v4.b32" if specialisation.model_in == "float32" else "st.global.v2.b32"] += 2 * vectors
-    expected["ld.global.v4.b32"] += vectors * specialisation.path.startswith("given noise")
     bulk = Counter({name: count for name, count in accesses.items() if re.search(r"global.*(\.v\d|b16)", name)})
     if specialisation.path.endswith(", odd"):
         assert not any(".v" in name for name in bulk)
         return
-    assert bulk == expected
+    expected = row_accesses(specialisation) if specialisation.kernel == "row" else guide_accesses(specialisation)
+    assert bulk == Counter({name: vectors * count for name, count in expected.items() if count})
+    if specialisation.kernel != "row":
+        return
     assert report["shuffles"] == 0
     exchanged = sum(count for name, count in accesses.items() if name.startswith("st.shared"))
     gather = 4 * vectors if specialisation.path.endswith("channels last") else 0
     assert exchanged == gather + 1  # the ticket's broadcast, and for channels_last the normals, once
+
+
+def row_accesses(specialisation: Specialisation) -> Counter[str]:
+    """Of a row, per vector: 6 slots read, 3 outputs and D written; the branches, V, and 3 copies of the model input."""
+    extras = specialisation.extras
+    expected = Counter({"ld.global.v4.b32": 6 + ("momentum" in extras), "st.global.v4.b32": 4})
+    expected["ld.global.v4.b32"] += specialisation.path.startswith("given noise")
+    wide = {"float32": "v4"}
+    reads = 2 + ("perturbed" in extras) + ("variance" in extras)
+    expected[f"ld.global.{wide.get(specialisation.model_out, 'v2')}.b32"] += reads
+    expected[f"st.global.{wide.get(specialisation.model_in, 'v2')}.b32"] += 3
+    return expected
+
+
+def guide_accesses(specialisation: Specialisation) -> Counter[str]:
+    branch, registers, stores = GUIDE_ACCESSES[specialisation.kernel]
+    branches = 2 + ("perturbed" in specialisation.extras)
+    expected = Counter({"ld.global.v4.b32": registers, "st.global.v4.b32": stores})
+    expected["ld.global.v4.b32" if specialisation.model_out == "float32" else "ld.global.v2.b32"] += branch * branches
+    return expected
 
 
 def check(architecture: int, wanted: list[Specialisation], capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +263,8 @@ def check(architecture: int, wanted: list[Specialisation], capsys: pytest.Captur
     assert len(reports) == len(wanted)
     registers: dict[str, set[int]] = {}
     for specialisation, report in zip(wanted, reports, strict=True):
-        registers.setdefault(specialisation.path, set()).add(report["resources"]["REG"])
+        name = specialisation.path if specialisation.kernel == "row" else specialisation.kernel
+        registers.setdefault(name, set()).add(report["resources"]["REG"])
     with capsys.disabled():
         spread = (f"{path}: {min(counts)}-{max(counts)}" for path, counts in registers.items())
         print(f"\nTriton, sm_{architecture}, registers per thread: {'; '.join(spread)}")
@@ -192,10 +280,26 @@ def test_specialisations(architecture: int, capsys: pytest.CaptureFixture[str]) 
     check(architecture, USUAL[architecture], capsys)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    check(architecture, fewer(architecture, EXTENDED), capsys)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_guide_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    check(architecture, fewer(architecture, GUIDES), capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_pair_of_model_dtypes(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, EVERY, capsys)
+    check(architecture, [*EVERY, *EXTENDED, *GUIDES], capsys)
+
+
+def fewer(architecture: int, wanted: list[Specialisation]) -> list[Specialisation]:
+    """Both dtypes for sm_90; for the others bf16 on the paths that differ most."""
+    paths = ("contiguous", "contiguous, odd", "3 channels last")
+    return [one for one in wanted if architecture == 90 or (one.model_out == "bfloat16" and one.path in paths)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-// affine_step on the CPU: checks, choice of instruction set, blocks, threads.
+// affine_step on the CPU: checks, blocks, threads.
 // Threads are torch's own pool: a second pool would fight it for the cores. The only symbol wanted of torch is a C
 // function of its stable interface, so one binary serves every torch from 2.11 on and every Python.
 #include <torch/csrc/stable/c/shim.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -16,42 +15,9 @@
 namespace fastdiff::cpu {
 namespace {
 
-// Below this many element operations a second thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
 // Drawing a normal takes about as long as this many plain elements held in cache.
 constexpr int64_t kNormalCost = 6;
-
-const Executor* const kExecutors[] = {
-    &scalar_executor,
-#if defined(__x86_64__)
-    &avx2_executor,
-    &avx512_executor,
-#endif
-};
-
-int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  // F16C came before AVX2 on every machine, and older compilers do not know its name here.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : avx2 ? 1 : 0;
-#else
-  return 0;
-#endif
-}
-
-std::atomic<int> chosen_isa{-1};
-
-int isa() {
-  int current = chosen_isa.load(std::memory_order_relaxed);
-  if (current < 0) {
-    current = best_isa();
-    chosen_isa.store(current, std::memory_order_relaxed);
-  }
-  return current;
-}
+constexpr uintptr_t kLine = 64;
 
 // How a sample is cut: blocks of whole pixels, so that a block of channels_last noise is complete in itself.
 struct Cut {
@@ -74,6 +40,11 @@ struct Scratch {
   Decoder decoder;
   std::vector<float> normals;
   std::vector<const float*> z;
+
+  // Where noise begins: on a cache line, or every load of a full register would touch two.
+  float* aligned() {
+    return normals.data() + (-reinterpret_cast<uintptr_t>(normals.data()) % kLine) / sizeof(float);
+  }
 };
 
 Scratch& scratch() {
@@ -96,18 +67,39 @@ T* locate(T* base, int64_t width, int64_t sample, const AffineArgs& args, int64_
   return reinterpret_cast<Byte*>(base) + width * (sample * args.N + at);
 }
 
-void run_blocks(const Call& call, int64_t begin, int64_t end) {
+// What of a sample, besides its registers and Fc, the row reads.
+struct Reads {
+  bool unguided, perturbed, momentum, variance;
+};
+
+Reads settle(Stretch& s, const AffineArgs& args, int64_t b) {
+  const Row& row = *s.row;
+  s.by = scalars(row.coef, args.guidance[b], args.mix ? args.mix + b * kMix : nullptr);
+  s.clamps = s.by.lo > -INFINITY || s.by.hi < INFINITY;
+  const Reads reads = {row.reads_model && args.unguided && (s.by.w != 1.0f || row.e_unguided),
+                       row.reads_model && args.perturbed && s.by.s != 0.0f,
+                       row.reads_model && args.momentum && s.by.m != 0.0f,
+                       row.spreads_noise && args.variance && row.terms};
+  s.extras = row.reads_e || reads.perturbed || reads.momentum || reads.variance || s.by.post != 1.0f ||
+             (reads.unguided && s.by.u != 1.0f);
+  return reads;
+}
+
+// decoded: the row that this thread's decoder holds, or -1.
+void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
   const AffineArgs& args = call.args;
   const Cut& cut = call.cut;
   Scratch& own = scratch();
   Row& row = own.decoder.row;
-  int64_t decoded = -1, sample = -1;
+  int64_t sample = -1;
   PhiloxSchedule key{};
   Stretch s{};
+  Reads reads{};
   s.row = &row;
   s.model_out_dtype = args.model_out_dtype;
   s.model_in_dtype = args.model_in_dtype;
   const int64_t out_width = width_of(args.model_out_dtype), in_width = width_of(args.model_in_dtype);
+  const int64_t noise_stride = (cut.block + kFillSlack + 15) & ~int64_t{15};
 
   for (int64_t index = begin; index < end; ++index) {
     const int64_t b = index / cut.blocks, first = index % cut.blocks * cut.block;
@@ -123,11 +115,11 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
     }
     if (b != sample) {
       sample = b;
-      s.w = guidance_weight(row.gain, args.guidance[b]);
+      reads = settle(s, args, b);
       if (row.terms) {
         key = philox_schedule(static_cast<uint64_t>(args.seed[b]));
         own.z.resize(static_cast<size_t>(row.terms));
-        const size_t want = static_cast<size_t>(row.terms) * static_cast<size_t>(cut.block + kFillSlack);
+        const size_t want = static_cast<size_t>(row.terms * noise_stride) + kLine / sizeof(float);
         if (!args.noise && own.normals.size() < want) own.normals.resize(want);
       }
     }
@@ -137,10 +129,15 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    const auto branch = [&](const void* base) { return locate(base, out_width, b, args, first); };
     if (row.reads_model) {
-      const bool guided = args.model_out_batch == 2 && s.w != 1.0f;
-      s.conditional = locate(args.model_out, out_width, b, args, first);
-      s.unconditional = guided ? locate(args.model_out, out_width, args.B + b, args, first) : nullptr;
+      s.conditional = branch(args.model_out);
+      s.unguided = reads.unguided ? branch(args.unguided) : nullptr;
+    }
+    if (s.extras) {
+      s.perturbed = reads.perturbed ? branch(args.perturbed) : nullptr;
+      s.momentum = reads.momentum ? args.momentum + b * args.N + first : nullptr;
+      s.variance = reads.variance ? branch(args.variance) : nullptr;
     }
     s.denoised = args.denoised && row.reads_model ? cell(args.denoised, 0) : nullptr;
     for (int64_t copy = 0; copy < args.model_in_batch; ++copy)
@@ -152,7 +149,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
         own.z[static_cast<size_t>(t)] = args.noise + (term.id * args.B + b) * args.N + first;
         continue;
       }
-      float* z = own.normals.data() + t * (cut.block + kFillSlack);
+      float* z = own.aligned() + t * noise_stride;
       own.z[static_cast<size_t>(t)] = z;
       if (cut.channels > 1) {
         const Patch patch{first / cut.channels, s.count / cut.channels, cut.channels, cut.plane};
@@ -169,16 +166,17 @@ void run_blocks(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements.
-Error survey(const AffineArgs& args, int64_t& work) {
+// Decodes each run of equal rows once, before anything is written; `work` is what there is to do, in elements, `decoded`
+// the row decoded last.
+Error survey(const AffineArgs& args, int64_t& work, int64_t& decoded) {
   Decoder& decoder = scratch().decoder;
-  int64_t decoded = -1, elements = 0;
+  int64_t elements = 0;
   for (int64_t b = 0; b < args.B; ++b) {
     const int64_t i = args.row[b];
     if (i < 0 || i >= args.R) continue;
     if (i != decoded) {
       if (const Error error = decoder.decode(args, i); error != kOk) return error;
-      if (decoder.row.reads_model && (!args.model_out || args.model_out_batch == 0)) return kNullPointer;
+      if (decoder.row.reads_model && !args.model_out) return kNullPointer;
       decoded = i;
       elements = args.N * (1 + (args.noise ? 0 : kNormalCost * decoder.row.terms));
     }
@@ -200,17 +198,17 @@ void finish(const AffineArgs& args) {
 
 Error affine_step(const AffineArgs& args) {
   if (const Error error = check(args); error != kOk) return error;
-  int64_t work = 0;
-  if (const Error error = survey(args, work); error != kOk) return error;
+  int64_t work = 0, decoded = -1;
+  if (const Error error = survey(args, work, decoded); error != kOk) return error;
   if (work > 0) {
-    const Call call{args, *kExecutors[isa()], Cut(args)};
+    const Call call{args, executor(), Cut(args)};
     const int64_t blocks = args.B * call.cut.blocks;
     if (work < 2 * kGrain) {
-      run_blocks(call, 0, blocks);
+      run_blocks(call, 0, blocks, decoded);
     } else {
       const int64_t grain = blocks * kGrain / work;
       const auto body = [](int64_t begin, int64_t end, void* context) {
-        run_blocks(*static_cast<const Call*>(context), begin, end);
+        run_blocks(*static_cast<const Call*>(context), begin, end, -1);
       };
       if (torch_parallel_for(0, blocks, grain > 0 ? grain : 1, body, const_cast<Call*>(&call)) != AOTI_TORCH_SUCCESS)
         return kThreads;
@@ -240,20 +238,10 @@ FASTDIFF_EXPORT const char* fastdiff_error(int code) {
     case kBadDtype: return "the model's dtype is none of float32, float16, bfloat16";
     case kBadRegister: return "a row names a register the state does not hold, or has no output";
     case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
+    case kBadRule: return "the guide op has no such rule";
     case kThreads: return "torch's thread pool reported a failure";
     default: return "unknown error";
   }
-}
-
-// 0 scalar, 1 AVX2, 2 AVX-512: use it if this machine has it (for tests). -1: as it stands. Returns what is in use.
-FASTDIFF_EXPORT int fastdiff_cpu_isa(int wanted) {
-  if (wanted >= 0 && wanted <= cpu::best_isa()) cpu::chosen_isa.store(wanted, std::memory_order_relaxed);
-  return cpu::isa();
-}
-
-FASTDIFF_EXPORT const char* fastdiff_cpu_isa_name(int which) {
-  constexpr int count = sizeof cpu::kExecutors / sizeof *cpu::kExecutors;
-  return which >= 0 && which < count ? cpu::kExecutors[which]->name : "";
 }
 
 FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint32_t stream, uint32_t* words) {
@@ -280,7 +268,7 @@ FASTDIFF_EXPORT void fastdiff_normal_from(int64_t first, int64_t n, uint64_t see
   float block[cpu::kBlock + cpu::kFillSlack];
   for (int64_t i = 0; i < n; i += cpu::kBlock) {
     const int64_t count = n - i < cpu::kBlock ? n - i : cpu::kBlock;
-    cpu::kExecutors[cpu::isa()]->normals(block, key, id, stream, first + i, count);
+    cpu::executor().normals(block, key, id, stream, first + i, count);
     std::memcpy(out + i, block, static_cast<size_t>(count) * sizeof *out);
   }
 }

@@ -2,9 +2,12 @@
 #include "lanes_avx2.h"
 #include "noise.h"
 #include "step.h"
+#include "sums.h"
 
 namespace fastdiff::cpu {
 
-const Executor avx2_executor = {Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>};
+const Executor avx2_executor = {
+    Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
+};
 
 }  // namespace fastdiff::cpu

@@ -2,9 +2,12 @@
 #include "lanes_avx512.h"
 #include "noise.h"
 #include "step.h"
+#include "sums.h"
 
 namespace fastdiff::cpu {
 
-const Executor avx512_executor = {Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>};
+const Executor avx512_executor = {
+    Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
+};
 
 }  // namespace fastdiff::cpu

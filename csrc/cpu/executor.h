@@ -2,7 +2,7 @@
 // compiled for a newer CPU can leak into code that an older one runs.
 #pragma once
 
-#include "../affine.h"
+#include "../guide.h"
 #include "../philox.h"
 
 namespace fastdiff::cpu {
@@ -16,12 +16,13 @@ struct Term {
 // A table row without what it does not use: slots and terms whose weights are all zero are dropped, outputs that
 // have no register too.
 struct Row {
-  bool reads_model, reads_x, clamps;
-  float p, q, gain, lo, hi, emit_scale, emit_time;
+  bool reads_model, reads_x, reads_e, e_unguided, spreads_noise;
+  float p, q, spread_log, spread_slope, emit_scale, emit_time;
+  const float* coef;  // the row itself
   int outputs, slots, terms;
   int64_t x;  // registers
   int64_t to[kMaxOutputs], from[kMaxSlots];
-  float k[kMaxOutputs], d[kMaxOutputs], b[kMaxOutputs];
+  float k[kMaxOutputs], d[kMaxOutputs], b[kMaxOutputs], e[kMaxOutputs];
   float a[kMaxSlots][kMaxOutputs];
   const Term* term;
 };
@@ -30,21 +31,39 @@ struct Row {
 struct Stretch {
   const Row* row;
   int64_t count;
-  float w;  // guidance weight, of use when `unconditional` is there
+  Scalars by;
+  bool clamps;
+  bool extras;  // the row has an E, or the sample a factor u or post, a third branch, a momentum or a learned spread
   int32_t model_out_dtype, model_in_dtype;
   const float* x;
   const void* conditional;
-  const void* unconditional;       // null: the conditional branch alone
+  const void* unguided;            // null: not read; there without extras only if w is not 1
+  const void* perturbed;           // null: not read
+  const float* momentum;           // null: not read
+  const void* variance;            // null: the noise is as wide as its weights say
   const float* slot[kMaxSlots];
   const float* const* z;           // one pointer per term
   float* out[kMaxOutputs];
   float* denoised;                 // null: not wanted
-  void* emit[2];                   // null: not wanted
+  void* emit[kMaxBranches];                   // null: not wanted
 };
 
 // A block of `pixels` pixels times `channels` channels of a channels_last sample of `plane` pixels.
 struct Patch {
   int64_t first_pixel, pixels, channels, plane;
+};
+
+// A part of one sample for the guide op: elements first .. first + count, pointers at the sample's first element.
+struct Part {
+  Asked asked;
+  int32_t rule, model_out_dtype;
+  int64_t first, count;
+  float beta;
+  const float* x;          // null: P is 0
+  const void* conditional;
+  const void* unguided;    // null: not read
+  const void* perturbed;   // null: not read
+  float* momentum;         // null: not read; rule kApg writes it
 };
 
 struct Executor {
@@ -54,6 +73,10 @@ struct Executor {
   // Normals of elements first.. (a multiple of 4) in the order of memory; writes up to kFillSlack beyond z + count.
   void (*normals)(float* z, const PhiloxSchedule&, uint32_t id, uint32_t stream, int64_t first, int64_t count);
   void (*normals_channels_last)(float* z, const PhiloxSchedule&, uint32_t id, uint32_t stream, const Patch&);
+  // What the rule sums over the part; kApg moves M on.
+  Sums (*sums)(const Part&);
+  // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
+  void (*magnitudes)(const Part&, const Scalars& by, float* to);
 };
 
 constexpr int64_t kFillSlack = 128;
@@ -63,5 +86,11 @@ constexpr int64_t kBlock = 1024;
 extern const Executor scalar_executor;
 extern const Executor avx2_executor;
 extern const Executor avx512_executor;
+
+// The executor in use: the best of this machine unless a test chose another (isa.cpp).
+const Executor& executor();
+
+// Below this many element operations a second thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
 
 }  // namespace fastdiff::cpu

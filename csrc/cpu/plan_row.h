@@ -1,7 +1,6 @@
 // Reading one row of the table into what the executors run, and refusing one that names what is not there.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include "executor.h"
@@ -20,10 +19,11 @@ struct Decoder {
     row.reads_model = (ids[kFlags] & kReadsModel) != 0;
     row.p = coef[kP];
     row.q = coef[kQ];
-    row.gain = coef[kGain];
-    row.lo = coef[kClampLo];
-    row.hi = coef[kClampHi];
-    row.clamps = row.lo > -INFINITY || row.hi < INFINITY;
+    row.coef = coef;
+    row.e_unguided = (ids[kFlags] & kEUnguided) != 0;
+    row.spreads_noise = (ids[kFlags] & kSpreadsNoise) != 0;
+    row.spread_log = coef[kSpreadLog];
+    row.spread_slope = coef[kSpreadSlope];
     row.emit_scale = coef[kEmitScale];
     row.emit_time = coef[kEmitTime];
     row.reads_x = row.reads_model && row.p != 0.0f;
@@ -34,13 +34,16 @@ struct Decoder {
       column[row.outputs] = kOutput + o * kOutputStride;
       row.to[row.outputs] = ids[kOutputRegister + o];
       if (row.to[row.outputs] >= args.K) return kBadRegister;
-      row.k[row.outputs] = output[0];
-      row.d[row.outputs] = output[1];
-      row.b[row.outputs] = output[2];
-      row.reads_x |= output[0] != 0.0f || output[1] != 0.0f;
+      row.k[row.outputs] = output[kOutK];
+      row.d[row.outputs] = output[kOutDelta];
+      row.b[row.outputs] = output[kOutB];
+      row.e[row.outputs] = output[kOutE];
+      row.reads_x |= output[kOutK] != 0.0f || output[kOutDelta] != 0.0f;
+      row.reads_e |= output[kOutE] != 0.0f;
       ++row.outputs;
     }
     if (row.outputs == 0) return kBadRegister;
+    row.e_unguided &= row.reads_e;
     row.x = ids[kSlotRegister];
     if (row.reads_x && (row.x < 0 || row.x >= args.K)) return kBadRegister;
 
@@ -48,7 +51,7 @@ struct Decoder {
     for (int j = 0; j < ids[kSlotCount]; ++j) {
       bool used = false;
       for (int o = 0; o < row.outputs; ++o) {
-        row.a[row.slots][o] = coef[column[o] + 3 + j];
+        row.a[row.slots][o] = coef[column[o] + kOutA + j];
         used |= row.a[row.slots][o] != 0.0f;
       }
       if (!used) continue;

@@ -2,9 +2,12 @@
 #include "lanes_scalar.h"
 #include "noise.h"
 #include "step.h"
+#include "sums.h"
 
 namespace fastdiff::cpu {
 
-const Executor scalar_executor = {Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>};
+const Executor scalar_executor = {
+    Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+};
 
 }  // namespace fastdiff::cpu

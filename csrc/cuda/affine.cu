@@ -3,20 +3,18 @@
 // copy of the next model input; DDIM with a bf16 network 10, DPM++2M 18. It must reach 90 % of the bandwidth of a copy,
 // 80 % with a noise term: one Philox call gives a thread all four of its normals.
 // Everything of a row is read from device memory, so a captured launch replays for any row of any table.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "../check.h"
 #include "../export.h"
 #include "../normal.h"
 #include "../scalar.h"
+#include "quad.h"
 
 namespace fastdiff {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 3;  // blocks to a multiprocessor: 768 threads with up to 7 loads of 16 bytes each in flight
+// Blocks to a multiprocessor: 768 threads with up to 7 loads of 16 bytes each in flight; with extras 512 with up to 9.
+constexpr int kResident = 3, kResidentWithExtras = 2;
 constexpr int kTile = 4 * kThreads;
 
 // Where a thread's normals come from.
@@ -32,86 +30,22 @@ struct Cut {
   int tiles, channels, tile, pixels, blocks;
 };
 
-struct Quad {
-  float v[4];
-};
-
-// `left`: elements of the sample from `at` on, at least 1. kVector: all sizes and addresses are multiples of 16 bytes.
-template <bool kVector>
-__device__ __forceinline__ Quad load(const float* p, int64_t at, int64_t left) {
-  Quad q;
-  if (kVector) {
-    const float4 all = *reinterpret_cast<const float4*>(p + at);
-    q.v[0] = all.x, q.v[1] = all.y, q.v[2] = all.z, q.v[3] = all.w;
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) q.v[e] = e < left ? p[at + e] : 0.0f;
-  }
-  return q;
-}
-
-template <bool kVector>
-__device__ __forceinline__ void store(float* p, int64_t at, int64_t left, const Quad& q) {
-  if (kVector) {
-    *reinterpret_cast<float4*>(p + at) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (e < left) p[at + e] = q.v[e];
-  }
-}
-
-__device__ __forceinline__ float widen(uint16_t h, int32_t dtype) {
-  return dtype == kFloat16 ? __half2float(__ushort_as_half(h)) : __uint_as_float(static_cast<uint32_t>(h) << 16);
-}
-
-__device__ __forceinline__ uint32_t narrow(float v, int32_t dtype) {
-  return dtype == kFloat16 ? __half_as_ushort(__float2half_rn(v)) : __bfloat16_as_ushort(__float2bfloat16_rn(v));
-}
-
-template <bool kVector>
-__device__ __forceinline__ Quad load_model(const void* base, int32_t dtype, int64_t at, int64_t left) {
-  if (dtype == kFloat32) return load<kVector>(static_cast<const float*>(base), at, left);
-  const uint16_t* p = static_cast<const uint16_t*>(base) + at;
-  Quad q;
-  if (kVector) {
-    const uint2 all = *reinterpret_cast<const uint2*>(p);
-    q.v[0] = widen(all.x & 0xffff, dtype), q.v[1] = widen(all.x >> 16, dtype);
-    q.v[2] = widen(all.y & 0xffff, dtype), q.v[3] = widen(all.y >> 16, dtype);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) q.v[e] = e < left ? widen(p[e], dtype) : 0.0f;
-  }
-  return q;
-}
-
-template <bool kVector>
-__device__ __forceinline__ void store_model(void* base, int32_t dtype, int64_t at, int64_t left, const Quad& q) {
-  if (dtype == kFloat32) return store<kVector>(static_cast<float*>(base), at, left, q);
-  uint16_t* p = static_cast<uint16_t*>(base) + at;
-  if (kVector) {
-    *reinterpret_cast<uint2*>(p) = make_uint2(narrow(q.v[0], dtype) | narrow(q.v[1], dtype) << 16,
-                                              narrow(q.v[2], dtype) | narrow(q.v[3], dtype) << 16);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (e < left) p[e] = static_cast<uint16_t>(narrow(q.v[e], dtype));
-  }
-}
-
-// A row in shared memory, and what of it this block needs to know.
+// A row in shared memory, with this sample's scalars, and what of it this block needs to know.
 struct Row {
   float coef[kTerm];
   int32_t ids[kTermId];
+  Scalars by;
+  PhiloxKey key;
 };
 
 struct Sample {
   int b, row;
-  PhiloxKey key;
-  float w;
   unsigned reads;  // bit j < 5: slot j + 1; and the following
 };
-constexpr unsigned kReadsX = 32, kReadsOutput = 64, kReadsBoth = 128;
+constexpr unsigned kReadsX = 1u << 5, kReadsOutput = 1u << 6, kReadsUnguided = 1u << 7, kGuided = 1u << 8;
+constexpr unsigned kReadsE = 1u << 9, kEByUnguided = 1u << 10;
+// Of the variant with extras alone.
+constexpr unsigned kReadsPerturbed = 1u << 11, kReadsMomentum = 1u << 12, kReadsVariance = 1u << 13;
 
 __device__ __forceinline__ float weight(const Row& row, int o, int column) {
   return row.coef[kOutput + kOutputStride * o + column];
@@ -132,10 +66,10 @@ __device__ __forceinline__ Quad draw(const Cut& cut, PhiloxKey key, uint32_t id,
       float n[4];
       normals<Scalar>(static_cast<uint64_t>(element) >> 2, id, stream, key, n);
       const int word = static_cast<int>(element & 3);
-      const float v = word == 0 ? n[0] : word == 1 ? n[1] : word == 2 ? n[2] : n[3];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z.v[i] = i == e ? v : z.v[i];
+      staged[4 * threadIdx.x + e] = word == 0 ? n[0] : word == 1 ? n[1] : word == 2 ? n[2] : n[3];
     }
+    const float4 all = reinterpret_cast<const float4*>(staged)[threadIdx.x];
+    z.v[0] = all.x, z.v[1] = all.y, z.v[2] = all.z, z.v[3] = all.w;
   } else {
     // A channel's run of pixels may start inside a counter's four elements; it then touches one counter more.
     const int each = cut.pixels / 4 + (cut.plane % 4 != 0);
@@ -159,8 +93,64 @@ __device__ __forceinline__ Quad draw(const Cut& cut, PhiloxKey key, uint32_t id,
   return z;
 }
 
+// What the network gave for four elements, and the momentum.
+struct Branches {
+  Quad f, g, h, m;
+};
+
+template <bool kVector, bool kExtras>
+__device__ __forceinline__ Branches load_branches(const AffineArgs& args, unsigned reads, int64_t at, int64_t left) {
+  Branches all = {};
+  if (reads & kReadsOutput) all.f = load_model<kVector>(args.model_out, args.model_out_dtype, at, left);
+  if (reads & kReadsUnguided) all.g = load_model<kVector>(args.unguided, args.model_out_dtype, at, left);
+  if (kExtras && (reads & kReadsPerturbed))
+    all.h = load_model<kVector>(args.perturbed, args.model_out_dtype, at, left);
+  if (kExtras && (reads & kReadsMomentum)) all.m = load<kVector>(args.momentum, at, left);
+  return all;
+}
+
+// D of element e before its clamp.
+template <bool kExtras>
+__device__ __forceinline__ float estimate(const Row& row, unsigned reads, const Branches& all, float x, int e) {
+  const float c = all.f.v[e], g = all.g.v[e];
+  float f = c;
+  if (reads & kGuided) f = guide<Scalar>(c, kExtras ? row.by.u * g : g, row.by.w);
+  if (kExtras && (reads & kReadsPerturbed)) f = Scalar::fma(row.by.s, c - all.h.v[e], f);
+  const float d = denoise<Scalar>(x, f, row.by.p, row.by.q);
+  return kExtras && (reads & kReadsMomentum) ? Scalar::fma(row.by.m, all.m.v[e], d) : d;
+}
+
+template <bool kExtras>
+__device__ __forceinline__ Quad denoised(const Row& row, unsigned reads, const Branches& all, const Quad& x,
+                                         bool& bad) {
+  Quad d = {};
+  if (!(reads & kReadsOutput)) return d;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    bad |= !isfinite(all.f.v[e]) || !isfinite(all.g.v[e]) || (kExtras && !isfinite(all.h.v[e]));
+    d.v[e] = Scalar::clamp(estimate<kExtras>(row, reads, all, x.v[e], e), row.by.lo, row.by.hi);
+    if (kExtras) d.v[e] *= row.by.post;
+  }
+  return d;
+}
+
+// out_o += e (E - base).
+template <bool kExtras, int kOutputs>
+__device__ __forceinline__ void add_second(const Row& row, unsigned reads, const Branches& all, const Quad& x,
+                                           Quad (&out)[kOutputs]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const float f = reads & kReadsUnguided ? all.g.v[e] : all.f.v[e];
+    const float second = reads & kEByUnguided ? denoise<Scalar>(x.v[e], f, row.coef[kP], row.coef[kQ])
+                                              : estimate<kExtras>(row, reads, all, x.v[e], e);
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o)
+      out[o].v[e] = Scalar::fma(weight(row, o, kOutE), second - weight(row, o, kOutDelta) * x.v[e], out[o].v[e]);
+  }
+}
+
 // Every tile of this block; true when the thread met a model output that is not finite.
-template <bool kVector, Source kSource, int kOutputs>
+template <bool kVector, Source kSource, bool kExtras, int kOutputs>
 __device__ __forceinline__ bool run(const AffineArgs& args, const Cut& cut, const Row& row, Sample s, int block,
                                     float* staged) {
   bool bad = false;
@@ -168,17 +158,16 @@ __device__ __forceinline__ bool run(const AffineArgs& args, const Cut& cut, cons
     // Read the row and work out addresses again in each turn: kept in registers they would crowd out threads.
     asm volatile("" : "+r"(s.b), "+r"(s.row) : : "memory");
     const int64_t sample = s.b * args.N, stride = args.B * args.N;
-    const int64_t other = (args.B + s.b) * args.N;  // the same sample in the second half of a stack of two
     const int64_t at = int64_t{tile} * cut.tile + 4 * threadIdx.x;
     const bool here = 4 * static_cast<int>(threadIdx.x) < cut.tile && at < args.N;
     const int64_t left = args.N - at;
 
     // All loads first, none waiting for another.
-    Quad x = {}, f = {}, g = {}, r[kMaxSlots];
+    Quad x = {}, d, out[kOutputs], r[kMaxSlots];
+    Branches all = {};
     if (here) {
       if (s.reads & kReadsX) x = load<kVector>(args.state, row.ids[kSlotRegister] * stride + sample + at, left);
-      if (s.reads & kReadsOutput) f = load_model<kVector>(args.model_out, args.model_out_dtype, sample + at, left);
-      if (s.reads & kReadsBoth) g = load_model<kVector>(args.model_out, args.model_out_dtype, other + at, left);
+      all = load_branches<kVector, kExtras>(args, s.reads, sample + at, left);
     }
 #pragma unroll
     for (int j = 0; j < kMaxSlots; ++j) {
@@ -187,27 +176,30 @@ __device__ __forceinline__ bool run(const AffineArgs& args, const Cut& cut, cons
         r[j] = load<kVector>(args.state, row.ids[kSlotRegister + 1 + j] * stride + sample + at, left);
     }
 
-    Quad d = {}, out[kOutputs];
+    d = denoised<kExtras>(row, s.reads, all, x, bad);
+    if (here && args.denoised && (s.reads & kReadsOutput)) store<kVector>(args.denoised, sample + at, left, d);
+    // D and the slots apart: together they would need more registers.
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (s.reads & kReadsOutput) {
-        bad |= !isfinite(f.v[e]) || !isfinite(g.v[e]);
-        if (s.reads & kReadsBoth) f.v[e] = guide<Scalar>(f.v[e], g.v[e], s.w);
-        d.v[e] = denoise<Scalar>(x.v[e], f.v[e], row.coef[kP], row.coef[kQ]);
-        d.v[e] = Scalar::clamp(d.v[e], row.coef[kClampLo], row.coef[kClampHi]);
-      }
+    for (int e = 0; e < 4; ++e)
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
-        const float base = weight(row, o, 1) * x.v[e];
-        out[o].v[e] = Scalar::fma(weight(row, o, 2), d.v[e] - base, weight(row, o, 0) * x.v[e]);
+      for (int o = 0; o < kOutputs; ++o)
+        out[o].v[e] = Scalar::fma(weight(row, o, kOutB), d.v[e] - weight(row, o, kOutDelta) * x.v[e],
+                                  weight(row, o, kOutK) * x.v[e]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+#pragma unroll
+      for (int o = 0; o < kOutputs; ++o)
 #pragma unroll
         for (int j = 0; j < kMaxSlots; ++j)
           if (s.reads >> j & 1)
-            out[o].v[e] = Scalar::fma(weight(row, o, 3 + j), r[j].v[e] - base, out[o].v[e]);
-      }
+            out[o].v[e] =
+                Scalar::fma(weight(row, o, kOutA + j), r[j].v[e] - weight(row, o, kOutDelta) * x.v[e], out[o].v[e]);
+    if (here && (s.reads & kReadsE)) {
+      // Few rows have an E: they read the network's output again, from the cache, so that no other row need hold it.
+      asm volatile("" : "+r"(s.b) : : "memory");
+      all = load_branches<kVector, kExtras>(args, s.reads, s.b * args.N + at, left);
+      add_second<kExtras>(row, s.reads, all, x, out);
     }
-
-    if (here && args.denoised && (s.reads & kReadsOutput)) store<kVector>(args.denoised, sample + at, left, d);
 
     const float* weights = args.coef + s.row * args.coef_width + kTerm;
     const int32_t* names = args.ids + s.row * args.ids_width + kTermId;
@@ -223,9 +215,15 @@ __device__ __forceinline__ bool run(const AffineArgs& args, const Cut& cut, cons
       const uint32_t id = names[kTermIdStride * t], stream = names[kTermIdStride * t + 1];
       Quad z = {};
       if (!args.noise) {
-        z = draw<kSource>(cut, s.key, id, stream, at, tile, staged);
+        z = draw<kSource>(cut, row.key, id, stream, at, tile, staged);
       } else if (here) {
         z = load<kVector>(args.noise, id * stride + sample + at, left);
+      }
+      if (kExtras && here && (s.reads & kReadsVariance)) {
+        const Quad v = load_model<kVector>(args.variance, args.model_out_dtype, s.b * args.N + at, left);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          z.v[e] *= exponential<Scalar>(Scalar::fma(row.coef[kSpreadSlope], v.v[e], row.coef[kSpreadLog]));
       }
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o)
@@ -237,24 +235,25 @@ __device__ __forceinline__ bool run(const AffineArgs& args, const Cut& cut, cons
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) out[o].v[e] = out[o].v[e] + weight(row, o, 1) * x.v[e];
+      for (int e = 0; e < 4; ++e) out[o].v[e] = out[o].v[e] + weight(row, o, kOutDelta) * x.v[e];
       store<kVector>(args.state, row.ids[kOutputRegister + o] * stride + sample + at, left, out[o]);
     }
     if (args.model_in) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[0].v[e] *= row.coef[kEmitScale];
-      store_model<kVector>(args.model_in, args.model_in_dtype, sample + at, left, out[0]);
-      if (args.model_in_batch == 2) store_model<kVector>(args.model_in, args.model_in_dtype, other + at, left, out[0]);
+      for (int copy = 0; copy < args.model_in_batch; ++copy)
+        store_model<kVector>(args.model_in, args.model_in_dtype, copy * stride + sample + at, left, out[0]);
     }
   }
   return bad;
 }
 
-template <bool kVector, Source kSource>
-__global__ void __launch_bounds__(kThreads, kResident) affine_step_kernel(const __grid_constant__ AffineArgs args,
-                                                               const __grid_constant__ Cut cut) {
+// kExtras: mix, a third branch, a momentum or a learned spread is given.
+template <bool kVector, Source kSource, bool kExtras>
+__global__ void __launch_bounds__(kThreads, kExtras ? kResidentWithExtras : kResident)
+    affine_step_kernel(const __grid_constant__ AffineArgs args, const __grid_constant__ Cut cut) {
   __shared__ Row row;
-  __shared__ alignas(16) float staged[kSource == kStaged ? kTile : 4];
+  __shared__ alignas(16) float staged[kSource == kInOrder ? 4 : kTile];
   const int64_t b = blockIdx.x / cut.blocks;
   const int block = blockIdx.x % cut.blocks;
   const int64_t i = args.row[b];
@@ -264,33 +263,43 @@ __global__ void __launch_bounds__(kThreads, kResident) affine_step_kernel(const 
   const int32_t* ids = args.ids + i * args.ids_width;
   if (threadIdx.x < kTerm) row.coef[threadIdx.x] = coef[threadIdx.x];
   if (threadIdx.x < kTermId) row.ids[threadIdx.x] = ids[threadIdx.x];
+  if (threadIdx.x == 0) {
+    row.by = scalars(coef, args.guidance[b], kExtras && args.mix ? args.mix + b * kMix : nullptr);
+    const uint64_t seed = static_cast<uint64_t>(args.seed[b]);
+    row.key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  }
   __syncthreads();
 
   const int outputs = row.ids[kOutputRegister + 1] < 0 ? 1 : row.ids[kOutputRegister + 2] < 0 ? 2 : 3;
   Sample s;
   s.b = static_cast<int>(b);
   s.row = static_cast<int>(i);
-  const uint64_t seed = static_cast<uint64_t>(args.seed[b]);
-  s.key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  s.w = guidance_weight(row.coef[kGain], args.guidance[b]);
   s.reads = 0;
-  if (row.ids[kFlags] & kReadsModel) {
+  for (int o = 0; o < outputs; ++o) {
+    if (weight(row, o, kOutK) != 0.0f || weight(row, o, kOutDelta) != 0.0f) s.reads |= kReadsX;
+    if (weight(row, o, kOutE) != 0.0f) s.reads |= kReadsE;
+    for (int j = 0; j < row.ids[kSlotCount]; ++j)
+      s.reads |= static_cast<unsigned>(weight(row, o, kOutA + j) != 0.0f) << j;
+  }
+  const int flags = row.ids[kFlags];
+  if (flags & kReadsModel) {
     s.reads |= kReadsOutput;
     if (row.coef[kP] != 0.0f) s.reads |= kReadsX;
-    if (args.model_out_batch == 2 && s.w != 1.0f) s.reads |= kReadsBoth;
+    if ((flags & kEUnguided) && (s.reads & kReadsE)) s.reads |= kEByUnguided;
+    if (args.unguided && row.by.w != 1.0f) s.reads |= kGuided;
+    if (args.unguided && (s.reads & (kGuided | kEByUnguided))) s.reads |= kReadsUnguided;
+    if (kExtras && args.perturbed && row.by.s != 0.0f) s.reads |= kReadsPerturbed;
+    if (kExtras && args.momentum && row.by.m != 0.0f) s.reads |= kReadsMomentum;
   }
-  for (int o = 0; o < outputs; ++o) {
-    if (weight(row, o, 0) != 0.0f || weight(row, o, 1) != 0.0f) s.reads |= kReadsX;
-    for (int j = 0; j < row.ids[kSlotCount]; ++j) s.reads |= static_cast<unsigned>(weight(row, o, 3 + j) != 0.0f) << j;
-  }
+  if (kExtras && args.variance && (flags & kSpreadsNoise) && row.ids[kTermCount] > 0) s.reads |= kReadsVariance;
 
   bool bad;
   if (outputs == 1) {
-    bad = run<kVector, kSource, 1>(args, cut, row, s, block, staged);
+    bad = run<kVector, kSource, kExtras, 1>(args, cut, row, s, block, staged);
   } else if (outputs == 2) {
-    bad = run<kVector, kSource, 2>(args, cut, row, s, block, staged);
+    bad = run<kVector, kSource, kExtras, 2>(args, cut, row, s, block, staged);
   } else {
-    bad = run<kVector, kSource, 3>(args, cut, row, s, block, staged);
+    bad = run<kVector, kSource, kExtras, 3>(args, cut, row, s, block, staged);
   }
 
   const bool any = __syncthreads_or(bad);
@@ -307,9 +316,9 @@ __global__ void __launch_bounds__(kThreads, kResident) affine_step_kernel(const 
   }
 }
 
-template <bool kVector, Source kSource>
+template <bool kVector, Source kSource, bool kExtras>
 int launch(const AffineArgs& args, Cut cut, cudaStream_t stream) {
-  const auto kernel = affine_step_kernel<kVector, kSource>;
+  const auto kernel = affine_step_kernel<kVector, kSource, kExtras>;
   int device = 0, processors = 0, resident = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -324,11 +333,11 @@ int launch(const AffineArgs& args, Cut cut, cudaStream_t stream) {
   return error == cudaSuccess ? kOk : kCuda + error;
 }
 
-bool aligned(const AffineArgs& args) {
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.state) | reinterpret_cast<uintptr_t>(args.model_out) |
-                              reinterpret_cast<uintptr_t>(args.model_in) | reinterpret_cast<uintptr_t>(args.noise) |
-                              reinterpret_cast<uintptr_t>(args.denoised);
-  return args.N % 4 == 0 && addresses % 16 == 0;
+template <bool kVector, bool kExtras>
+int launch_from(Source source, const AffineArgs& args, const Cut& cut, cudaStream_t stream) {
+  if (source == kInOrder) return launch<kVector, kInOrder, kExtras>(args, cut, stream);
+  if (source == kStaged) return launch<kVector, kStaged, kExtras>(args, cut, stream);
+  return launch<kVector, kGathered, kExtras>(args, cut, stream);
 }
 
 int affine_step(const AffineArgs& args, cudaStream_t stream) {
@@ -346,14 +355,12 @@ int affine_step(const AffineArgs& args, cudaStream_t stream) {
     cut.tile = cut.pixels * cut.channels;
   }
   cut.tiles = static_cast<int>((args.N + cut.tile - 1) / cut.tile);
-  if (aligned(args)) {
-    if (source == kInOrder) return launch<true, kInOrder>(args, cut, stream);
-    if (source == kStaged) return launch<true, kStaged>(args, cut, stream);
-    return launch<true, kGathered>(args, cut, stream);
-  }
-  if (source == kInOrder) return launch<false, kInOrder>(args, cut, stream);
-  if (source == kStaged) return launch<false, kStaged>(args, cut, stream);
-  return launch<false, kGathered>(args, cut, stream);
+  const bool vector = aligned({args.state, args.model_out, args.unguided, args.perturbed, args.variance, args.momentum,
+                               args.model_in, args.noise, args.denoised},
+                              args.N);
+  const bool extras = args.mix || args.perturbed || args.momentum || args.variance;
+  if (extras) return (vector ? launch_from<true, true> : launch_from<false, true>)(source, args, cut, stream);
+  return (vector ? launch_from<true, false> : launch_from<false, false>)(source, args, cut, stream);
 }
 
 }  // namespace

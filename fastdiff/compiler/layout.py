@@ -1,7 +1,7 @@
 """Column numbers of a packed plan: the one contract between the compiler and every executor.
 
 `coef` is fp32 [rows, COEF_FIXED + 4 * terms], `ids` is int32 [rows, IDS_FIXED + 2 * terms].
-The other copies are csrc/affine.h and kernels/affine.py; a test keeps the three equal.
+The other copies are csrc/affine.h and kernels/layout.py; a test keeps the three equal.
 """
 
 from __future__ import annotations

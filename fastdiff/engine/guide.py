@@ -6,8 +6,8 @@ The rules and their sources are in engine/guidance.py; what a row does with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,16 +83,15 @@ def bind(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> St
         from fastdiff.engine import native
 
         return native.bind_guide(tensors, rule, threshold, executor)
-    launch: Callable[..., None] = reference_guide.guide
+    own: dict[str, Any] = dict(zip((field.name for field in fields(tensors)), tensors.arguments(), strict=True))
     if executor == "triton":
-        from fastdiff.kernels.guide import guide as triton_guide
+        from fastdiff.kernels import guide as triton_guide
 
-        launch = triton_guide
-    own = dict(zip((field.name for field in fields(tensors)), tensors.arguments(), strict=True))
+        return triton_guide.bind(**own, rule=rule, threshold=threshold)
 
     def find(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         given = {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}
-        launch(**(own | given), rule=rule, threshold=threshold)
+        reference_guide.guide(**(own | given), rule=rule, threshold=threshold)
 
     return find
 

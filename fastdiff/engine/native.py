@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from fastdiff.engine.guide import GuideTensors
     from fastdiff.engine.ops import StepTensors
 
 _FIX = (
@@ -25,9 +26,13 @@ _FIX = (
     "pip install -e . --no-build-isolation"
 )
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_BRANCHES = ("model_out", "unguided", "perturbed")
 _POINTERS = (
-    "state", "model_out", "model_in", "model_time", "coef", "ids", "row",
+    "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
     "seed", "guidance", "noise", "denoised", "status", "ticket",
+)  # fmt: skip
+_GUIDE_POINTERS = (
+    "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
 )  # fmt: skip
 
 
@@ -39,7 +44,17 @@ class AffineArgs(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R")]
         + [(name, ctypes.c_int64) for name in ("coef_width", "ids_width", "channels", "noise_count")]
         + [(name, ctypes.c_int32) for name in ("model_out_dtype", "model_in_dtype")]
-        + [(name, ctypes.c_int32) for name in ("model_out_batch", "model_in_batch", "model_time_batch", "reserved")]
+        + [(name, ctypes.c_int32) for name in ("model_in_batch", "model_time_batch")]
+    )
+
+
+class GuideArgs(ctypes.Structure):
+    """Mirror of struct GuideArgs in csrc/guide.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _GUIDE_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R", "coef_width", "ids_width")]
+        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "rule", "threshold", "reserved")]
     )
 
 
@@ -52,19 +67,22 @@ def load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
     try:
         library = ctypes.CDLL(str(found[0]))
-        size = library.fastdiff_args_size
+        sizes = (library.fastdiff_args_size, library.fastdiff_guide_args_size)
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    size.restype = ctypes.c_int64
-    if size() != ctypes.sizeof(AffineArgs):
+    for size, block in zip(sizes, (AffineArgs, GuideArgs), strict=True):
+        size.restype = ctypes.c_int64
+        if size() == ctypes.sizeof(block):
+            continue
         raise BackendUnavailable(f"the compiled extension {found[0].name} is of another version", _FIX)
 
     library.fastdiff_error.argtypes, library.fastdiff_error.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
-    library.fastdiff_affine_step_cpu.argtypes = [ctypes.c_void_p]
+    library.fastdiff_affine_step_cpu.argtypes = library.fastdiff_guide_cpu.argtypes = [ctypes.c_void_p]
     if hasattr(library, "fastdiff_affine_step_cuda"):
-        library.fastdiff_affine_step_cuda.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        for call in (library.fastdiff_affine_step_cuda, library.fastdiff_guide_cuda):
+            call.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
 
 
@@ -76,51 +94,94 @@ def cpu_instruction_set() -> str:
 
 def arguments(tensors: StepTensors) -> AffineArgs:
     """The C argument block of checked tensors; it holds addresses, so the tensors must outlive it."""
-    registers, batch, *shape = tensors.state.shape
     args = AffineArgs()
-    for name in _POINTERS:
-        tensor = getattr(tensors, name)
-        setattr(args, name, None if tensor is None else tensor.data_ptr() or None)
-    args.B, args.K, args.R = batch, registers, tensors.coef.shape[0]
-    args.N = torch.Size(shape).numel()
-    args.coef_width, args.ids_width = tensors.coef.shape[1], tensors.ids.shape[1]
+    _fill(args, tensors, _POINTERS)
     args.channels = tensors.channels
     args.noise_count = 0 if tensors.noise is None else tensors.noise.shape[0]
-    args.model_out_dtype = _DTYPES[tensors.model_out.dtype]
     args.model_in_dtype = 0 if tensors.model_in is None else _DTYPES[tensors.model_in.dtype]
-    for name in ("model_out", "model_in", "model_time"):
+    for name in ("model_in", "model_time"):
         tensor = getattr(tensors, name)
-        setattr(args, f"{name}_batch", 0 if tensor is None else tensor.shape[0] // max(batch, 1))
+        setattr(args, f"{name}_batch", 0 if tensor is None else tensor.shape[0] // max(args.B, 1))
     return args
 
 
-def bind(tensors: StepTensors, executor: str) -> Callable[[Tensor], None]:
-    """`step(model_out)` running one row on checked tensors: deterministic, capturable on "cuda".
+def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, pointers: tuple[str, ...]) -> None:
+    for name in pointers:
+        tensor = getattr(tensors, name)
+        setattr(args, name, None if tensor is None else tensor.data_ptr() or None)
+    args.K, args.B, *shape = tensors.state.shape
+    args.N = torch.Size(shape).numel()
+    args.R, args.coef_width = tensors.coef.shape
+    args.ids_width = tensors.ids.shape[1]
+    args.model_out_dtype = _DTYPES[tensors.model_out.dtype]
+
+
+def bind(tensors: StepTensors, executor: str) -> Callable[..., None]:
+    """`step(model_out, unguided, perturbed)` running one row on checked tensors: deterministic, capturable on "cuda".
 
     Raises ValueError when a model output is not like the one that was bound: its memory is read as it stands.
     """
-    library, args = load(), arguments(tensors)
-    address = ctypes.addressof(args)
-    run: Callable[[int], int] = library.fastdiff_affine_step_cpu
+    return _bind(arguments(tensors), tensors, executor, "affine_step")
+
+
+def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
+    """`find(model_out, unguided, perturbed)`, finding each sample's scalars on checked tensors: otherwise as `bind`."""
+    args = GuideArgs(rule=rule, threshold=threshold)
+    _fill(args, tensors, _GUIDE_POINTERS)
+    return _bind(args, tensors, executor, "guide")
+
+
+def _bind(
+    args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, executor: str, op: str
+) -> Callable[..., None]:
+    library, address = load(), ctypes.addressof(args)
+    run: Callable[[int], int] = getattr(library, f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
     if executor == "cuda":
-        run = _on_current_stream(library, tensors.state.device)
+        run = _on_current_stream(run, tensors.state.device)
 
     like = tensors.model_out
     shape, dtype, kind = like.shape, like.dtype, like.device
-    memory_format = torch.contiguous_format if args.channels == 1 else torch.channels_last
+    contiguous = tensors.state[0].is_contiguous()
+    memory_format = torch.contiguous_format if contiguous else torch.channels_last
+    branch = args.B * args.N * like.element_size()
+    stacked = shape[0] // max(args.B, 1)
+    # where in the stack Fu and Fp begin; 0: not in it
+    second = branch if stacked > 1 else 0
+    third = 2 * branch if stacked > 2 else 0
+    apart = tensors.unguided is not None or tensors.perturbed is not None
 
-    def step(model_out: Tensor) -> None:
+    def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
         if (
             model_out.shape != shape
             or model_out.dtype is not dtype
             or model_out.device != kind
             or not model_out.is_contiguous(memory_format=memory_format)
         ):
-            raise _unlike(model_out, tensors.model_out, memory_format)
-        args.model_out = model_out.data_ptr()
+            raise _unlike(op, "model output", model_out, like, memory_format)
+        start = args.model_out = model_out.data_ptr()
+        if second:
+            args.unguided = start + second
+        if third:
+            args.perturbed = start + third
+        if apart or unguided is not None or perturbed is not None:
+            place("unguided", unguided)
+            place("perturbed", perturbed)
         code = run(address)
         if code:
-            raise RuntimeError(f"affine_step on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+            raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+
+    def place(name: str, given: Tensor | None) -> None:
+        bound = getattr(tensors, name)
+        if (given is None) != (bound is None):
+            raise ValueError(
+                f"{op}: {name} was {_given(bound)} when it was bound and is {_given(given)} now; bind again"
+            )
+        if given is None:
+            return
+        unlike = given.shape != bound.shape or given.dtype is not dtype or given.device != kind
+        if unlike or not given.is_contiguous(memory_format=memory_format):
+            raise _unlike(op, f"{name} branch", given, bound, memory_format)
+        setattr(args, name, given.data_ptr())
 
     return step
 
@@ -132,7 +193,7 @@ def bind_apart(tensors: StepTensors, executor: str) -> Callable[[int, Tensor, Te
     run: Callable[[int], int] = library.fastdiff_affine_step_cpu
     choose: Callable[[int], object] = row.fill_
     if executor == "cuda":
-        run = _on_current_stream(library, tensors.state.device)
+        run = _on_current_stream(library.fastdiff_affine_step_cuda, tensors.state.device)
     elif row.numel() == 1:
         choose = functools.partial(setattr, ctypes.c_int32.from_address(row.data_ptr()), "value")
 
@@ -150,8 +211,12 @@ def bind_apart(tensors: StepTensors, executor: str) -> Callable[[int, Tensor, Te
     return step
 
 
-def _on_current_stream(library: ctypes.CDLL, device: torch.device) -> Callable[[int], int]:
-    launch, index = library.fastdiff_affine_step_cuda, device.index or 0
+def _given(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else "given"
+
+
+def _on_current_stream(launch: Callable[..., int], device: torch.device) -> Callable[[int], int]:
+    index = device.index or 0
 
     def run(address: int) -> int:
         if torch.cuda.current_device() != index:
@@ -162,9 +227,9 @@ def _on_current_stream(library: ctypes.CDLL, device: torch.device) -> Callable[[
     return run
 
 
-def _unlike(got: Tensor, bound: Tensor, memory_format: torch.memory_format) -> ValueError:
+def _unlike(op: str, what: str, got: Tensor, bound: Tensor, memory_format: torch.memory_format) -> ValueError:
     return ValueError(
-        f"affine_step: the model output is {tuple(got.shape)} {got.dtype} on {got.device} with strides {got.stride()}, "
+        f"{op}: the {what} is {tuple(got.shape)} {got.dtype} on {got.device} with strides {got.stride()}, "
         f"the one bound was {tuple(bound.shape)} {bound.dtype} on {bound.device}, {memory_format}; "
         "bind again, or make the network return what it returned first"
     )

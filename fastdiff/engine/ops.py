@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,16 +104,15 @@ def bind(tensors: StepTensors, executor: str) -> Step:
         from fastdiff.engine import native
 
         return native.bind(tensors, executor)
-    launch: Callable[..., None] = reference.affine_step
-    if executor == "triton":
-        from fastdiff.kernels.affine import affine_step as triton_step
-
-        launch = triton_step
     names = [field.name for field in fields(tensors)]
-    own = dict(zip(names, tensors.arguments(), strict=True))
+    own: dict[str, Any] = dict(zip(names, tensors.arguments(), strict=True))
+    if executor == "triton":
+        from fastdiff.kernels import affine
+
+        return affine.bind(**own)
 
     def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
-        launch(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
+        reference.affine_step(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
 
     return step
 

@@ -73,7 +73,8 @@ def _find(
     conditional, second, _ = apart
     guided = second is not None and weight != 1.0
     if rule == at.RESCALE and (guided or strength != 0.0):
-        spread = _combined(apart, 1.0, weight, strength).double().std(correction=0)
+        exact = tuple(None if branch is None else branch.double() for branch in apart)
+        spread = _combined(exact, 1.0, weight, strength).std(correction=0)  # type: ignore[arg-type]
         if spread > 0:
             found[at.MIX_Q] = (
                 given[at.PHI] * float(conditional.double().std(correction=0) / spread) + 1.0 - given[at.PHI]

@@ -28,12 +28,16 @@ def output_of(
 ) -> Output:
     """How the fields `names` become a tuple, a bare tensor or an object of the output class `kind`."""
     parts = [_prev if name == state else _part(fields[name], form.dtypes[name], noise) for name in names]
-    reads = any(isinstance(fields.get(name), Mix) and fields[name].denoised != 0.0 for name in names)  # type: ignore[union-attr]
+    reads = any(_reads_denoised(fields.get(name)) for name in names)
     if issubclass(kind, Tensor):
         return Output(_prev, False)
     if kind in (tuple, list):
         return Output(_tuple(parts), reads)
     return Output(_object(kind, names, parts), reads)
+
+
+def _reads_denoised(field: Field | None) -> bool:
+    return isinstance(field, Mix) and field.denoised != 0.0
 
 
 def _tuple(parts: Sequence[Make]) -> Make:
@@ -63,7 +67,7 @@ def _part(field: Field, dtype: torch.dtype | None, noise: Sequence[Tensor]) -> M
         return _refusing(field.reason)
     assert dtype is not None
     if field == DENOISED:
-        return _denoised if dtype == torch.float32 else lambda prev, denoised, *_: denoised.to(dtype)  # type: ignore[union-attr]
+        return _denoised if dtype == torch.float32 else lambda prev, denoised, *_: denoised.to(dtype)
 
     def mixed(prev: Tensor, denoised: Tensor | None, sample: Tensor, model_output: Tensor) -> Tensor:
         total = torch.mul(sample.float(), field.x).add_(model_output.float(), alpha=field.model_output)

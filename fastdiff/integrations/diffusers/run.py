@@ -50,7 +50,7 @@ class Run:
         check_interface(plain_copy(scheduler, kind, self.hosted), self.name, {})
         self.table = self._table(scheduler, None)
         self.place = Place(scheduler, self.name, self.hosted)
-        self.registers = None if before is None else before.registers
+        self.registers: Registers | None = None if before is None else before.registers
         self._forget()
 
     def _forget(self) -> None:
@@ -262,12 +262,12 @@ class Run:
     def _path(self, scheduler: Any, arguments: tuple[Tensor, Any, Tensor], generator: Any) -> Callable[..., Tensor]:
         """The Brownian noise sampler of a scheduler that has one: the one its own first step makes."""
         if scheduler.noise_sampler is None:
-            original = self.kind.__new__(self.kind)
+            original: Any = object.__new__(self.kind)
             own = {key: value for key, value in vars(scheduler).items() if key not in (OURS, "_internal_dict")}
             original.__dict__.update(copy.deepcopy(own), _internal_dict=vars(scheduler)["_internal_dict"])
             asked = {"generator": generator} if "generator" in self.defaults else {}
-            original.step(*arguments, **asked)  # type: ignore[attr-defined]
-            scheduler.noise_sampler = original.noise_sampler  # type: ignore[attr-defined]
+            original.step(*arguments, **asked)
+            scheduler.noise_sampler = original.noise_sampler
         return scheduler.noise_sampler
 
     def __getstate__(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Hosted:
 
 def plain_copy(scheduler: Any, kind: type, hosted: Hosted) -> Any:
     """An object of the user's own class with the same attributes, its tensors on the host; they are shared there."""
-    plain = object.__new__(kind)
+    plain: Any = object.__new__(kind)
     plain.__dict__.update({key: _host(value, hosted) for key, value in vars(scheduler).items() if key != OURS})
     return plain
 
@@ -59,7 +59,8 @@ def first_index(plain: Any, timestep: Any) -> int:
         else:
             begin = getattr(plain, "_begin_index", None)
             plain._step_index = plain.index_for_timestep(timestep) if begin is None else begin
-    return int(plain._step_index)
+    index: int = vars(plain)["_step_index"]
+    return index
 
 
 def fingerprint(plain: Any) -> Hashable:
