@@ -6,7 +6,6 @@ given, so nothing depends on where a sample begins, and any dense memory format 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,11 @@ from torch import Tensor
 from fastdiff.engine import backends, ops
 from fastdiff.integrations.diffusers.table import Table
 
-Call = Callable[[int, Tensor, Tensor, "Tensor | None"], None]
-
 
 class Registers:
     """Registers of a table for samples of one shape and layout on one device.
 
-    states: per row, the register that is x. noise: the slots of normals.
-    Both are views in the sample's shape and strides.
+    noise: the slots of normals, views in the sample's shape and strides.
     """
 
     def __init__(self, table: Table, sample: Tensor) -> None:
@@ -40,10 +36,10 @@ class Registers:
 
     def _view(self) -> None:
         state = [register.as_strided(self.shape, self.stride, register.storage_offset()) for register in self._state]
-        self.states = tuple(state[register] for register in self.table.states)
+        self._states = tuple(state[register] for register in self.table.states)
         self.noise = tuple(one.as_strided(self.shape, self.stride, one.storage_offset()) for one in self._noise)
         self.in_order = bool(self.noise) and self.noise[0].is_contiguous()
-        self._calls: dict[tuple[torch.dtype, torch.dtype], Call] = {}
+        self._calls: dict[tuple[torch.dtype, torch.dtype], ops.Apart] = {}
 
     def noise_of(self, row: int, draws: int) -> tuple[Tensor, ...]:
         """Where the draws of a row go."""
@@ -63,14 +59,18 @@ class Registers:
         """The strides of a new tensor like this one."""
         return sample.stride() if sample.is_contiguous() else torch.empty_like(sample).stride()
 
-    def call(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> Call:
-        """`call(row, model_output, prev_sample, denoised)` for tensors of these dtypes in this layout."""
+    def state(self, row: int, dtype: torch.dtype) -> Tensor | None:
+        """Where a sample of this dtype goes before the row; None: it is read where it lies."""
+        return None if ops.reads_in_place(self.executor, dtype) and not self.table.kept[row] else self._states[row]
+
+    def call(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> ops.Apart:
+        """`call(row, model_output, x, prev_sample, denoised)` for tensors of these dtypes in this layout."""
         key = model_dtype, out_dtype
         if key not in self._calls:
             self._calls[key] = self._bound(*key)
         return self._calls[key]
 
-    def _bound(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> Call:
+    def _bound(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> ops.Apart:
         flat, device = (1, self._state.shape[2]), self.device
 
         def integers(value: int, dtype: torch.dtype) -> Tensor:
@@ -96,14 +96,13 @@ class Registers:
         if self.executor in ("cpp", "cuda"):
             return call
 
-        def on_flat(row: int, model_output: Tensor, prev_sample: Tensor, denoised: Tensor | None) -> None:
-            lying = (_flat(one) if one is not None else None for one in (model_output, prev_sample, denoised))
-            call(row, *lying)  # type: ignore[arg-type]
+        def on_flat(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
+            call(i, _flat(model_out), x, _flat(first), None if denoised is None else _flat(denoised))
 
         return on_flat
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("states", "noise", "_calls")
+        left_out = ("_states", "noise", "_calls")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.capture.source import check_interface
-from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.engine.ops import MODEL_DTYPES, Apart
 from fastdiff.integrations.diffusers.output import Output, output_of
 from fastdiff.integrations.diffusers.place import Place
-from fastdiff.integrations.diffusers.registers import Call, Registers
+from fastdiff.integrations.diffusers.registers import Registers
 from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, plain_copy
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
 
 class Ready(NamedTuple):
-    """A row made ready for tensors of given dtypes: its x, the call, its draws, and how its output is made."""
+    """A row made ready for tensors of given dtypes: its call, its draws, and how its output is made.
 
-    x: Tensor
-    call: Call
-    dtype: torch.dtype
+    x: the register to put the sample in; None: it is read where it lies. dtype: of the next state; None: the sample's.
+    """
+
+    x: Tensor | None
+    call: Apart
+    dtype: torch.dtype | None
     draws: tuple[tuple[Draw, Tensor], ...]
     changed: dict[str, Any]
     short: Output
@@ -104,10 +107,13 @@ class Run:
                 self._path(scheduler, (model_output, timestep, sample), generator)
             if draws:
                 self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
-            x.copy_(sample)
-            prev = torch.empty_like(sample, dtype=dtype)
+            prev = torch.empty_like(sample, dtype=dtype) if dtype else torch.empty_like(sample)
             denoised = torch.empty_like(sample, dtype=torch.float32) if reads_denoised else None
-            call(row, model_output, prev, denoised)
+            if x is None:
+                call(row, model_output, sample, prev, denoised)
+            else:
+                x.copy_(sample)
+                call(row, model_output, None, prev, denoised)
             self.next = row + 1
             if changed:
                 scheduler.__dict__.update(changed)
@@ -214,7 +220,9 @@ class Run:
             )
             draws = tuple(zip(form.draws, noise, strict=True))
             call = held.call(model_output.dtype, dtype)
-            self._ready.append(Ready(held.states[row], call, dtype, draws, table.changed[row], short, full))
+            other = None if dtype == sample.dtype else dtype
+            x = held.state(row, sample.dtype)
+            self._ready.append(Ready(x, call, other, draws, table.changed[row], short, full))
         self._key, self._device, self._stride = key, sample.device, held.stride
 
     def _like(self, model_output: Tensor, sample: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Table:
     "value" looks the timestep up. history: rows read what earlier rows left. reads_time: an "index" step also uses the
     value of the timestep. changed: per row the plain attributes after it. fields: per row, what the output holds.
     on_path: it draws from a Brownian path.
+    kept: per row, whether later rows read its x again.
     slots: how many normals are kept at once; slot_of: per row, where its first draw goes, the next ones after it.
     """
 
@@ -89,6 +90,7 @@ class Table:
         counted = {key for step in self.changed for key in step}
         self.keeps_time = "index" if "_step_index" in counted else "order" if counted or self.history else "value"
         self.reads_time = self.keeps_time == "index" and _reads_time(source)
+        self.kept = tuple(_kept(rows, i) for i in range(len(rows)))
         self.on_path = "noise_sampler" in vars(source.scheduler)
         self.states = tuple(row.x for row in rows)
         self.coef, self.ids = self._packed(rows, rehearsal)
@@ -166,6 +168,17 @@ class Table:
                 f"the noise of its step (off by {off:.1e}, relative)"
             )
         return Mix(x, raw, denoised, tuple(noise))
+
+
+def _kept(rows: tuple[Row, ...], i: int) -> bool:
+    """Whether a row after i reads x of row i from its register."""
+    register = rows[i].x
+    for row, following in zip(rows[i:], rows[i + 1 :], strict=False):
+        if any(output.dest == register for output in row.outputs):
+            return False
+        if register in following.slots:
+            return True
+    return False
 
 
 def _reads_time(source: Standing) -> bool:
