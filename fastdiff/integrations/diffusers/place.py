@@ -24,9 +24,9 @@ class Place:
         self._look()
 
     def _look(self) -> None:
-        self._base, self._stride = 0, 0
+        self._base, self._stride, self._count = 0, 1, 0
         if isinstance(self.timesteps, Tensor) and self.timesteps.dim() == 1:
-            self._base = self.timesteps.data_ptr()
+            self._base, self._count = self.timesteps.data_ptr(), len(self.timesteps)
             self._stride = self.timesteps.stride(0) * self.timesteps.element_size()
 
     def start(self, scheduler: Any, kind: type, timestep: Any, table: Table) -> int:
@@ -109,10 +109,10 @@ class Place:
 
     def _own(self, timestep: Any) -> int | None:
         """The index of an element of the scheduler's own timesteps; None for a value from elsewhere."""
-        if not isinstance(timestep, Tensor) or not self._stride or timestep.dtype != self.timesteps.dtype:
+        if not isinstance(timestep, Tensor):
             return None
-        found, rest = divmod(timestep.data_ptr() - self._base, self._stride)
-        return found if rest == 0 and 0 <= found < len(self.timesteps) else None
+        found = (timestep.data_ptr() - self._base) // self._stride
+        return found if 0 <= found < self._count else None
 
     def _absent(self, timestep: Any, times: list[float]) -> IndexError:
         shown = ", ".join(f"{time:g}" for time in times[:4]) + (", ..." if len(times) > 4 else "")

@@ -59,9 +59,10 @@ class Registers:
         """The strides of a new tensor like this one."""
         return sample.stride() if sample.is_contiguous() else torch.empty_like(sample).stride()
 
-    def state(self, row: int, dtype: torch.dtype) -> Tensor | None:
-        """Where a sample of this dtype goes before the row; None: it is read where it lies."""
-        return None if ops.reads_in_place(self.executor, dtype) and not self.table.kept[row] else self._states[row]
+    def state(self, row: int, sample: Tensor) -> Tensor | None:
+        """Where a sample like this one goes before the row; None: it is read where it lies."""
+        in_place = ops.reads_in_place(self.executor, sample.dtype) and sample.stride() == self.stride
+        return None if in_place and not self.table.kept[row] else self._states[row]
 
     def call(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> ops.Apart:
         """`call(row, model_output, x, prev_sample, denoised)` for tensors of these dtypes in this layout."""

@@ -61,9 +61,13 @@ class Run:
         self._seen: dict[str, Any] = {}
         self.next: int | None = None
         self._owner: int | None = None
-        self._key: tuple[Any, ...] | None = None
+        self._fitted_to_nothing()
         self._ready: list[Ready] = []
         self._lock = threading.Lock()
+
+    def _fitted_to_nothing(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._simple = False
 
     @property
     def scales(self) -> bool:
@@ -87,15 +91,16 @@ class Run:
             if options or self._seen:
                 self._choose(scheduler, timestep, options)
             row = self._row(scheduler, timestep)
-            key = (sample.shape, sample.stride(), sample.dtype, model_output.dtype)
-            if key != self._key or sample.device != self._device:
-                self._fit(model_output, sample, key)
-            if (
-                model_output.stride() != self._stride
-                or model_output.shape != key[0]
-                or model_output.device != self._device
+            if not self._simple or not (
+                sample.shape == self._shape == model_output.shape
+                and sample.dtype is self._sample_dtype
+                and model_output.dtype is self._model_dtype
+                and sample.is_contiguous()
+                and model_output.is_contiguous()
+                and sample.is_cpu
+                and model_output.is_cpu
             ):
-                model_output = self._like(model_output, sample)
+                model_output = self._adapt(model_output, sample)
             if (model_output.requires_grad or sample.requires_grad) and torch.is_grad_enabled():
                 raise RuntimeError(
                     f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
@@ -107,8 +112,11 @@ class Run:
                 self._path(scheduler, (model_output, timestep, sample), generator)
             if draws:
                 self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
-            prev = torch.empty_like(sample, dtype=dtype) if dtype else torch.empty_like(sample)
-            denoised = torch.empty_like(sample, dtype=torch.float32) if reads_denoised else None
+            prev = torch.empty_like(sample) if dtype is None else torch.empty_like(sample, dtype=dtype)
+            denoised = None
+            if reads_denoised:
+                single = sample.dtype is torch.float32
+                denoised = torch.empty_like(sample) if single else torch.empty_like(sample, dtype=torch.float32)
             if x is None:
                 call(row, model_output, sample, prev, denoised)
             else:
@@ -125,7 +133,7 @@ class Run:
             first = self.place.start(scheduler, self.kind, timestep, self.table)
             self.table = self._table(scheduler, first)
             self.place = Place(scheduler, self.name, self.hosted)
-            self._key = None
+            self._fitted_to_nothing()
             self.next = 0
         table = self.table
         if table.keeps_time == "value":
@@ -178,7 +186,7 @@ class Run:
             except BaseException:
                 self.options, self.follows = before
                 raise
-            self._key = None
+            self._fitted_to_nothing()
         self._seen = dict(options)
 
     def _table(self, scheduler: Any, position: int | None) -> Table:
@@ -191,7 +199,23 @@ class Run:
             plain._begin_index = None
         return table_of(plain, position or 0, self.options, self.follows)
 
-    def _fit(self, model_output: Tensor, sample: Tensor, key: tuple[Any, ...]) -> None:
+    def _adapt(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The model output in the sample's memory format, and everything made ready for tensors like these."""
+        key = sample.shape, sample.stride(), sample.dtype, sample.device, model_output.dtype
+        if key != self._key:
+            self._fit(model_output, sample)
+            self._key = key
+        assert self.registers is not None
+        if model_output.shape != sample.shape or model_output.device != sample.device:
+            raise ValueError(
+                f"{self.name}.step: model_output is {tuple(model_output.shape)} on {model_output.device}, the sample "
+                f"{tuple(sample.shape)} on {sample.device}; a row needs them alike (cut a learned variance off)"
+            )
+        if model_output.stride() == self.registers.stride:
+            return model_output
+        return torch.empty_like(sample, dtype=model_output.dtype).copy_(model_output)
+
+    def _fit(self, model_output: Tensor, sample: Tensor) -> None:
         """Registers for samples like this one, and every row ready for these dtypes."""
         for name, tensor in (("sample", sample), ("model_output", model_output)):
             if tensor.dtype not in MODEL_DTYPES:
@@ -221,18 +245,10 @@ class Run:
             draws = tuple(zip(form.draws, noise, strict=True))
             call = held.call(model_output.dtype, dtype)
             other = None if dtype == sample.dtype else dtype
-            x = held.state(row, sample.dtype)
+            x = held.state(row, sample)
             self._ready.append(Ready(x, call, other, draws, table.changed[row], short, full))
-        self._key, self._device, self._stride = key, sample.device, held.stride
-
-    def _like(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The model output in the sample's memory format; it must be like the sample otherwise."""
-        if model_output.shape != sample.shape or model_output.device != sample.device:
-            raise ValueError(
-                f"{self.name}.step: model_output is {tuple(model_output.shape)} on {model_output.device}, the sample "
-                f"{tuple(sample.shape)} on {sample.device}; a row needs them alike (cut a learned variance off)"
-            )
-        return torch.empty_like(sample, dtype=model_output.dtype).copy_(model_output)
+        self._shape, self._sample_dtype, self._model_dtype = sample.shape, sample.dtype, model_output.dtype
+        self._simple = sample.is_cpu and sample.is_contiguous()
 
     def _draw(
         self,
@@ -279,7 +295,7 @@ class Run:
         return scheduler.noise_sampler
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_device", "_stride", "hosted")
+        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_simple", "hosted")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
