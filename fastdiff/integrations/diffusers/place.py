@@ -89,11 +89,14 @@ class Place:
                     )
         return row
 
-    def follows(self, table: Table, timestep: Any, previous: Any) -> bool:
-        """Whether `prev_timestep` is the timestep after this one in the schedule; None leaves it to the scheduler."""
-        if previous is None:
-            return False
+    def follows(self, table: Table, timestep: Any, previous: Any, so_far: bool) -> bool:
+        """Whether `prev_timestep` is the timestep after this one in the schedule; None leaves it to the scheduler.
+
+        so_far: what it was before, and stays in the last row, which has none after it.
+        """
         row = self.by_value(table, timestep)
+        if previous is None:
+            return so_far and row + 1 == len(table)
         following = table.times[row + 1] if row + 1 < len(table) else None
         own = self._own(previous)
         if following is None or (own != row + 1 and _number(previous) != following):

@@ -1,18 +1,33 @@
 """The state a run keeps on the device, and the call that runs one of its rows on the caller's tensors.
 
-May import: torch, engine, and the table. The whole batch is one sample of the kernel, in memory order: the noise is
-given, so nothing depends on where a sample begins, and any dense memory format runs as it is.
+May import: torch, engine, the table and the output. The whole batch is one sample of the kernel, in memory order: the
+noise is given, so nothing depends on where a sample begins, and any dense memory format runs as it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.engine import backends, ops
-from fastdiff.integrations.diffusers.table import Table
+from fastdiff.integrations.diffusers.output import Output, output_of
+from fastdiff.integrations.diffusers.table import Draw, Form, Table
+
+
+class Ready(NamedTuple):
+    """A row made ready for tensors of given dtypes: its call, its draws, and how its output is made.
+
+    x: the register to put the sample in; None: it is read where it lies. dtype: of the next state; None: the sample's.
+    """
+
+    x: Tensor | None
+    call: ops.Apart
+    dtype: torch.dtype | None
+    draws: tuple[tuple[Draw, Tensor], ...]
+    short: Output
+    full: Output
 
 
 class Registers:
@@ -25,7 +40,7 @@ class Registers:
         if sample.numel() == 0:
             raise ValueError(f"step: the sample has no elements, got shape {tuple(sample.shape)}")
         self.table = table
-        self.shape, self.stride, self.device = sample.shape, torch.empty_like(sample).stride(), sample.device
+        self.shape, self.stride, self.device = sample.shape, _stride(sample), sample.device
         self.executor = backends.choose(sample.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
             self._state = torch.zeros(table.plan.registers, 1, sample.numel(), device=sample.device)
@@ -38,34 +53,48 @@ class Registers:
         state = [register.as_strided(self.shape, self.stride, register.storage_offset()) for register in self._state]
         self._states = tuple(state[register] for register in self.table.states)
         self.noise = tuple(one.as_strided(self.shape, self.stride, one.storage_offset()) for one in self._noise)
-        self.in_order = bool(self.noise) and self.noise[0].is_contiguous()
+        self.contiguous = self._states[0].is_contiguous()
+        self._ready: dict[tuple[torch.dtype, torch.dtype, bool], tuple[Ready, ...]] = {}
         self._calls: dict[tuple[torch.dtype, torch.dtype], ops.Apart] = {}
-
-    def noise_of(self, row: int, draws: int) -> tuple[Tensor, ...]:
-        """Where the draws of a row go."""
-        first, slots = self.table.slot_of[row], max(self.table.slots, 1)
-        return tuple(self.noise[(first + i) % slots] for i in range(draws))
 
     def fits(self, table: Table, sample: Tensor) -> bool:
         """Whether these are registers of this table for samples like this one."""
-        return table is self.table and self.holds(sample)
+        alike = sample.shape == self.shape and sample.device == self.device and _stride(sample) == self.stride
+        return alike and table is self.table
 
-    def holds(self, sample: Tensor) -> bool:
-        """Whether a sample like this one has its place here."""
-        return sample.shape == self.shape and sample.device == self.device and self.stride_of(sample) == self.stride
+    def lies(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this shape lies in memory as these registers do."""
+        return tensor.stride() == self.stride or (self.contiguous and tensor.is_contiguous())
 
-    @staticmethod
-    def stride_of(sample: Tensor) -> tuple[int, ...]:
-        """The strides of a new tensor like this one."""
-        return sample.stride() if sample.is_contiguous() else torch.empty_like(sample).stride()
+    def ready(self, model_dtype: torch.dtype, sample: Tensor) -> tuple[Ready, ...]:
+        """Every row, ready for tensors of these dtypes."""
+        key = model_dtype, sample.dtype, self.lies(sample)
+        if key not in self._ready:
+            forms = self.table.forms(model_dtype, sample.dtype)
+            self._ready[key] = tuple(self._row(i, form, model_dtype, sample) for i, form in enumerate(forms))
+        return self._ready[key]
 
-    def state(self, row: int, sample: Tensor) -> Tensor | None:
-        """Where a sample like this one goes before the row; None: it is read where it lies."""
-        in_place = ops.reads_in_place(self.executor, sample.dtype) and sample.stride() == self.stride
-        return None if in_place and not self.table.kept[row] else self._states[row]
+    def _row(self, i: int, form: Form, model_dtype: torch.dtype, sample: Tensor) -> Ready:
+        table = self.table
+        dtype = form.dtypes[table.state_field]
+        assert dtype is not None
+        first, slots = table.slot_of[i], max(table.slots, 1)
+        noise = tuple(self.noise[(first + k) % slots] for k in range(len(form.draws)))
+        short, full = (
+            output_of(names, kind, table.state_field, table.fields[i], form, noise)
+            for names, kind in ((table.tuple_fields, tuple), (tuple(form.dtypes), table.kind))
+        )
+        in_place = ops.reads_in_place(self.executor, sample.dtype) and self.lies(sample) and not table.kept[i]
+        return Ready(
+            x=None if in_place else self._states[i],
+            call=self._call(model_dtype, dtype),
+            dtype=None if dtype == sample.dtype else dtype,
+            draws=tuple(zip(form.draws, noise, strict=True)),
+            short=short,
+            full=full,
+        )
 
-    def call(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> ops.Apart:
-        """`call(row, model_output, x, prev_sample, denoised)` for tensors of these dtypes in this layout."""
+    def _call(self, model_dtype: torch.dtype, out_dtype: torch.dtype) -> ops.Apart:
         key = model_dtype, out_dtype
         if key not in self._calls:
             self._calls[key] = self._bound(*key)
@@ -103,12 +132,19 @@ class Registers:
         return on_flat
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_states", "noise", "_calls")
+        left_out = ("_states", "noise", "_calls", "_ready")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._view()
+
+
+def _stride(sample: Tensor) -> tuple[int, ...]:
+    """The strides of a new tensor like this one; what dimensions of size 1 say is not looked at."""
+    if sample.is_contiguous():
+        return torch.empty(sample.shape, device="meta").stride()
+    return torch.empty_like(sample).stride()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The run of a fast scheduler: which row a step is, its draws, its output.
 
 May import: torch, errors, engine, and the other files of this folder. `Run.step` is the hot path: it asks the device
-for nothing, and what does not change from step to step is made ready in `_fit`.
+for nothing, and what does not change from step to step is made ready before (`Registers.ready`).
 """
 
 from __future__ import annotations
@@ -9,33 +9,17 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.compiler.capture.source import check_interface
-from fastdiff.engine.ops import MODEL_DTYPES, Apart
-from fastdiff.integrations.diffusers.output import Output, output_of
+from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.integrations.diffusers.place import Place
-from fastdiff.integrations.diffusers.registers import Registers
-from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, plain_copy
+from fastdiff.integrations.diffusers.registers import Ready, Registers
+from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, look, plain_copy, unchanged
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
-
-
-class Ready(NamedTuple):
-    """A row made ready for tensors of given dtypes: its call, its draws, and how its output is made.
-
-    x: the register to put the sample in; None: it is read where it lies. dtype: of the next state; None: the sample's.
-    """
-
-    x: Tensor | None
-    call: Apart
-    dtype: torch.dtype | None
-    draws: tuple[tuple[Draw, Tensor], ...]
-    changed: dict[str, Any]
-    short: Output
-    full: Output
 
 
 class Run:
@@ -47,14 +31,20 @@ class Run:
     def __init__(self, scheduler: Any, kind: type, before: Run | None = None) -> None:
         self.kind, self.name = kind, kind.__name__
         self.defaults = parameters(kind)
-        self.hosted = Hosted()
+        self.hosted: Hosted = Hosted() if before is None else before.hosted.keep(scheduler)
         self.options: dict[str, Any] = {}
         self.follows = False
-        check_interface(plain_copy(scheduler, kind, self.hosted), self.name, {})
-        self.table = self._table(scheduler, None)
-        self.place = Place(scheduler, self.name, self.hosted)
+        if before is None:
+            check_interface(plain_copy(scheduler, kind, self.hosted), self.name, {})
+        self._settle(scheduler, None)
         self.registers: Registers | None = None if before is None else before.registers
         self._forget()
+
+    def _settle(self, scheduler: Any, position: int | None) -> None:
+        """The table and the timesteps of the scheduler as it stands."""
+        self.table = self._table(scheduler, position)
+        self.place = Place(scheduler, self.name, self.hosted)
+        self._looked: dict[str, tuple[Any, int]] = look(scheduler)
 
     def _forget(self) -> None:
         """No step was taken yet, and nothing is bound."""
@@ -62,7 +52,7 @@ class Run:
         self.next: int | None = None
         self._owner: int | None = None
         self._fitted_to_nothing()
-        self._ready: list[Ready] = []
+        self._ready: tuple[Ready, ...] = ()
         self._lock = threading.Lock()
 
     def _fitted_to_nothing(self) -> None:
@@ -88,7 +78,7 @@ class Run:
             full = options.pop("return_dict", True)
             generator = options.pop("generator", None)
             given = options.pop("variance_noise", None)
-            if options or self._seen:
+            if options or self._seen or self.follows:
                 self._choose(scheduler, timestep, options)
             row = self._row(scheduler, timestep)
             if not self._simple or not (
@@ -106,7 +96,7 @@ class Run:
                     f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
                     f"torch.no_grad(), or use {self.name} itself where you differentiate through a step"
                 )
-            x, call, dtype, draws, changed, short, whole = self._ready[row]
+            x, call, dtype, draws, short, whole = self._ready[row]
             make, reads_denoised = whole if full else short
             if self.table.on_path and self.next == 0:
                 self._path(scheduler, (model_output, timestep, sample), generator)
@@ -123,17 +113,17 @@ class Run:
                 x.copy_(sample)
                 call(row, model_output, None, prev, denoised)
             self.next = row + 1
-            if changed:
-                scheduler.__dict__.update(changed)
+            if self.table.keeps_time == "index":
+                scheduler._step_index += 1
             return make(prev, denoised, sample, model_output)
 
     def _row(self, scheduler: Any, timestep: Any) -> int:
         """The row of this step; at the first one, the table from where the scheduler stands."""
         if self.next is None:
             first = self.place.start(scheduler, self.kind, timestep, self.table)
-            self.table = self._table(scheduler, first)
-            self.place = Place(scheduler, self.name, self.hosted)
-            self._fitted_to_nothing()
+            if first != self.table.first or not unchanged(self._looked, scheduler):
+                self._settle(scheduler, first)
+                self._fitted_to_nothing()
             self.next = 0
         table = self.table
         if table.keeps_time == "value":
@@ -159,9 +149,10 @@ class Run:
 
     def _choose(self, scheduler: Any, timestep: Any, options: dict[str, Any]) -> None:
         """Another table where arguments of `step` change the coefficients."""
-        follows = self.follows
-        if "prev_timestep" in options:
-            follows = self.place.follows(self.table, timestep, options.pop("prev_timestep"))
+        follows = False
+        if "prev_timestep" in self.defaults:
+            previous = options.pop("prev_timestep", None)
+            follows = self.place.follows(self.table, timestep, previous, self.follows)
         for name, value in options.items():
             if name not in self.defaults:
                 raise TypeError(f"{self.name}.step() got an unexpected keyword argument {name!r}")
@@ -197,7 +188,7 @@ class Run:
         if hasattr(plain, "_step_index"):
             position = plain._step_index = first_index(plain, plain.timesteps[0]) if position is None else position
             plain._begin_index = None
-        return table_of(plain, position or 0, self.options, self.follows)
+        return table_of(plain, position or 0, self.options, self.follows, self.hosted)
 
     def _adapt(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The model output in the sample's memory format, and everything made ready for tensors like these."""
@@ -211,7 +202,7 @@ class Run:
                 f"{self.name}.step: model_output is {tuple(model_output.shape)} on {model_output.device}, the sample "
                 f"{tuple(sample.shape)} on {sample.device}; a row needs them alike (cut a learned variance off)"
             )
-        if model_output.stride() == self.registers.stride:
+        if self.registers.lies(model_output):
             return model_output
         return torch.empty_like(sample, dtype=model_output.dtype).copy_(model_output)
 
@@ -232,21 +223,7 @@ class Run:
                     f"{shape} on {None if held is None else held.device}; call set_timesteps to begin another run"
                 )
             held = self.registers = Registers(table, sample)
-        forms = table.forms(model_output.dtype, sample.dtype)
-        self._ready = []
-        for row, form in enumerate(forms):
-            dtype = form.dtypes[table.state_field]
-            assert dtype is not None
-            noise = held.noise_of(row, len(form.draws))
-            short, full = (
-                output_of(names, kind, table.state_field, table.fields[row], form, noise)
-                for names, kind in ((table.tuple_fields, tuple), (tuple(form.dtypes), table.kind))
-            )
-            draws = tuple(zip(form.draws, noise, strict=True))
-            call = held.call(model_output.dtype, dtype)
-            other = None if dtype == sample.dtype else dtype
-            x = held.state(row, sample)
-            self._ready.append(Ready(x, call, other, draws, table.changed[row], short, full))
+        self._ready = held.ready(model_output.dtype, sample)
         self._shape, self._sample_dtype, self._model_dtype = sample.shape, sample.dtype, model_output.dtype
         self._simple = sample.is_cpu and sample.is_contiguous()
 
@@ -276,7 +253,7 @@ class Run:
                 continue
             source = generator if draw.by_generator else None
             alone = source is None or (isinstance(source, torch.Generator) and source.device.type == sample.device.type)
-            if alone and draw.dtype == torch.float32 and self.registers.in_order:
+            if alone and draw.dtype == torch.float32 and self.registers.contiguous:
                 noise.normal_(generator=source)
                 continue
             from diffusers.utils.torch_utils import randn_tensor
@@ -295,10 +272,11 @@ class Run:
         return scheduler.noise_sampler
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_simple", "hosted")
+        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_simple", "_looked", "hosted")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         self.hosted = Hosted()
+        self._looked = {}
         self.__dict__.update(state)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,21 +17,64 @@ from torch import Tensor
 from fastdiff.compiler.capture.source import Source
 
 OURS = "_fastdiff"  # the attribute of a fast scheduler that holds its run; the original has none
+# What says where a run stands or how it draws, but not what its steps are.
+PASSING = (OURS, "_step_index", "_begin_index", "is_scale_input_called", "noise_sampler")
 
 
-@dataclass
 class Hosted:
-    """Host copies of a scheduler's tensors, kept so that looking at them again costs no transfer and no sync."""
+    """What was seen of a scheduler's attributes: host copies and marks, so that looking again costs no transfer."""
 
-    known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int, Tensor | None, Hashable]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor on the host; the copy that is there already where it is the same tensor."""
-        found = self.known.get(id(tensor))
-        if found is None or found[0] is not tensor:
-            value = tensor.detach()
-            found = self.known[id(tensor)] = tensor, value if value.device.type == "cpu" else value.cpu()
-        return found[1]
+        host = self._seen(tensor)[2]
+        assert host is not None
+        return host
+
+    def mark(self, value: Any) -> Hashable:
+        """What tells a tensor or a frozen config from another by its contents."""
+        return self._seen(value)[3]
+
+    def keep(self, scheduler: Any) -> Hosted:
+        """This, without what the scheduler no longer has."""
+        held = {id(value) for value in vars(scheduler).values()}
+        self._known = {key: value for key, value in self._known.items() if key in held}
+        return self
+
+    def _seen(self, value: Any) -> tuple[Any, int, Tensor | None, Hashable]:
+        found = self._known.get(id(value))
+        if found is None or found[0] is not value or found[1] != _version(value):
+            if isinstance(value, Tensor):
+                host = value.detach().cpu()
+                raw = host.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                found = value, _version(value), host, (str(value.dtype), tuple(value.shape), raw)
+            else:
+                found = value, 0, None, repr(sorted(value.items(), key=lambda item: str(item[0])))
+            self._known[id(value)] = found
+        return found
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def look(scheduler: Any) -> dict[str, tuple[Any, int]]:
+    """The attributes that a step's table depends on, and how often their tensors were written to."""
+    return {key: (value, _version(value)) for key, value in vars(scheduler).items() if key not in PASSING}
+
+
+def unchanged(before: dict[str, tuple[Any, int]], scheduler: Any) -> bool:
+    """Whether the scheduler still is as `look` saw it."""
+    now = look(scheduler)
+    return now.keys() == before.keys() and all(_same(before[key], now[key]) for key in now)
+
+
+def _same(before: tuple[Any, int], now: tuple[Any, int]) -> bool:
+    if before[0] is now[0]:
+        return before[1] == now[1]
+    return type(before[0]) is type(now[0]) and isinstance(now[0], bool | int | float | str) and before[0] == now[0]
 
 
 def plain_copy(scheduler: Any, kind: type, hosted: Hosted) -> Any:
@@ -63,24 +106,26 @@ def first_index(plain: Any, timestep: Any) -> int:
     return index
 
 
-def fingerprint(plain: Any) -> Hashable:
+def fingerprint(plain: Any, hosted: Hosted) -> Hashable:
     """What tells the tables of two schedulers apart: class, config and every attribute, tensors by their contents."""
-    return type(plain), _mark(vars(plain))
+    own = vars(plain)
+    return type(plain), tuple((key, _mark(own[key], hosted)) for key in own if key not in PASSING)
 
 
-def _mark(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return "tensor", str(value.dtype), tuple(value.shape), raw
-    if isinstance(value, np.ndarray):
-        return "array", str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, Mapping):
-        return "mapping", tuple((repr(key), _mark(part)) for key, part in value.items() if key != "noise_sampler")
-    if isinstance(value, list | tuple):
-        return type(value), tuple(_mark(part) for part in value)
+def _mark(value: Any, hosted: Hosted) -> Hashable:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return type(value), repr(value)
-    return ("object", value) if _by_identity(value) else ("state", type(value), _mark(vars(value)))
+    if isinstance(value, Tensor):
+        return hosted.mark(value)
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if type(value).__name__ == "FrozenDict":
+        return hosted.mark(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple((repr(key), _mark(part, hosted)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_mark(part, hosted) for part in value)
+    return value if _by_identity(value) else (type(value), _mark(vars(value), hosted))
 
 
 def _by_identity(value: Any) -> bool:

@@ -5,10 +5,12 @@ May import: NumPy, torch, compiler, and the files here that step the scheduler.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +21,11 @@ from fastdiff.compiler import layout as at
 from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.capture import compile_source
 from fastdiff.integrations.diffusers.rehearsal import Draw, Rehearsal, Rehearsed, rehearse
-from fastdiff.integrations.diffusers.standing import Standing, fingerprint
+from fastdiff.integrations.diffusers.standing import Hosted, Standing, fingerprint
 
 KEPT = 64  # tables: a few schedulers at a few step counts, image sizes (mu) and strengths
 STATE = ("prev_sample", "0")  # the field of an output that is the next state
+STEEP = 4.0  # coefficient of D beyond which x and D nearly cancel
 EXACT = 2e-5  # relative difference up to which a field is a combination: what a step in float32 leaves
 
 
@@ -63,7 +66,7 @@ class Table:
 
     keeps_time: how a step finds its row: "index" counts in `_step_index`, "order" counts in attributes of its own,
     "value" looks the timestep up. history: rows read what earlier rows left. reads_time: an "index" step also uses the
-    value of the timestep. changed: per row the plain attributes after it. fields: per row, what the output holds.
+    value of the timestep. fields: per row, what the output holds.
     on_path: it draws from a Brownian path.
     kept: per row, whether later rows read its x again.
     slots: how many normals are kept at once; slot_of: per row, where its first draw goes, the next ones after it.
@@ -72,12 +75,12 @@ class Table:
     def __init__(self, source: Standing) -> None:
         self.source = source
         self.first = source.first
-        self.plan = compile_source(source)
-        rows = self.plan.rows[1:]
+        plan = compile_source(source)
+        rows = tuple(_in_outputs(row) for row in plan.rows[1:])
+        self.plan = replace(plan, rows=(plan.rows[0], *rows))
         rehearsal = rehearse(source, torch.float64, torch.float64)
         self.kind, self.tuple_fields = rehearsal.kind, rehearsal.tuple_fields
         self.state_field = STATE[0] if STATE[0] in rehearsal.steps[0].output else STATE[1]
-        self.changed = tuple(dict(step.changed) for step in rehearsal.steps)
         self.fields = tuple(self._fields(row, step) for row, step in zip(rows, rehearsal.steps, strict=True))
         scheduler = source.fresh(lambda *_: torch.zeros(()))
         self.times = tuple(float(time) for time in source.times(scheduler))
@@ -87,7 +90,7 @@ class Table:
         self.input_scales = tuple(row.reading.c_in if row.reading is not None else 1.0 for row in rows)
         self.scales = any(scale != 1.0 for scale in self.input_scales)
         self.history = any(row.slots or len(row.outputs) > 1 for row in rows)
-        counted = {key for step in self.changed for key in step}
+        counted = {key for step in rehearsal.steps for key in step.changed}
         self.keeps_time = "index" if "_step_index" in counted else "order" if counted or self.history else "value"
         self.reads_time = self.keeps_time == "index" and _reads_time(source)
         self.kept = tuple(_kept(rows, i) for i in range(len(rows)))
@@ -170,6 +173,19 @@ class Table:
         return Mix(x, raw, denoised, tuple(noise))
 
 
+def _in_outputs(row: Row) -> Row:
+    """The row in the model output itself, D := F, where x and D nearly cancel: steps up from nearly clean data."""
+    reading = row.reading
+    steep = any(abs(output.denoised) > STEEP for output in row.outputs)
+    if reading is None or not steep or row.clamp is not None or row.estimate is not None:
+        return row
+    outputs = tuple(
+        replace(output, x=output.x + output.denoised * reading.P, denoised=output.denoised * reading.Q)
+        for output in row.outputs
+    )
+    return replace(row, outputs=outputs, reading=replace(reading, P=0.0, Q=1.0))
+
+
 def _kept(rows: tuple[Row, ...], i: int) -> bool:
     """Whether a row after i reads x of row i from its register."""
     register = rows[i].x
@@ -207,7 +223,7 @@ _tables: OrderedDict[Hashable, Table] = OrderedDict()
 _compiling = threading.Lock()
 
 
-def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool) -> Table:
+def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool, hosted: Hosted) -> Table:
     """The table of this scheduler from this position on, from the cache where it was compiled before.
 
     plain: the scheduler as it stands, on the host. options: further arguments of `step`. Raises what `fd.capture`
@@ -216,7 +232,7 @@ def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool) 
     name = type(plain).__name__
     if not torch.is_tensor(getattr(plain, "timesteps", None)) and not getattr(plain, "timesteps", None):
         raise ValueError(f"{name} has no timesteps; call set_timesteps first")
-    key = (fingerprint(plain), first, tuple(sorted(options.items())), follows)
+    key = (fingerprint(plain, hosted), first, tuple(sorted(options.items())), follows)
     with _compiling:
         table = _tables.get(key)
         if table is None:
@@ -228,7 +244,8 @@ def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool) 
     return table
 
 
-def parameters(kind: type) -> dict[str, Any]:
+@functools.cache
+def parameters(kind: type) -> Mapping[str, Any]:
     """The further arguments of a class's `step` and their defaults, in order."""
     known = inspect.signature(kind.step).parameters  # type: ignore[attr-defined]
     own = ("self", "model_output", "timestep", "sample")
