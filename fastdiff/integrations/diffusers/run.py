@@ -31,6 +31,8 @@ class Run:
     def __init__(self, scheduler: Any, kind: type, before: Run | None = None) -> None:
         self.kind, self.name = kind, kind.__name__
         self.defaults = parameters(kind)
+        special = ("return_dict", "generator", "variance_noise")
+        self._forms, self._by_generator, self._by_noise = (name in self.defaults for name in special)
         self.hosted: Hosted = Hosted() if before is None else before.hosted.keep(scheduler)
         self.options: dict[str, Any] = {}
         self.follows = False
@@ -75,9 +77,9 @@ class Run:
     def step(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> Any:
         """One step of the original class: the row on these tensors, and its output in the original's form."""
         with self._lock:
-            full = options.pop("return_dict", True)
-            generator = options.pop("generator", None)
-            given = options.pop("variance_noise", None)
+            full = options.pop("return_dict", True) if self._forms else True
+            generator = options.pop("generator", None) if self._by_generator else None
+            given = options.pop("variance_noise", None) if self._by_noise else None
             if options or self._seen or self.follows:
                 self._choose(scheduler, timestep, options)
             row = self._row(scheduler, timestep)

@@ -125,7 +125,9 @@ def _mark(value: Any, hosted: Hosted) -> Hashable:
         return type(value), tuple((repr(key), _mark(part, hosted)) for key, part in value.items())
     if isinstance(value, list | tuple):
         return type(value), tuple(_mark(part, hosted) for part in value)
-    return value if _by_identity(value) else (type(value), _mark(vars(value), hosted))
+    if not _by_identity(value):
+        return type(value), _mark(vars(value), hosted)
+    return value if isinstance(value, Hashable) else (type(value), repr(value))
 
 
 def _by_identity(value: Any) -> bool:
