@@ -67,7 +67,7 @@ def fields(output: Any) -> dict[str, Tensor]:
 
 
 def apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """The largest difference over all outputs and fields, relative to the largest element of each; checks their form."""
+    """The largest difference over all outputs and fields, relative to the largest element; their form must agree."""
     assert len(ours) == len(theirs)
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):

@@ -58,9 +58,16 @@ class Registers:
         self._calls: dict[tuple[torch.dtype, torch.dtype], ops.Apart] = {}
 
     def fits(self, table: Table, sample: Tensor) -> bool:
-        """Whether these are registers of this table for samples like this one."""
-        alike = sample.shape == self.shape and sample.device == self.device and _stride(sample) == self.stride
-        return alike and table is self.table
+        """Whether these are registers of this table for samples that lie like this one."""
+        return table is self.table and self.holds(sample) and _stride(sample) == self.stride
+
+    def holds(self, sample: Tensor) -> bool:
+        """Whether a sample of this shape has its place here, however it lies."""
+        return sample.shape == self.shape and sample.device == self.device
+
+    def new(self, dtype: torch.dtype) -> Tensor:
+        """A new tensor that lies as these registers do."""
+        return torch.empty_like(self._states[0], dtype=dtype)
 
     def lies(self, tensor: Tensor) -> bool:
         """Whether a tensor of this shape lies in memory as these registers do."""

@@ -140,6 +140,24 @@ def rehearse(source: Source, model_dtype: torch.dtype, sample_dtype: torch.dtype
     return Rehearsal(tuple(steps), kind, tuple_fields)
 
 
+def reads_time(source: Source) -> bool:
+    """Whether a step that counts gives something else for another timestep."""
+    rng = np.random.default_rng(SEED)
+    output, x = _normal(rng, torch.float64), _normal(rng, torch.float64)
+    found = []
+    for shift in (0, 1):
+        mode = _Draws(torch.Generator(), torch.float64)
+        scheduler = source.fresh(mode.on_path)
+        times = source.times(scheduler)
+        following = times[1] if len(times) > 1 else None
+        try:
+            with torch.no_grad(), mode:
+                found.append(source.step(scheduler, 0, output.clone(), times[0] + shift, x.clone(), following)[0])
+        except (RuntimeError, TypeError):  # it is particular about its timesteps
+            return True
+    return not torch.allclose(found[0], found[1])
+
+
 def _normal(rng: np.random.Generator, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(rng.standard_normal(SHAPE)).to(dtype)
 

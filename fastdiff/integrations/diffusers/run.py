@@ -104,11 +104,12 @@ class Run:
                 self._path(scheduler, (model_output, timestep, sample), generator)
             if draws:
                 self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
-            prev = torch.empty_like(sample) if dtype is None else torch.empty_like(sample, dtype=dtype)
+            like = sample if self._simple else self._like
+            prev = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
             denoised = None
             if reads_denoised:
                 single = sample.dtype is torch.float32
-                denoised = torch.empty_like(sample) if single else torch.empty_like(sample, dtype=torch.float32)
+                denoised = torch.empty_like(like) if single else torch.empty_like(like, dtype=torch.float32)
             if x is None:
                 call(row, model_output, sample, prev, denoised)
             else:
@@ -206,7 +207,7 @@ class Run:
             )
         if self.registers.lies(model_output):
             return model_output
-        return torch.empty_like(sample, dtype=model_output.dtype).copy_(model_output)
+        return self.registers.new(model_output.dtype).copy_(model_output)
 
     def _fit(self, model_output: Tensor, sample: Tensor) -> None:
         """Registers for samples like this one, and every row ready for these dtypes."""
@@ -217,17 +218,18 @@ class Run:
                     f"float32, float16 and bfloat16. Cast it, or use {self.name} itself"
                 )
         held, table = self.registers, self.table
-        if held is None or not held.fits(table, sample):
-            if table.history and self.next:
-                shape = None if held is None else tuple(held.shape)
+        if table.history and self.next and held is not None:
+            if not held.holds(sample):
                 raise ValueError(
                     f"{self.name}.step: the sample is {tuple(sample.shape)} on {sample.device}, this run began with "
-                    f"{shape} on {None if held is None else held.device}; call set_timesteps to begin another run"
+                    f"{tuple(held.shape)} on {held.device}; call set_timesteps to begin another run"
                 )
+        elif held is None or not held.fits(table, sample):
             held = self.registers = Registers(table, sample)
         self._ready = held.ready(model_output.dtype, sample)
         self._shape, self._sample_dtype, self._model_dtype = sample.shape, sample.dtype, model_output.dtype
-        self._simple = sample.is_cpu and sample.is_contiguous()
+        self._like = held.new(sample.dtype)
+        self._simple = sample.is_cpu and sample.is_contiguous() and held.contiguous
 
     def _draw(
         self,
@@ -274,7 +276,7 @@ class Run:
         return scheduler.noise_sampler
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", "_ready", "_key", "_owner", "_seen", "_simple", "_looked", "hosted")
+        left_out = ("_lock", "_like", "_ready", "_key", "_owner", "_seen", "_simple", "_looked", "hosted")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -125,14 +126,12 @@ def _mark(value: Any, hosted: Hosted) -> Hashable:
         return type(value), tuple((repr(key), _mark(part, hosted)) for key, part in value.items())
     if isinstance(value, list | tuple):
         return type(value), tuple(_mark(part, hosted) for part in value)
-    if not _by_identity(value):
+    if isinstance(value, FunctionType) and value.__closure__ is None and value.__defaults__ is None:
+        return value.__code__
+    if hasattr(value, "__dict__") and not callable(value):
         return type(value), _mark(vars(value), hosted)
+    # told apart by identity: the key keeps it alive
     return value if isinstance(value, Hashable) else (type(value), repr(value))
-
-
-def _by_identity(value: Any) -> bool:
-    """Functions, types and what has no attributes are told apart by identity; the key keeps them alive."""
-    return callable(value) or isinstance(value, type) or not hasattr(value, "__dict__")
 
 
 @dataclass(frozen=True)

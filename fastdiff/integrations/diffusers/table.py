@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.capture import compile_source
-from fastdiff.integrations.diffusers.rehearsal import Draw, Rehearsal, Rehearsed, rehearse
+from fastdiff.integrations.diffusers.rehearsal import Draw, Rehearsal, Rehearsed, reads_time, rehearse
 from fastdiff.integrations.diffusers.standing import Hosted, Standing, fingerprint
 
 KEPT = 64  # tables: a few schedulers at a few step counts, image sizes (mu) and strengths
@@ -82,6 +82,10 @@ class Table:
         self.kind, self.tuple_fields = rehearsal.kind, rehearsal.tuple_fields
         self.state_field = STATE[0] if STATE[0] in rehearsal.steps[0].output else STATE[1]
         self.fields = tuple(self._fields(row, step) for row, step in zip(rows, rehearsal.steps, strict=True))
+        for name in self.tuple_fields or rehearsal.steps[0].output:
+            for field in (one.get(name) for one in self.fields):
+                if isinstance(field, Missing):
+                    raise TypeError(f"{field.reason}; use {source.name} itself")
         scheduler = source.fresh(lambda *_: torch.zeros(()))
         self.times = tuple(float(time) for time in source.times(scheduler))
         self.rows_at: dict[float, int] = {}
@@ -92,7 +96,7 @@ class Table:
         self.history = any(row.slots or len(row.outputs) > 1 for row in rows)
         counted = {key for step in rehearsal.steps for key in step.changed}
         self.keeps_time = "index" if "_step_index" in counted else "order" if counted or self.history else "value"
-        self.reads_time = self.keeps_time == "index" and _reads_time(source)
+        self.reads_time = self.keeps_time == "index" and reads_time(source)
         self.kept = tuple(_kept(rows, i) for i in range(len(rows)))
         self.on_path = "noise_sampler" in vars(source.scheduler)
         self.states = tuple(row.x for row in rows)
@@ -195,28 +199,6 @@ def _kept(rows: tuple[Row, ...], i: int) -> bool:
         if register in following.slots:
             return True
     return False
-
-
-def _reads_time(source: Standing) -> bool:
-    """Whether a step that counts gives something else for another timestep."""
-    rng = np.random.default_rng(3)
-    output, x = (torch.from_numpy(rng.standard_normal((1, 2, 2, 2))) for _ in range(2))
-    found = []
-    for shift in (0, 1):
-        normals = iter([torch.ones(1, 2, 2, 2, dtype=torch.float64)] * 8)
-        scheduler = source.fresh(lambda *_, normals=normals: next(normals))
-        times = source.times(scheduler)
-        following = times[1] if len(times) > 1 else None
-        kept = torch.get_rng_state()
-        try:
-            torch.manual_seed(0)
-            with torch.no_grad():
-                found.append(source.step(scheduler, 0, output.clone(), times[0] + shift, x.clone(), following)[0])
-        except (RuntimeError, TypeError):
-            return True
-        finally:
-            torch.set_rng_state(kept)
-    return not torch.allclose(found[0], found[1])
 
 
 _tables: OrderedDict[Hashable, Table] = OrderedDict()
