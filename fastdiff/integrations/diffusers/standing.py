@@ -100,9 +100,15 @@ def first_index(plain: Any, timestep: Any) -> int:
     if plain._step_index is None:
         if hasattr(plain, "_init_step_index"):
             plain._init_step_index(timestep)
+        elif getattr(plain, "_begin_index", None) is not None:
+            plain._step_index = plain._begin_index
+        elif hasattr(plain, "index_for_timestep"):
+            plain._step_index = plain.index_for_timestep(timestep)
         else:
-            begin = getattr(plain, "_begin_index", None)
-            plain._step_index = plain.index_for_timestep(timestep) if begin is None else begin
+            raise TypeError(
+                f"{type(plain).__name__} counts in _step_index and says with neither _init_step_index nor "
+                "index_for_timestep where a run begins; call its set_begin_index, or use the class itself"
+            )
     index: int = vars(plain)["_step_index"]
     return index
 
