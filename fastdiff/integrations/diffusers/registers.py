@@ -45,8 +45,8 @@ class Registers:
         with torch.inference_mode(False):  # a later call outside it writes here too
             self._state = torch.zeros(table.plan.registers, 1, sample.numel(), device=sample.device)
             self._noise = torch.zeros(table.slots, 1, sample.numel(), device=sample.device)
-            self._coef = torch.from_numpy(table.coef).to(sample.device)
-            self._ids = torch.from_numpy(table.ids).to(sample.device)
+            self._coef = torch.from_numpy(table.coef).to(sample.device, non_blocking=True)
+            self._ids = torch.from_numpy(table.ids).to(sample.device, non_blocking=True)
         self._view()
 
     def _view(self) -> None:
