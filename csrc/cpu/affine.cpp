@@ -52,8 +52,15 @@ Scratch& scratch() {
   return own;
 }
 
+// Where the caller has x and the first output, for a batch of one; null: in their registers.
+struct Apart {
+  const float* x = nullptr;
+  float* next = nullptr;
+};
+
 struct Call {
   const AffineArgs& args;
+  const Apart apart;
   const Executor& executor;
   const Cut cut;
 };
@@ -129,6 +136,8 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    if (row.reads_x && call.apart.x) s.x = call.apart.x + first;
+    if (call.apart.next) s.out[0] = call.apart.next + first;
     const auto branch = [&](const void* base) { return locate(base, out_width, b, args, first); };
     if (row.reads_model) {
       s.conditional = branch(args.model_out);
@@ -196,12 +205,12 @@ void finish(const AffineArgs& args) {
   }
 }
 
-Error affine_step(const AffineArgs& args) {
+Error affine_step(const AffineArgs& args, const Apart& apart = {}) {
   if (const Error error = check(args); error != kOk) return error;
   int64_t work = 0, decoded = -1;
   if (const Error error = survey(args, work, decoded); error != kOk) return error;
   if (work > 0) {
-    const Call call{args, executor(), Cut(args)};
+    const Call call{args, apart, executor(), Cut(args)};
     const int64_t blocks = args.B * call.cut.blocks;
     if (work < 2 * kGrain) {
       run_blocks(call, 0, blocks, decoded);
@@ -225,6 +234,21 @@ using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
   return args ? cpu::affine_step(*args) : kNullPointer;
+}
+
+// Row i of a batch of one on tensors that are other ones each time. x, next: instead of a register where they are given,
+// or else model_in: the first output in another dtype.
+FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
+                                                   const float* x, float* next, void* model_in, float* denoised) {
+  if (!args) return kNullPointer;
+  if (args->B != 1) return kBadShape;
+  AffineArgs own = *args;
+  own.row = &i;
+  own.model_out = model_out;
+  own.model_in = model_in;
+  own.model_in_batch = model_in ? 1 : 0;
+  own.denoised = denoised;
+  return cpu::affine_step(own, {x, next});
 }
 
 FASTDIFF_EXPORT int64_t fastdiff_args_size() { return sizeof(AffineArgs); }

@@ -36,6 +36,9 @@ _GUIDE_POINTERS = (
 )  # fmt: skip
 
 
+Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
+
+
 class AffineArgs(ctypes.Structure):
     """Mirror of struct AffineArgs in csrc/affine.h, which says what each field is."""
 
@@ -79,6 +82,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_error.argtypes, library.fastdiff_error.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
+    library.fastdiff_affine_step_apart_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 5]
     library.fastdiff_affine_step_cpu.argtypes = library.fastdiff_guide_cpu.argtypes = [ctypes.c_void_p]
     if hasattr(library, "fastdiff_affine_step_cuda"):
         for call in (library.fastdiff_affine_step_cuda, library.fastdiff_guide_cuda):
@@ -184,6 +188,57 @@ def _bind(
         setattr(args, name, given.data_ptr())
 
     return step
+
+
+def bind_apart(tensors: StepTensors, executor: str) -> Apart:
+    """`step(i, model_out, x, first, denoised)` on tensors like those that were bound, which is not checked.
+
+    The first output goes to `first` instead of its register where it is fp32.
+    """
+    library, args = load(), arguments(tensors)
+    address = ctypes.addressof(args)
+    if executor == "cuda":
+        return _apart_on_cuda(library, args, tensors)
+    run = library.fastdiff_affine_step_apart_cpu
+    assert tensors.model_in is not None
+    single = tensors.model_in.dtype == torch.float32
+
+    def step(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
+        to = first.data_ptr()
+        code = run(
+            address,
+            i,
+            model_out.data_ptr(),
+            None if x is None else x.data_ptr(),
+            to if single else None,
+            None if single else to,
+            None if denoised is None else denoised.data_ptr(),
+        )
+        if code:
+            raise _failed(library, executor, code, args, tensors)
+
+    return step
+
+
+def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:
+    run = _on_current_stream(library.fastdiff_affine_step_cuda, tensors.state.device)
+    address, row = ctypes.addressof(args), tensors.row
+
+    def step(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
+        row.fill_(i)
+        args.model_out, args.model_in = model_out.data_ptr(), first.data_ptr()
+        args.denoised = None if denoised is None else denoised.data_ptr()
+        code = run(address)
+        if code:
+            raise _failed(library, "cuda", code, args, tensors)
+
+    return step
+
+
+def _failed(library: ctypes.CDLL, executor: str, code: int, args: AffineArgs, tensors: StepTensors) -> RuntimeError:
+    # both are named so that a step keeps the block and what it points to
+    why = f"{library.fastdiff_error(code).decode()} (code {code})"
+    return RuntimeError(f"affine_step on {executor}, {args.R} rows, state {tuple(tensors.state.shape)}: {why}")
 
 
 def _given(tensor: Tensor | None) -> str:

@@ -7,7 +7,7 @@ An executor is chosen once, when a plan is bound to a device (`bind`); nothing f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
 Step = Callable[..., None]
+Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
 @dataclass
@@ -129,6 +130,34 @@ def on_device(step: Step, device: torch.device) -> Step:
             step(*outputs)
 
     return guarded
+
+
+def reads_in_place(executor: str, dtype: torch.dtype) -> bool:
+    """Whether `bind_apart`'s step reads an x of this dtype where the caller has it."""
+    return executor == "cpp" and dtype == torch.float32
+
+
+def bind_apart(tensors: StepTensors, executor: str) -> Apart:
+    """Check once and return `step(i, model_out, x, first, denoised)`: row i of a batch of one on the caller's tensors.
+
+    For loops that are somebody else's, whose tensors are other ones each time. Each must have the shape, dtype, device
+    and memory format of the one that was bound. x: fp32, the row's x, where `reads_in_place`; None: x is in its
+    register. first: like model_in, receives the first output, whose register is then undefined. denoised may be None.
+    """
+    check(tensors)
+    if tensors.state.shape[1] != 1 or tensors.model_in is None:
+        raise ValueError(f"bind_apart: expected a batch of one and model_in, got state {tuple(tensors.state.shape)}")
+    backends.require(executor, tensors.state.device)
+    if executor in ("cpp", "cuda"):
+        from fastdiff.engine import native
+
+        return native.bind_apart(tensors, executor)
+
+    def step(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
+        tensors.row.fill_(i)
+        bind(replace(tensors, model_out=model_out, model_in=first, denoised=denoised), executor)(model_out)
+
+    return step
 
 
 def _affine_step(*arguments: object, executor: str) -> None:

@@ -48,7 +48,11 @@ def capture(scheduler: Any, steps: int = 20, *, step_options: Mapping[str, Any] 
     name = type(scheduler).__name__
     options = dict(step_options or {})
     check_interface(scheduler, name, options)
-    source = Source(scheduler, name, steps, options, kw)
+    return compile_source(Source(scheduler, name, steps, options, kw))
+
+
+def compile_source(source: Source) -> Plan:
+    """The table of a scheduler that is stepped as `source` says, proved; what `capture` raises, this raises."""
     with torch.no_grad():
         try:
             found = measure(source)

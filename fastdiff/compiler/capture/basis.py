@@ -65,7 +65,7 @@ def measure(source: Source) -> Found:
         following = times[i + 1] if i + 1 < len(times) else None
         with basis:
             c_in = _input_scale(basis, source.scaled(scheduler, i, basis.vector({x: 1.0}), time))
-            was = readings.level(scheduler, i, float(time))
+            was = readings.level(scheduler, source.first + i, float(time))
             outcome, result = source.step(scheduler, i, basis.vector({F: 1.0}), time, basis.vector({x: 1.0}), following)
         fold = _fold(basis, scheduler, result, was, c_in)
         folds.append(fold)

@@ -20,13 +20,14 @@ TIME_PER_SAMPLE = ("DDPMWuerstchenScheduler",)  # step wants a timestep for ever
 
 @dataclass(frozen=True)
 class Source:
-    """The scheduler, and how to step a fresh copy of it."""
+    """The scheduler, and how to step a fresh copy of it. first: where in its schedule the first step stands."""
 
     scheduler: Any
     name: str
     steps: int
     options: Mapping[str, Any]
     timesteps_options: Mapping[str, Any]
+    first: int = 0
 
     def fresh(self, draw: Callable[..., Tensor]) -> Any:
         """A copy with its timesteps set; a Brownian noise sampler, if it has one, replaced by `draw`."""
