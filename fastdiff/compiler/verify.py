@@ -195,10 +195,10 @@ def verify(plan: Plan, refine: bool = True) -> Report:
     gaussian data: the law of the state that enters the last evaluation (of the result, if the last level is noisy)
     against N(alpha mu, alpha^2 v + sigma^2), worst case over DATA_VARIANCES, from that law at the first level. The
     error must be below SMALL, or shrink on a grid with every interval cut in 4, else 16, else 64: far too few steps
-    give errors of order 1 that may first grow. That one decrease does not show that the error goes to 0: a bias that
-    stays is found by the order (`convergence.measure`, and a trial of the suite), not here. What the last denoise from
-    sigma > 0 loses is no solver's fault, so the sample's own error is stated and not judged; nor is a law with s_noise
-    other than 1, which leads elsewhere.
+    give errors of order 1 that may first grow. One decrease does not show that the error goes to 0: a bias that stays
+    is found by the order (`convergence.measure`, a trial of the suite), not here. What the last denoise from sigma > 0
+    loses is no solver's fault, so the sample's own error is stated and not judged; nor is the law where the solver
+    takes D for a sample, or with s_noise other than 1: both lead elsewhere.
     finite: every scalar, in float64 and rounded to fp32. last row: x' = alpha D and no noise where the last level is
     clean, unless the options ask for a last step that is not a denoise.
     A plan that cannot be compiled again (recorded from foreign code, tables as long as the grid) is held to finite
