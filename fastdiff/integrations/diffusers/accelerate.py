@@ -15,16 +15,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.integrations.diffusers import asking as recording
 from fastdiff.integrations.diffusers.asking import Asking
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind, check, kind_of
-from fastdiff.integrations.diffusers.program import Program, Start, captured
+from fastdiff.integrations.diffusers.program import Program, Start, Starts
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
-from fastdiff.integrations.diffusers.standing import Hosted
 
 Pipeline = TypeVar("Pipeline")
 ENGINE = "_fastdiff_engine"  # the attribute of an accelerated pipeline that holds its engine
@@ -83,7 +82,7 @@ class Engine:
         self.kind, self.base, self.solver, self.steps, self.graph = kind, base, solver, steps, graph
         self.current: Call | None = None
         self._running = threading.Lock()
-        self._hosted = Hosted()
+        self._starts = Starts(kind)
         self._desks: list[Desk] = []
         self._solving: Solving | None = None
         self._timed = False
@@ -102,7 +101,7 @@ class Engine:
             return
         plain = copy.deepcopy(scheduler)
         plain.set_timesteps(TRIED_STEPS, **shift)
-        captured(plain, plain.timesteps[0], {}, self.kind, (torch.float32, torch.float32), Hosted())
+        Starts(self.kind).of(plain, plain.timesteps[0], {}, (torch.float32, torch.float32))
 
     def call(self, pipe: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """One call of the pipeline."""
@@ -138,9 +137,9 @@ class Engine:
     def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], dtype: torch.dtype) -> Start:
         """Where in the pipeline's own scheduler a loop begins, for latents of this dtype."""
         scheduler, network = (vars(pipe)[name] for name in ("scheduler", self.kind.network))
-        self._hosted.keep(scheduler)
-        dtypes = getattr(network, "dtype", dtype), dtype
-        return captured(scheduler, timestep, options, self.kind, dtypes, self._hosted)
+        weight = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
+        dtypes = dtype if weight is None else weight.dtype, dtype
+        return self._starts.of(scheduler, timestep, options, dtypes)
 
     def desk(self, needs: Needs, program: Program) -> Desk:
         """Buffers for this program: the last ones that fit, or new ones."""
@@ -150,14 +149,14 @@ class Engine:
         self._desks = [found, *(desk for desk in self._desks if desk is not found)][:KEPT_DESKS]
         return found
 
-    def replay(self, asking: Asking, rescaled: bool) -> Callable[[], None] | None:
+    def replay(self, asking: Asking) -> Callable[[], None] | None:
         """What replays the recorded step for this run's conditions; None where it is run as it is."""
         record = self._recorder(asking)
         if record is None:
             return None
         try:
             with _current(asking.desk.needs.device):
-                return recording.recorded(asking, rescaled, record).replay
+                return recording.recorded(asking, record).replay
         except RuntimeError as error:
             if self.graph is True or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -187,11 +186,13 @@ class Engine:
 
     def check_time(self, shown: Tensor, expected: Tensor) -> None:
         """Once: what the pipeline shows its network is what the rows will show it."""
-        if not self._timed and float(shown.reshape(-1)[0]) != float(expected):
+        if self._timed:
+            return
+        if float(shown.reshape(-1)[0]) != float(expected.reshape(-1)[0]):
             raise RuntimeError(
                 f"accelerate: {self.base.__name__} shows its network the time {float(shown.reshape(-1)[0])} where "
-                f"{float(expected)} was expected: this version of diffusers drives its loop in a way that is not "
-                "known; restore(pipe)"
+                f"{float(expected.reshape(-1)[0])} was expected: this version of diffusers drives its loop in a way "
+                "that is not known; restore(pipe)"
             )
         self._timed = True
 

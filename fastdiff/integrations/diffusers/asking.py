@@ -53,13 +53,19 @@ class Asked(NamedTuple):
 
 
 class Asking:
-    """The calls of one step, on a desk: `evaluate(time)` gives the raw outputs (conditional, unguided or None).
+    """The calls of one step, on a desk.
 
-    guided: whether the step combines two branches.
+    guided: whether the step combines two branches; rescaled: and rescales what it gets. swapped: the outputs are a
+    stack with the unguided branch first, which is guidance of that branch by the other: Fu + w (Fc - Fu) is
+    Fc + (1 - w) (Fu - Fc).
     """
 
-    def __init__(self, kind: Kind, network: Any, asked: Sequence[Asked], guided: bool, desk: Desk) -> None:
-        self.kind, self.network, self.asked, self.guided, self.desk = kind, network, tuple(asked), guided, desk
+    def __init__(
+        self, kind: Kind, network: Any, asked: Sequence[Asked], guided: bool, rescaled: bool, desk: Desk
+    ) -> None:
+        self.kind, self.network, self.asked, self.desk = kind, network, tuple(asked), desk
+        self.guided, self.rescaled = guided, rescaled
+        self.swapped = guided and not rescaled and kind.branches == "uncond first"
         batch = desk.batch
         stacked = 2 * batch if guided and len(asked) == 1 else batch
         self._inputs = [desk.model_in[i * batch : i * batch + stacked] for i in range(len(asked))]
@@ -70,7 +76,7 @@ class Asking:
         forms = tuple((one.state, one.by_position, one.time.dim(), one.time.dtype) for one in self.asked)
         modules = [self.network] if isinstance(self.network, nn.Module) else []
         weights = tuple(weight.data_ptr() for net in modules for weight in (*net.parameters(), *net.buffers()))
-        return forms, conditions.signature(self.conditions), self.guided, id(self.network), weights
+        return forms, conditions.signature(self.conditions), self.guided, self.rescaled, id(self.network), weights
 
     @property
     def conditions(self) -> list[dict[str, Any]]:
@@ -78,22 +84,25 @@ class Asking:
         return [one.cond for one in self.asked]
 
     def on(self, own: Sequence[dict[str, Any]] | None = None) -> Evaluate:
-        """The evaluation, with the calls' conditions or others like them."""
+        """`evaluate(time)`: the raw outputs, one or a stack of two, and the unguided one where it is apart.
+
+        own: conditions like the calls', instead of them.
+        """
         conds = self.conditions if own is None else own
         calls = [one.call(self.network, cond) for one, cond in zip(self.asked, conds, strict=True)]
-        (first, *more), (x, *others) = calls, self._inputs
-        swapped = self.kind.branches == "uncond first"
+        (first, *more), (x, *others), output = calls, self._inputs, self._output
 
         def evaluate(time: Tensor) -> tuple[Tensor, Tensor | None]:
-            output = self._output(first(x, time))
-            if more:
-                return output, self._output(more[0](others[0], time))
-            if not self.guided:
-                return output, None
-            one, other = output.chunk(2)
-            return (other, one) if swapped else (one, other)
+            return output(first(x, time)), None
 
-        return evaluate
+        def apart(time: Tensor) -> tuple[Tensor, Tensor | None]:
+            return output(first(x, time)), output(more[0](others[0], time))
+
+        def split(time: Tensor) -> tuple[Tensor, Tensor | None]:
+            unguided, conditional = output(first(x, time)).chunk(2)
+            return conditional, unguided
+
+        return apart if more else split if self.rescaled else evaluate
 
     def _output(self, returned: Any) -> Tensor:
         output = returned[0] if isinstance(returned, tuple) else returned.sample
@@ -105,7 +114,7 @@ class Asking:
 class RecordedStep:
     """One evaluation and its row, recorded; each run's conditions are copied into its own."""
 
-    def __init__(self, asking: Asking, rescaled: bool, record: Record) -> None:
+    def __init__(self, asking: Asking, record: Record) -> None:
         desk, first = asking.desk, asking.asked[0].time
         self._own = conditions.clone(asking.conditions)
         evaluate = asking.on(self._own)
@@ -113,7 +122,7 @@ class RecordedStep:
 
         def work() -> None:
             time = desk.model_time[:count].view(asking.time_shape).to(first.dtype)
-            desk.advance(*evaluate(time), rescaled)
+            desk.advance(*evaluate(time), asking.rescaled)
 
         t = desk.tensors
         changed = [
@@ -145,12 +154,12 @@ def record_cuda(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def recorded(asking: Asking, rescaled: bool, record: Record) -> RecordedStep:
+def recorded(asking: Asking, record: Record) -> RecordedStep:
     """The desk's recorded step for calls like these, with their conditions; recorded where there is none yet."""
     steps = asking.desk.recorded
-    key = (*asking.signature(), rescaled)
+    key = asking.signature()
     if key not in steps:
-        steps[key] = RecordedStep(asking, rescaled, record)
+        steps[key] = RecordedStep(asking, record)
         while len(steps) > KEPT_GRAPHS:
             del steps[next(iter(steps))]
     steps[key].load(asking)

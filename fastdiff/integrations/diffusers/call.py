@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdiff.integrations.diffusers.asking import Asked, Asking
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind
-from fastdiff.integrations.diffusers.program import Start
+from fastdiff.integrations.diffusers.program import Like, Start
 from fastdiff.integrations.diffusers.solving import Solving
 
 CALLBACKS = ("callback_on_step_end", "callback")
@@ -201,39 +201,31 @@ class Loop:
 
     def ask(self, asked: Sequence[Asked], scale: float | None, rescale: float) -> None:
         """What the rows from here on ask of the network, and their guidance."""
-        self.desk.guide(1.0 if scale is None else scale, rescale)
-        mark = [_mark(one.cond) for one in asked], scale is not None, rescale > 0.0
-        if self._asked is not None and mark == self._asked[0]:
-            return
-        self._asked = mark, asked
         rescaled = scale is not None and rescale > 0.0
-        network = self.call.own(self.call.kind.network)
-        asking = Asking(self.call.kind, network, asked, scale is not None, self.desk)
-        replay = self.call.engine.replay(asking, rescaled)
+        mark = [_mark(one.cond) for one in asked], scale is not None, rescaled
+        if self._asked is None or mark != self._asked[0]:
+            self._asked = mark, asked
+            network = self.call.own(self.call.kind.network)
+            self._prepare(Asking(self.call.kind, network, asked, scale is not None, rescaled, self.desk))
+        self.desk.guide(1.0 if scale is None else 1.0 - scale if self._swapped else scale, rescale)
+
+    def _prepare(self, asking: Asking) -> None:
+        """How a row runs that asks so."""
+        self._swapped = asking.swapped
+        replay = self.call.engine.replay(asking)
         if replay is not None:
             self._step = lambda i: replay()
             return
-        evaluate, times, advance = asking.on(), self._times(asking), self.desk.advance
-        if self.rows.start:
-            times = [None] * self.rows.start + times
+        first = asking.asked[0].time
+        like = Like(asking.time_shape, first.dtype, first.device)
+        times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
+        self.call.engine.check_time(first, times[self.next])
+        evaluate, advance, rescaled = asking.on(), self.desk.advance, asking.rescaled
 
         def step(i: int) -> None:
-            conditional, unguided = evaluate(times[i])
-            advance(conditional, unguided, rescaled)
+            advance(*evaluate(times[i]), rescaled)
 
         self._step = step
-
-    def _times(self, asking: Asking) -> list[Any]:
-        """Per row, the time in the form the pipeline gives it."""
-        call, first = self.call, asking.asked[0].time
-        if call.solving is None:
-            start = self.start.position
-            values = call.own("scheduler").timesteps[start : start + len(self.rows)]
-        else:
-            values = torch.tensor(self.program.times)
-        shown = call.kind.clock(values, self.desk.needs.dtype).to(device=first.device, dtype=first.dtype)
-        call.engine.check_time(first, shown[self.next - self.rows.start])
-        return [time.expand(asking.time_shape) for time in shown] if first.dim() else list(shown.unbind())
 
     def run(self, count: int) -> None:
         """This many rows, fewer where the pipeline is interrupted."""

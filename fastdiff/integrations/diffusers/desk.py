@@ -135,7 +135,7 @@ class Desk:
 
     def advance(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> None:
         """Run the next row of every sample on the network's outputs."""
-        key = conditional.dtype, unguided is not None, rescaled
+        key = conditional.dtype, len(conditional), unguided is not None, rescaled
         steps = self._steps.get(key)
         if steps is None:
             steps = self._steps[key] = self._bind(conditional, unguided, rescaled)

@@ -6,6 +6,7 @@ May import: NumPy, torch, compiler, and the tables of this folder.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.integrations.diffusers.pipelines import Kind
-from fastdiff.integrations.diffusers.standing import Hosted, first_index, plain_copy
+from fastdiff.integrations.diffusers.standing import Hosted, first_index, look, plain_copy
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Program:
     """Rows, and what belongs to each.
 
     opening: puts the latents into their registers. slots: how many normals are kept at once; 0: the kernel draws its
@@ -43,10 +45,25 @@ class Program(NamedTuple):
     def __len__(self) -> int:
         return len(self.times)
 
-    @property
+    @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
         """Per row, c_in of its network input."""
         return np.append(self.opening.coef[:, at.EMIT_SCALE], self.rows.coef[:-1, at.EMIT_SCALE])
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - programs are kept anyway
+    def shown(self, kind: Kind, latents: torch.dtype, like: Like) -> tuple[Tensor, ...]:
+        """Per row, what the network is shown: tensors that the network must not write into."""
+        with torch.inference_mode(False):
+            times = kind.clock(torch.tensor(self.times), latents).to(device=like.device, dtype=like.dtype)
+            return tuple(time.expand(like.shape) for time in times)
+
+
+class Like(NamedTuple):
+    """The form of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Start(NamedTuple):
@@ -93,6 +110,45 @@ def captured(
         )
     row = position if table.keeps_time == "value" else 0
     return Start(_from_table(table, dtypes, kind), row, position, first if counts else None)
+
+
+class Starts:
+    """Where loops have begun: the last one is found again without looking at every number of the scheduler."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._hosted = Hosted()
+        self._last: tuple[dict[str, tuple[Any, int]], Any, Start] | None = None
+
+    def of(
+        self, scheduler: Any, timestep: Tensor, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Start:
+        """As `captured`."""
+        seen = look(scheduler)
+        passing = tuple(vars(scheduler).get(name) for name in ("_step_index", "_begin_index"))
+        how = passing, _position(scheduler.timesteps, timestep), options, dtypes
+        if self._last is None or self._last[1] != how or not _stands(self._last[0], seen):
+            start = captured(scheduler, timestep, options, self._kind, dtypes, self._hosted.keep(scheduler))
+            self._last = seen, how, start
+        return self._last[2]
+
+
+def _stands(before: dict[str, tuple[Any, int]], now: dict[str, tuple[Any, int]]) -> bool:
+    """Whether two looks at a scheduler saw the same."""
+    return before.keys() == now.keys() and all(_alike(*before[name], *now[name]) for name in now)
+
+
+def _alike(one: Any, version: int, other: Any, now: int) -> bool:
+    if one is other:
+        return version == now
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        written = 0 if one.is_inference() else one._version
+        return written == version and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return isinstance(one, bool | int | float | str) and one == other
 
 
 def _position(timesteps: Tensor, timestep: Tensor) -> int:
