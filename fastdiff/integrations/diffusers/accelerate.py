@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.integrations.diffusers import asking as recording
 from fastdiff.integrations.diffusers.asking import Asking
@@ -134,12 +134,11 @@ class Engine:
             self._solving = Solving(scheduler, self.solver)
         return self._solving
 
-    def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], dtype: torch.dtype) -> Start:
-        """Where in the pipeline's own scheduler a loop begins, for latents of this dtype."""
-        scheduler, network = (vars(pipe)[name] for name in ("scheduler", self.kind.network))
-        weight = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
-        dtypes = dtype if weight is None else weight.dtype, dtype
-        return self._starts.of(scheduler, timestep, options, dtypes)
+    def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], latents: Tensor) -> Start:
+        """Where in the pipeline's own scheduler a loop begins."""
+        device, dtype = latents.device.type, latents.dtype
+        output = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        return self._starts.of(vars(pipe)["scheduler"], timestep, options, (output, dtype))
 
     def desk(self, needs: Needs, program: Program) -> Desk:
         """Buffers for this program: the last ones that fit, or new ones."""
@@ -172,10 +171,11 @@ class Engine:
     def _recorder(self, asking: Asking) -> recording.Record | None:
         if self.graph is False:
             return None
-        device, executor = asking.desk.needs.device, asking.desk.executor
-        hooked = hasattr(asking.network, "_hf_hook")
-        if device.type == "cuda" and executor in ("triton", "cuda") and not hooked:
-            return recording.record_cuda
+        device, executor, hooked = asking.desk.needs.device, asking.desk.executor, False
+        if device.type == "cuda" and executor in ("triton", "cuda"):
+            hooked = hasattr(asking.network, "_hf_hook")
+            if not hooked:
+                return recording.record_cuda
         if self.graph is True:
             why = "moves between devices (offloading)" if hooked else f"runs on {device} with executor {executor!r}"
             raise ValueError(

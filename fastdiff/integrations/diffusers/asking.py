@@ -5,6 +5,7 @@ May import: torch, engine, and the other files of this folder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ class Asked(NamedTuple):
     cond: dict[str, Any]
 
     @staticmethod
-    def of(args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[Tensor, Asked]:
-        """(state, the rest) of a call; TypeError where it is none that is known."""
+    def of(args: tuple[Any, ...], kw: dict[str, Any]) -> Asked:
+        """A call without its state; TypeError where it is none that is known."""
         cond = dict(kw)
         name = None if args else next((name for name in ("hidden_states", "sample") if name in cond), None)
         state = args[0] if args else None if name is None else cond.pop(name)
@@ -40,16 +41,15 @@ class Asked(NamedTuple):
                 f"accelerate: the pipeline calls its network with {len(args)} positional arguments and "
                 f"{', '.join(kw) or 'no others'}; expected a state and a timestep. restore(pipe) runs it as it was"
             )
-        return state, Asked(name, len(args) > 1, time, cond)
+        return Asked(name, len(args) > 1, time, cond)
 
-    def call(self, network: Any, cond: dict[str, Any]) -> Callable[[Tensor, Tensor], Any]:
-        """The same call with these conditions, of a state and a time."""
-        if self.by_position:
-            return lambda x, t: network(x, t, **cond)
+    def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
+        """The same call of this state with these conditions, of a time."""
         if self.state is None:
-            return lambda x, t: network(x, timestep=t, **cond)
-        name = self.state
-        return lambda x, t: network(**{name: x}, timestep=t, **cond)
+            ask = functools.partial(network, x, **cond)
+        else:
+            ask = functools.partial(network, **{self.state: x}, **cond)
+        return ask if self.by_position else lambda time: ask(timestep=time)
 
 
 class Asking:
@@ -65,6 +65,7 @@ class Asking:
     ) -> None:
         self.kind, self.network, self.asked, self.desk = kind, network, tuple(asked), desk
         self.guided, self.rescaled = guided, rescaled
+        self.form = len(asked), guided, rescaled
         self.swapped = guided and not rescaled and kind.branches == "uncond first"
         batch = desk.batch
         stacked = 2 * batch if guided and len(asked) == 1 else batch
@@ -76,7 +77,7 @@ class Asking:
         forms = tuple((one.state, one.by_position, one.time.dim(), one.time.dtype) for one in self.asked)
         modules = [self.network] if isinstance(self.network, nn.Module) else []
         weights = tuple(weight.data_ptr() for net in modules for weight in (*net.parameters(), *net.buffers()))
-        return forms, conditions.signature(self.conditions), self.guided, self.rescaled, id(self.network), weights
+        return forms, conditions.signature(self.conditions), self.form, id(self.network), weights
 
     @property
     def conditions(self) -> list[dict[str, Any]]:
@@ -89,20 +90,20 @@ class Asking:
         own: conditions like the calls', instead of them.
         """
         conds = self.conditions if own is None else own
-        calls = [one.call(self.network, cond) for one, cond in zip(self.asked, conds, strict=True)]
-        (first, *more), (x, *others), output = calls, self._inputs, self._output
+        calls = [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
+        first, last, output = calls[0], calls[-1], self._output
 
         def evaluate(time: Tensor) -> tuple[Tensor, Tensor | None]:
-            return output(first(x, time)), None
+            return output(first(time)), None
 
         def apart(time: Tensor) -> tuple[Tensor, Tensor | None]:
-            return output(first(x, time)), output(more[0](others[0], time))
+            return output(first(time)), output(last(time))
 
         def split(time: Tensor) -> tuple[Tensor, Tensor | None]:
-            unguided, conditional = output(first(x, time)).chunk(2)
+            unguided, conditional = output(first(time)).chunk(2)
             return conditional, unguided
 
-        return apart if more else split if self.rescaled else evaluate
+        return apart if len(calls) > 1 else split if self.rescaled else evaluate
 
     def _output(self, returned: Any) -> Tensor:
         output = returned[0] if isinstance(returned, tuple) else returned.sample
@@ -122,7 +123,7 @@ class RecordedStep:
 
         def work() -> None:
             time = desk.model_time[:count].view(asking.time_shape).to(first.dtype)
-            desk.advance(*evaluate(time), asking.rescaled)
+            desk.advance(*evaluate(time), asking.form)
 
         t = desk.tensors
         changed = [

@@ -93,14 +93,9 @@ class Call:
             yield from iterable[:1]
 
     def ask(self, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-        """Remember what the network is asked; an output without numbers, in the form the pipeline asks for."""
-        state, asked = Asked.of(args, kw)
-        self._asked.append(asked)
-        shape = list(state.shape)
-        if self.kind.variance:
-            shape[1] = self.own(self.kind.network).config.out_channels
-        output = torch.empty(shape, dtype=state.dtype, device="meta")
-        return SimpleNamespace(sample=output) if kw.get("return_dict", True) else (output,)
+        """Remember what the network is asked; the answer has no numbers, in the form the pipeline asks for."""
+        self._asked.append(Asked.of(args, kw))
+        return SimpleNamespace(sample=NOTHING) if kw.get("return_dict", True) else (NOTHING,)
 
     def step(self, timestep: Tensor, sample: Tensor, generator: Any, options: dict[str, Any]) -> Tensor:
         """Run the rows that this step stands for; the state after them."""
@@ -113,7 +108,7 @@ class Call:
             latents = sample[: len(sample) // 2] if halved else sample
             loop = self._loop
             if loop is None:
-                start = self._place(timestep, latents.dtype, options)
+                start = self._start(timestep, latents, options)
                 desk = self.engine.desk(self._needs(latents, guided), start.program)
                 loop = self._loop = Loop(self, desk, start, tuple(sample.shape), generator)
                 loop.open(latents)
@@ -145,17 +140,17 @@ class Call:
         two = guided or (not self.hoists and self.kind.branches is not None)
         return Needs(latents.shape, latents.dtype, latents.device, 2 if two else 1)
 
-    def _place(self, timestep: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> Start:
+    def _start(self, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Start:
         name = type(self.own("scheduler")).__name__
         if self.solving is None:
-            start = self.engine.start(self.pipe, timestep, options, dtype)
+            start = self.engine.start(self.pipe, timestep, options, latents)
             if len(start.program) - start.first < self.iterations:
                 raise ValueError(
                     f"accelerate: the pipeline makes {self.iterations} steps and {name} has "
                     f"{len(start.program) - start.first} from where it stands"
                 )
             return start
-        program = self.solving.program(self.kind, dtype)
+        program = self.solving.program(self.kind, latents.dtype)
         if not self.hoists and len(program) != self.iterations:
             raise ValueError(
                 f"accelerate: {self.solving.solver} evaluates the network {len(program)} times in {self.iterations} "
@@ -220,10 +215,10 @@ class Loop:
         like = Like(asking.time_shape, first.dtype, first.device)
         times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
         self.call.engine.check_time(first, times[self.next])
-        evaluate, advance, rescaled = asking.on(), self.desk.advance, asking.rescaled
+        evaluate, advance, form = asking.on(), self.desk.advance, asking.form
 
         def step(i: int) -> None:
-            advance(*evaluate(times[i]), rescaled)
+            advance(*evaluate(times[i]), form)
 
         self._step = step
 
@@ -250,7 +245,7 @@ class Loop:
 
     def state(self, doubled: bool) -> Tensor:
         """The state that the rows so far have left, as a tensor of its own."""
-        state = self.desk.tensors.state[self.program.states[self.next - 1]].to(self.program.dtype, copy=True)
+        state = self.desk.state(self.program.states[self.next - 1]).to(self.program.dtype, copy=True)
         if doubled:
             state = torch.cat([state, state])
         self._given = state, 0 if state.is_inference() else state._version
@@ -284,7 +279,7 @@ class Steps:
         """The sample: the row before has scaled what the network is given."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+    def step(self, model_output: Nothing, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
         """The state after this step, in the form of a scheduler's output."""
         whole = options.pop("return_dict", True)
         state = self._call.step(timestep, sample, options.pop("generator", None), options)
@@ -303,6 +298,26 @@ class Network:
     def __call__(self, *args: Any, **kw: Any) -> Any:
         """Only remembered."""
         return self._call.ask(args, kw)
+
+
+class Nothing:
+    """An output without numbers: whatever a pipeline's guidance makes of it is it."""
+
+    def _same(self, *_: Any) -> Nothing:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __getitem__ = _same
+
+    def __len__(self) -> int:
+        return 2
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Two of it where a tensor is split, else it."""
+        return (NOTHING, NOTHING) if func in (torch.split, torch.chunk) else NOTHING
+
+
+NOTHING = Nothing()
 
 
 class Bar:

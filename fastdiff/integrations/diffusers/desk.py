@@ -19,6 +19,7 @@ from fastdiff.engine.guide import GuideTensors
 from fastdiff.engine.guide import bind as bind_guide
 from fastdiff.integrations.diffusers.program import Program, Start
 
+Form = tuple[int, bool, bool]  # of a step: how many calls of the network, whether it guides, whether it rescales
 ROWS, TERMS, REGISTERS, SLOTS = 64, 4, 4, 2  # the least room a desk has
 
 
@@ -44,7 +45,7 @@ class Desk:
         self._rows = max(ROWS, 1 << (len(program) - 1).bit_length())
         self._width = at.COEF_FIXED + at.NOISE_STRIDE * max(TERMS, _terms(program))
         self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * max(TERMS, _terms(program))
-        self._registers, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
+        self._room, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
         self._slots = slots if program.slots else 0
         self.executor = backends.choose(needs.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
@@ -65,7 +66,7 @@ class Desk:
         self.model_in = zeros(copies, *sample, dtype=self.needs.dtype)
         self.model_time = zeros(copies)
         self.tensors = ops.StepTensors(
-            state=zeros(self._registers, batch, *sample),
+            state=zeros(self._room, batch, *sample),
             model_out=self.model_in[:batch],
             model_in=self.model_in,
             model_time=self.model_time,
@@ -84,6 +85,7 @@ class Desk:
         self._partial = zeros(batch, at.PARTS, at.SUMS)
         opening = zeros(1, self._width), zeros(1, self._ids_width, dtype=torch.int32)
         self._opening = replace(self.tensors, coef=opening[0], ids=opening[1])
+        self._registers, self._unread = self.tensors.state.unbind(), self.tensors.model_out
         self._open = ops.bind(self._opening, self.executor, uses_e=False)
 
     def fits(self, needs: Needs, program: Program) -> bool:
@@ -91,7 +93,7 @@ class Desk:
         return (
             needs == self.needs
             and len(program) <= self._rows
-            and program.plan.registers <= self._registers
+            and program.plan.registers <= self._room
             and at.COEF_FIXED + at.NOISE_STRIDE * _terms(program) <= self._width
             and bool(program.slots) == bool(self._slots)
             and program.slots <= self._slots
@@ -103,11 +105,11 @@ class Desk:
         if self._loaded is None or self._loaded.program is not program or self._loaded.first != first:
             self._load(program, first)
             self._loaded = start
-        t = self.tensors
-        t.state[program.plan.rows[0].x].copy_(latents)
-        t.row.zero_()
-        self._open(self.model_in[: self.batch])
-        t.row.fill_(first)
+        self._registers[program.plan.rows[0].x].copy_(latents)
+        row = self.tensors.row
+        row.zero_()
+        self._open(self._unread)
+        row.fill_(first)
 
     def _load(self, program: Program, first: int) -> None:
         head = program.opening.coef.copy()
@@ -127,18 +129,22 @@ class Desk:
             self._settings[at.PHI].fill_(rescale)
             self._guided = scale, rescale
 
+    def state(self, register: int) -> Tensor:
+        """A register."""
+        return self._registers[register]
+
     def put(self, program: Program, row: int, latents: Tensor) -> None:
         """Other latents than this row was to begin with."""
-        self.tensors.state[program.evaluated[row]].copy_(latents)
+        self._registers[program.evaluated[row]].copy_(latents)
         shown = latents.float() * float(program.input_scales[row])
         self.model_in.view(self.needs.copies, *self.needs.shape).copy_(shown)
 
-    def advance(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> None:
-        """Run the next row of every sample on the network's outputs."""
-        key = conditional.dtype, len(conditional), unguided is not None, rescaled
+    def advance(self, conditional: Tensor, unguided: Tensor | None, form: Form) -> None:
+        """Run the next row of every sample on the network's outputs: Fc or a stack, and Fu where it is apart."""
+        key = conditional.dtype, form
         steps = self._steps.get(key)
         if steps is None:
-            steps = self._steps[key] = self._bind(conditional, unguided, rescaled)
+            steps = self._steps[key] = self._bind(conditional, unguided, form[2])
         for step in steps:
             step(conditional, unguided)
 

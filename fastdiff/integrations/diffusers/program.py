@@ -146,6 +146,8 @@ def _alike(one: Any, version: int, other: Any, now: int) -> bool:
     if isinstance(one, Tensor):
         written = 0 if one.is_inference() else one._version
         return written == version and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
     if isinstance(one, list):
         return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
     return isinstance(one, bool | int | float | str) and one == other
