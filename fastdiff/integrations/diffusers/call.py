@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.integrations.diffusers.asking import Asked, Asking
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind
@@ -137,6 +138,11 @@ class Call:
         return float(pipe.guidance_scale), float(getattr(pipe, "guidance_rescale", 0.0))
 
     def _needs(self, latents: Tensor, guided: bool) -> Needs:
+        if latents.dtype not in MODEL_DTYPES:
+            raise TypeError(
+                f"{self.base.__name__}: its latents are {latents.dtype}, and accelerate computes in float32 for "
+                "float32, float16 and bfloat16; cast the pipeline, or restore(pipe)"
+            )
         two = guided or (not self.hoists and self.kind.branches is not None)
         return Needs(latents.shape, latents.dtype, latents.device, 2 if two else 1)
 

@@ -36,7 +36,7 @@ class Needs:
 class Desk:
     """State, network input and time, tables, noise and guidance of one loop.
 
-    model_in: [copies * B, *S]. model_time: fp32 [copies * B]. noise: [slots, B, *S].
+    model_in: [copies * B, *S]. model_time: fp32 [copies * B]. noise: normals, [B, *S] each.
     """
 
     def __init__(self, needs: Needs, program: Program) -> None:
@@ -62,7 +62,8 @@ class Desk:
             return torch.zeros(size, dtype=dtype, device=device)
 
         copies, sample = self.needs.copies * batch, tuple(self.needs.shape[1:])
-        self.noise = zeros(self._slots, batch, *sample)
+        noise = zeros(self._slots, batch, *sample)
+        self.noise = noise.unbind()
         self.model_in = zeros(copies, *sample, dtype=self.needs.dtype)
         self.model_time = zeros(copies)
         self.tensors = ops.StepTensors(
@@ -75,7 +76,7 @@ class Desk:
             row=zeros(batch, dtype=torch.int32),
             seed=zeros(batch, dtype=torch.int64),
             guidance=zeros(batch),
-            noise=self.noise if self._slots else None,
+            noise=noise if self._slots else None,
             denoised=None,
             status=zeros(batch, dtype=torch.int32),
             ticket=zeros(batch, dtype=torch.int32),

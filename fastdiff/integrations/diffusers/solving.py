@@ -1,14 +1,13 @@
 """What stands for a pipeline's scheduler where a solver of fastdiff takes its place.
 
-May import: NumPy, torch, compiler, process, models, and the programs of this folder. The levels are the model's own:
-spaced as the scheduler's config says, shifted as the pipeline asks.
+May import: torch, compiler, process, models, and the programs of this folder. The levels are those the scheduler itself
+sets, from its config and from what the pipeline asks; only the steps between them are the solver's.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from fastdiff.models.from_diffusers import TRAINED, trained_with
 from fastdiff.process import predictions
 from fastdiff.process.schedules import Level, Schedule
 
-OWN = ("timesteps", "sigmas", "denoising_start", "denoising_end")  # arguments that only the scheduler understands
-FLAGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta_sigma"}
+REFUSED = ("denoising_start", "denoising_end", "eta", "use_clipped_model_output")  # only the scheduler understands them
 
 
 class Solving:
-    """A scheduler, as far as a pipeline looks at one, whose steps are a solver's plan on the model's own levels.
+    """A scheduler, as far as a pipeline looks at one, whose steps are a solver's plan on the scheduler's own levels.
 
     All that is not defined here is the pipeline's own scheduler's.
     """
@@ -46,27 +44,33 @@ class Solving:
             )
         bound = float(config.get("clip_sample_range", 1.0) or 1.0)
         self._clamp = (-bound, bound) if config.get("clip_sample") else None
+        self._spacing = copy.deepcopy(original)
         self.begin = 0
+
+        @functools.wraps(original.set_timesteps)  # a pipeline looks there whether it may give timesteps or sigmas
+        def set_timesteps(*args: Any, **kw: Any) -> None:
+            self._space(*args, **kw)
+
+        self.set_timesteps = set_timesteps
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """The levels; `sigmas` that a pipeline makes itself, evenly spaced, only say how many."""
-        steps = num_inference_steps if sigmas is None else len(sigmas)
-        grid, options = self._spaced(mu)
-        self._made = self.solver, self.schedule, steps, grid, tuple(options.items()), self._clamp
+    def _space(self, *args: Any, **kw: Any) -> None:
+        """The levels that the scheduler sets for these arguments, each once."""
+        own = self._spacing
+        own.set_timesteps(*args, **kw)
+        continuous = self.schedule.kind == "flow" or self.prediction == "edm"
+        times = own.sigmas if continuous else own.timesteps
+        found = dict.fromkeys(time for time in times.tolist() if not continuous or time > 0.0)
+        self._made = self.solver, self.schedule, tuple(found), self._clamp
         self.begin = 0
         self.levels = _plan(*self._made, 0).levels[:-1]
-        self.timesteps = torch.tensor([self._shown(level) for level in self.levels], device=device)
-        self.init_noise_sigma = self.levels[0].sigma
+        shown = [self._shown(level) for level in self.levels]
+        self.timesteps = torch.tensor(shown, device=own.timesteps.device)
+        scale = float(getattr(own, "init_noise_sigma", 1.0))
+        # one that is not 1 is of a state over alpha, and the rows' state is alpha times that
+        self.init_noise_sigma = scale if scale == 1.0 else scale * self.levels[0].alpha
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this level instead of the first."""
@@ -102,20 +106,6 @@ class Solving:
     def _shown(self, level: Level) -> float:
         return predictions.coefficients(self.prediction, level, self.schedule, self.sigma_data).time * self._scale
 
-    def _spaced(self, mu: float | None) -> tuple[str, Mapping[str, Any]]:
-        config = self.original.config
-        if self.schedule.kind == "flow":
-            linear = config.get("time_shift_type") == "linear"
-            shifted = config.get("shift") or config.get("flow_shift") or 1.0
-            return "flow_shift", {"shift": shifted if mu is None else mu if linear else math.exp(mu)}
-        if self.schedule.kind != "vp":
-            return "karras", {}
-        for flag, grid in FLAGS.items():
-            if config.get(flag):
-                return grid, {}
-        spacing = config.get("timestep_spacing") or "leading"
-        return spacing, {"steps_offset": config.get("steps_offset") or 0} if spacing == "leading" else {}
-
 
 def check_solver(solver: str) -> None:
     """ValueError unless this is a solver that can take a scheduler's place."""
@@ -129,26 +119,19 @@ def check_solver(solver: str) -> None:
 
 def check_call(solver: str, name: str, arguments: Arguments) -> None:
     """ValueError for arguments that only the pipeline's own scheduler understands."""
-    for argument in OWN:
-        if arguments.given.get(argument) is not None:
+    for argument in REFUSED:
+        if arguments.given.get(argument):
             raise ValueError(
                 f"{name}: {argument} is for the pipeline's own scheduler, and solver={solver!r} runs instead; leave "
                 "it out, or accelerate(pipe) without a solver"
-            )
-    for argument in ("eta", "use_clipped_model_output"):
-        if arguments.given.get(argument):
-            raise ValueError(
-                f"{name}: {argument} is an option of the pipeline's own scheduler, and solver={solver!r} runs instead; "
-                "leave it out, or accelerate(pipe) without a solver"
             )
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(
-    solver: str, schedule: Schedule, steps: int, grid: str, options: tuple[tuple[str, Any], ...],
-    clamp: tuple[float, float] | None, begin: int,
-) -> Plan:  # fmt: skip
-    plan = build_plan(solver, schedule, steps, grid, start_step=begin, clamp=clamp, grid_options=dict(options))
+    solver: str, schedule: Schedule, times: tuple[float, ...], clamp: tuple[float, float] | None, begin: int
+) -> Plan:
+    plan = build_plan(solver, schedule, len(times), times, start_step=begin, clamp=clamp)
     if plan.given:
         raise ValueError(
             f"accelerate: {solver} needs tensors of the caller's ({', '.join(plan.given)}), which a pipeline does not "
