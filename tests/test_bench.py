@@ -320,7 +320,7 @@ def test_brownian_has_a_table_of_its_own() -> None:
     assert "| 41.0 |" in text and "| 0.9991 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian"])
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "pipelines"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +334,7 @@ def test_quick_mode_runs_one_tiny_case(
         torch.set_num_threads(threads)
         peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and ("%" in printed or command == "brownian")
+    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "pipelines"))
     assert not results.exists(), "quick figures are not worth keeping"
 
 
