@@ -1,7 +1,7 @@
 """Levels and the classes of schedules: a clock (time <-> rho = sigma/alpha) and a kind.
 
-The kind says how alpha and sigma follow from rho: "vp" alpha^2 + sigma^2 = 1, "ve" alpha = 1, "flow" alpha + sigma = 1.
-On every clock time grows with the noise.
+The kind says how alpha and sigma follow from rho: "vp" alpha^2 + sigma^2 = 1, "ve" alpha = 1, "flow" alpha + sigma = 1,
+"sub_vp" alpha^2 + sigma = 1. On every clock time grows with the noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-Kind = Literal["vp", "ve", "flow"]
+Kind = Literal["vp", "ve", "flow", "sub_vp"]
 
 RHO_SLACK = 1e-6  # a rho this close (relative) to an end of the range is that end: fp32 levels round past it
 
@@ -286,7 +286,7 @@ class VPSchedule(Schedule):
     kind: ClassVar[Kind] = "vp"
 
     def __post_init__(self) -> None:
-        total = (self.beta_min + 0.5 * self.beta_d * self.t_max) * self.t_max
+        total = self._integral(self.t_max)
         if total > 700:
             raise ValueError(f"{self!r}: beta integrates to {total:.6g}, and exp of it overflows. Keep it below 700.")
 
@@ -294,12 +294,18 @@ class VPSchedule(Schedule):
     def time_range(self) -> tuple[float, float]:
         return 0.0, self.t_max
 
+    def _integral(self, time: Any) -> Any:
+        """The integral of beta from 0 to t."""
+        return (self.beta_min + 0.5 * self.beta_d * time) * time
+
+    def _time_of_integral(self, total: Array) -> Array:
+        return 2 * total / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * self.beta_d * total))
+
     def _rho(self, time: Array) -> Array:
-        return np.sqrt(np.expm1((self.beta_min + 0.5 * self.beta_d * time) * time))
+        return np.sqrt(np.expm1(self._integral(time)))
 
     def _time(self, rho: Array) -> Array:
-        total = np.log1p(np.square(rho))  # the integral of beta from 0 to t
-        return 2 * total / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * self.beta_d * total))
+        return self._time_of_integral(np.log1p(np.square(rho)))
 
     def drift(self, time: ArrayLike) -> Array:
         return -0.5 * (self.beta_min + self.beta_d * self._checked(time))
@@ -346,6 +352,15 @@ class EDMSchedule(Schedule):
     @property
     def time_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
+
+    def level_from_rho(self, rho: float, *, clip: bool = False) -> Level:
+        level = super().level_from_rho(rho, clip=clip)
+        return Level(1.0, level.sigma, level.sigma) if rho > self.sigma_max else level
+
+    def model_time(self, time: ArrayLike) -> Array:
+        """sigma itself, also above the top, where churn leads."""
+        times = np.asarray(time, dtype=np.float64)
+        return np.where(times > self.sigma_max, times, super().model_time(np.minimum(times, self.sigma_max)))[()]
 
     def _rho(self, time: Array) -> Array:
         return time
