@@ -209,7 +209,7 @@ def test_a_sampler_of_a_package(
 def test_the_suite_finds_what_one_schedule_hides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A step that forgets alpha is right on edm, where the order is measured, on flows, and fails on every vp and sub-vp."""
+    """A step that forgets alpha is right on edm, where the order is measured, and on flows; it fails on every vp."""
     monkeypatch.syspath_prepend(tmp_path)
     status, text, _ = verify_solver(
         f"{package(tmp_path, 'users_ve_only', IGNORES_ALPHA)}.samplers:users_ve_only", capsys
