@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_matching.path import CondOTProbPath
-from flow_matching.path.scheduler import CondOTScheduler, CosineScheduler, ScheduleTransformedModel
-from flow_matching.solver import ODESolver
-from flow_matching.utils import ModelWrapper
-from network_peers import torchcfm
+from network_peers import installed, torchcfm
 from torch import Tensor, nn
 
 import fastdiff as fd
@@ -23,11 +19,8 @@ from fastdiff.process.schedules import Level
 SHAPE = (3, 2, 4, 4)
 
 
-class Velocity(ModelWrapper):
+class Velocity(nn.Module):
     """A flow_matching model: data at t = 1, t [B] or a scalar, an extra by name."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
     def forward(self, x: Tensor, t: Tensor, push: Tensor | None = None) -> Tensor:
         t = t.reshape(-1, *(1 for _ in x.shape[1:])) if t.ndim else t
@@ -37,6 +30,16 @@ class Velocity(ModelWrapper):
 
 def noise() -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+
+
+def their(net: nn.Module, method: str, step: float | None, **options: Any) -> Tensor:
+    """The end of flow_matching's ODESolver."""
+    end: Tensor = (
+        installed("flow_matching.solver")
+        .ODESolver(net)
+        .sample(x_init=options.pop("start", noise()), step_size=step, method=method, **options)
+    )
+    return end
 
 
 def run(model: fd.Denoiser, solver: str, steps: int, start: Tensor, cond: Any = None, **options: Any) -> Tensor:
@@ -53,7 +56,7 @@ def test_euler_and_midpoint_are_their_solver(steps: int) -> None:
         ("flow_euler", "euler", {}),
         ("flow_midpoint", "midpoint", {"denoise": False}),
     ):
-        expected = ODESolver(net).sample(x_init=noise(), step_size=1 / steps, method=method, push=push)
+        expected = their(net, method, 1 / steps, push=push)
         got = run(F.wrap(net), solver, steps, noise(), {"push": push}, **options)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
@@ -63,10 +66,10 @@ def test_heun_is_their_solver_up_to_the_last_step() -> None:
     """Equal to torchdiffeq's heun2 until the last step, which is Euler's here: at the data D says nothing of u."""
     net, steps = Velocity(), 8
     cut = torch.tensor([0.0, 1 - 1 / steps])
-    before = ODESolver(net).sample(x_init=noise(), step_size=1 / steps, method="heun2", time_grid=cut)
-    end = ODESolver(net).sample(x_init=before, step_size=1 / steps, method="euler", time_grid=torch.tensor([cut[1], 1]))
+    before = their(net, "heun2", 1 / steps, time_grid=cut)
+    end = their(net, "euler", 1 / steps, start=before, time_grid=torch.tensor([cut[1], 1]))
     torch.testing.assert_close(run(F.wrap(net), "flow_heun", steps, noise()), end, rtol=0, atol=2e-6)
-    exact = ODESolver(net).sample(x_init=noise(), step_size=None, method="dopri5", atol=1e-7, rtol=1e-7)
+    exact = their(net, "dopri5", None, atol=1e-7, rtol=1e-7)
     errors = [float((run(F.wrap(net), "flow_heun", n, noise()) - exact).abs().max()) for n in (16, 64)]
     assert errors[0] / errors[1] > 12  # of order 2 all the same
 
@@ -74,7 +77,7 @@ def test_heun_is_their_solver_up_to_the_last_step() -> None:
 @torch.no_grad()
 def test_adaptive_steps_find_the_same_end() -> None:
     net = Velocity()
-    expected = ODESolver(net).sample(x_init=noise(), step_size=None, method="dopri5", atol=1e-7, rtol=1e-7)
+    expected = their(net, "dopri5", None, atol=1e-7, rtol=1e-7)
     model = F.wrap(net)
     plan = fd.plan("rk45", model.schedule, grid=[1.0, 1e-4], rtol=1e-6, atol=1e-6)
     got = fd.Sampler(plan, model).sample(SHAPE, init=noise())
@@ -102,7 +105,7 @@ def test_the_conventions_of_both_packages(monkeypatch: pytest.MonkeyPatch) -> No
     """What their trainers give a network for x, t and target, ours reads as x = alpha x0 + sigma n and n - x0."""
     cfm = torchcfm(monkeypatch, "conditional_flow_matching")
     data, start, t = torch.full(SHAPE, 0.7), noise(), torch.tensor([0.1, 0.5, 0.9])
-    theirs = CondOTProbPath().sample(x_0=start, x_1=data, t=t)
+    theirs = installed("flow_matching.path").CondOTProbPath().sample(x_0=start, x_1=data, t=t)
     samples = [(theirs.x_t, theirs.dx_t)]
     for matcher in (cfm.ConditionalFlowMatcher(sigma=0.0), cfm.TargetConditionalFlowMatcher(sigma=0.0)):
         torch.manual_seed(0)
@@ -143,7 +146,7 @@ def test_other_paths_through_their_own_transform() -> None:
     """A network of the cosine path, which flow_matching moves to CondOT, has the exact field of the straight path."""
     mixture = Mixture([0.4, 0.6], [[-1.0], [1.0]], [0.1, 0.2])
 
-    class OfCosine(ModelWrapper):  # x = sin(pi t/2) x0 + cos(pi t/2) n
+    class OfCosine(nn.Module):  # x = sin(pi t/2) x0 + cos(pi t/2) n
         def forward(self, x: Tensor, t: Tensor, **_: Any) -> Tensor:
             angle = math.pi / 2 * float(t.flatten()[0])
             level = Level(math.sin(angle), math.cos(angle))
@@ -151,7 +154,8 @@ def test_other_paths_through_their_own_transform() -> None:
             n = (x.double() - level.alpha * x0) / level.sigma
             return (math.pi / 2 * (level.sigma * x0 - level.alpha * n)).float()
 
-    moved = ScheduleTransformedModel(OfCosine(None), CosineScheduler(), CondOTScheduler())
+    schedulers = installed("flow_matching.path.scheduler")
+    moved = schedulers.ScheduleTransformedModel(OfCosine(), schedulers.CosineScheduler(), schedulers.CondOTScheduler())
     model = F.wrap(lambda x, t: moved(x=x, t=t[0]))  # it takes one time for the batch, as their solver gives it
     x = torch.linspace(-2, 2, 9).reshape(9, 1)
     for sigma in (0.1, 0.5, 0.9):

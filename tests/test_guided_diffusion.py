@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastdiff as fd
 from fastdiff.integrations import guided_diffusion as G
+from fastdiff.models import guided_diffusion_names
 from fastdiff.models.unet import UNet
 
 # What the published checkpoints differ in, at a size that a test can afford.
@@ -73,6 +74,38 @@ def test_our_unet_is_theirs(name: str, peer: Any) -> None:
     got = UNet.from_guided_diffusion(theirs.state_dict(), flags(name))(x, t, y)
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+ADM = {"learn_sigma": True, "resblock_updown": True, "use_scale_shift_norm": True, "attention_resolutions": "32,16,8"}
+IMPROVED = {"learn_sigma": True, "num_channels": 128, "num_res_blocks": 3, "noise_schedule": "cosine"}
+# The flags of published checkpoints, and the millions of parameters that the paper gives them.
+PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
+    "adm-64": (
+        {**ADM, "image_size": 64, "class_cond": True, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64,
+         "use_new_attention_order": True, "dropout": 0.1, "noise_schedule": "cosine", "use_fp16": True}, 296,
+    ),
+    "adm-128": ({**ADM, "image_size": 128, "class_cond": True, "num_channels": 256, "num_heads": 4}, 422),
+    "adm-256": ({**ADM, "image_size": 256, "class_cond": True, "num_channels": 256, "num_head_channels": 64}, 554),
+    "adm-512": ({**ADM, "image_size": 512, "class_cond": True, "num_channels": 256, "num_head_channels": 64}, 559),
+    "lsun-256": ({**ADM, "image_size": 256, "num_channels": 256, "num_head_channels": 64, "dropout": 0.1}, None),
+    "improved-64": ({**IMPROVED, "image_size": 64, "rescale_learned_sigmas": True, "diffusion_steps": 4000}, None),
+    "improved-32": ({**IMPROVED, "image_size": 32, "dropout": 0.3, "diffusion_steps": 4000}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter of their network with these flags has its place in ours, and none is left over."""
+    given, millions = PUBLISHED[name]
+    of_network = {k: v for k, v in given.items() if k not in guided_diffusion_names.OTHER_FLAGS and k != "image_size"}
+    defaults = {k: v for k, v in guided_diffusion_names.DEFAULTS.items() if k not in ("image_size", "channel_mult")}
+    size = given["image_size"]
+    with torch.device("meta"):
+        theirs = guided_unet(monkeypatch)(dim=(3, size, size), num_classes=1000, **{**defaults, **of_network})
+    ours = UNet.from_guided_diffusion(theirs.state_dict(), given)
+    counts = [sum(parameter.numel() for parameter in net.parameters()) for net in (ours, theirs)]
+    assert counts[0] == counts[1]
+    assert millions is None or round(counts[0] / 1e6) == millions
 
 
 def test_the_order_of_heads_matters(peer: Any) -> None:
