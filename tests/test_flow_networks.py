@@ -156,7 +156,9 @@ def test_other_paths_through_their_own_transform() -> None:
 
     schedulers = installed("flow_matching.path.scheduler")
     moved = schedulers.ScheduleTransformedModel(OfCosine(), schedulers.CosineScheduler(), schedulers.CondOTScheduler())
-    model = F.wrap(lambda x, t: moved(x=x, t=t[0]))  # it takes one time for the batch, as their solver gives it
+    with pytest.raises(ValueError, match="takes one time for the whole batch"):
+        F.wrap(moved)
+    model = F.wrap(lambda x, t: moved(x=x, t=t[0]))
     x = torch.linspace(-2, 2, 9).reshape(9, 1)
     for sigma in (0.1, 0.5, 0.9):
         level = model.schedule.level(sigma)

@@ -53,6 +53,11 @@ def wrap(
     """
     if not callable(model):
         raise TypeError(f"flow_matching.wrap needs a velocity network, got {type(model).__name__}")
+    if type(model).__name__ == "ScheduleTransformedModel":
+        raise ValueError(
+            "a ScheduleTransformedModel takes one time for the whole batch, and would broadcast one per sample over the "
+            "wrong axis; give wrap(lambda x, t: model(x=x, t=t[0]))"
+        )
     if call not in CALLS:
         raise unknown_name("call", call, CALLS)
     if data_at not in (0, 1):
