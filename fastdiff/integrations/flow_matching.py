@@ -55,8 +55,8 @@ def wrap(
         raise TypeError(f"flow_matching.wrap needs a velocity network, got {type(model).__name__}")
     if type(model).__name__ == "ScheduleTransformedModel":
         raise ValueError(
-            "a ScheduleTransformedModel takes one time for the whole batch, and would broadcast one per sample over the "
-            "wrong axis; give wrap(lambda x, t: model(x=x, t=t[0]))"
+            "a ScheduleTransformedModel takes one time for the whole batch, and would broadcast one per sample over "
+            "the wrong axis; give wrap(lambda x, t: model(x=x, t=t[0]))"
         )
     if call not in CALLS:
         raise unknown_name("call", call, CALLS)
