@@ -267,7 +267,7 @@ def test_files_of_weights(tmp_path: Path) -> None:
     (tmp_path / "needs.pkl").write_bytes(b"cno_such_module\nNet\n.")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"ema": 1})[:-3])
     for name, net, options, error, words in (
-        ("run.pt", Precond(), {}, ValueError, r"holds a mapping with entries \['net', 'step'\]; say which: key="),
+        ("run.pt", Precond(), {}, ValueError, r"holds a mapping with entries \['net', 'step'\]; say which of them"),
         ("run.pt", Precond(), {"key": "ema"}, ValueError, "has no entry 'ema'"),
         ("whole.pt", Precond(), {}, ValueError, "not a file of tensors alone"),
         ("none.pt", Precond(), {}, FileNotFoundError, "no such file"),

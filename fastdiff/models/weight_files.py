@@ -61,7 +61,8 @@ def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[s
         found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(
-            f"{path}: expected a mapping of names to tensors, it holds {_described(found)}; say which: key="
+            f"{path}: expected a mapping of names to tensors, it holds {_described(found)}; "
+            "say which of them (key=), or give the state dict itself"
         )
     return dict(found)
 

@@ -276,45 +276,6 @@ class DiscreteSchedule(Schedule):
 
 
 @dataclass(frozen=True, repr=False)
-class VPSchedule(Schedule):
-    """dx = -beta(t)/2 x dt + sqrt(beta(t)) dW with beta(t) = beta_min + beta_d t (Song et al. 2021, eq. 11)."""
-
-    beta_min: float
-    beta_d: float
-    t_max: float
-
-    kind: ClassVar[Kind] = "vp"
-
-    def __post_init__(self) -> None:
-        total = self._integral(self.t_max)
-        if total > 700:
-            raise ValueError(f"{self!r}: beta integrates to {total:.6g}, and exp of it overflows. Keep it below 700.")
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        return 0.0, self.t_max
-
-    def _integral(self, time: Any) -> Any:
-        """The integral of beta from 0 to t."""
-        return (self.beta_min + 0.5 * self.beta_d * time) * time
-
-    def _time_of_integral(self, total: Array) -> Array:
-        return 2 * total / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * self.beta_d * total))
-
-    def _rho(self, time: Array) -> Array:
-        return np.sqrt(np.expm1(self._integral(time)))
-
-    def _time(self, rho: Array) -> Array:
-        return self._time_of_integral(np.log1p(np.square(rho)))
-
-    def drift(self, time: ArrayLike) -> Array:
-        return -0.5 * (self.beta_min + self.beta_d * self._checked(time))
-
-    def diffusion(self, time: ArrayLike) -> Array:
-        return np.sqrt(self.beta_min + self.beta_d * self._checked(time))
-
-
-@dataclass(frozen=True, repr=False)
 class VESchedule(Schedule):
     """sigma = sigma_min (sigma_max/sigma_min)^t, t in [0, 1] (Song et al. 2021, eq. 9)."""
 

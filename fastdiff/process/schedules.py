@@ -24,9 +24,8 @@ from .clocks import (
     Level,
     Schedule,
     VESchedule,
-    VPSchedule,
 )
-from .sub_vp import SubVPSchedule
+from .vp_clocks import SubVPSchedule, VPSchedule
 
 __all__ = [
     "CLEAN",
