@@ -243,7 +243,7 @@ def test_a_pickle_is_not_opened_without_trust(tmp_path: Path) -> None:
     for trust in (False, "yes", 1):
         with pytest.raises(ValueError, match="is a pickle: reading it runs whatever code.*trust=True.*safetensors"):
             edm.load(path, trust=trust)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not a file of tensors alone"):
+    with pytest.raises(ValueError, match="pickles of another kind are not opened"):
         edm.load(path, Precond())
     assert not trace.exists()
     model = edm.load(path, trust=True, sigma_max=40.0)
@@ -263,16 +263,20 @@ def test_files_of_weights(tmp_path: Path) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model(x, sigma, rows), trained(x, sigma, rows), rtol=0, atol=0)
     torch.save(trained, tmp_path / "whole.pt")
+    (tmp_path / "other.bin").write_bytes(b"hello")
+    assert edm.load(tmp_path / "whole.pt", trust=True).shape == (3, 8, 8)
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"G": 1}))
     (tmp_path / "needs.pkl").write_bytes(b"cno_such_module\nNet\n.")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"ema": 1})[:-3])
     for name, net, options, error, words in (
         ("run.pt", Precond(), {}, ValueError, r"holds a mapping with entries \['net', 'step'\]; say which of them"),
         ("run.pt", Precond(), {"key": "ema"}, ValueError, "has no entry 'ema'"),
-        ("whole.pt", Precond(), {}, ValueError, "not a file of tensors alone"),
+        ("whole.pt", Precond(), {}, ValueError, "not a file of tensors alone, it holds .*Precond, and reading"),
+        ("other.bin", Precond(), {}, ValueError, "neither safetensors nor a whole file of tensors"),
         ("none.pt", Precond(), {}, FileNotFoundError, "no such file"),
         ("net.safetensors", None, {}, ValueError, "give edm.load the network too"),
-        ("other.pkl", None, {"trust": True}, ValueError, r"holds \['G'\], expected a snapshot"),
+        ("other.pkl", None, {"trust": True}, ValueError, r"holds \['G'\], expected a network as 'ema'"),
+        ("run.pt", None, {"trust": True, "key": "step"}, ValueError, "holds a int, expected a network"),
         ("needs.pkl", None, {"trust": True}, ModuleNotFoundError, "'no_such_module'.*PYTHONPATH"),
         ("cut.pkl", None, {"trust": True}, ValueError, "not a pickle or cut short"),
     ):

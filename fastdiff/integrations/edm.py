@@ -120,11 +120,14 @@ def load(
         raise ValueError(f"{path} holds weights and no network: give edm.load the network too, as its class builds it")
     snapshot = unpickle(path, trust, _NEEDS)
     if isinstance(snapshot, Mapping):
-        if "ema" not in snapshot:
+        entry = key or "ema"
+        if entry not in snapshot:
             raise ValueError(
-                f"{path} holds {sorted(map(str, snapshot))}, expected a snapshot with its network as 'ema'"
+                f"{path} holds {sorted(map(str, snapshot))}, expected a network as {entry!r}; say which: key="
             )
-        snapshot = snapshot["ema"]
+        snapshot = snapshot[entry]
+    if not isinstance(snapshot, nn.Module):
+        raise ValueError(f"{path} holds a {type(snapshot).__name__}, expected a network; give edm.load one to fill")
     return wrap(snapshot.eval().requires_grad_(False), **options)
 
 

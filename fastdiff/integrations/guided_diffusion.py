@@ -40,6 +40,8 @@ class Network(nn.Module):
 
 def schedule(noise_schedule: str = "linear", diffusion_steps: int = 1000) -> Schedule:
     """Their schedule of this name: "linear", whose ends are 0.1 and 20 over the number of steps, or "cosine"."""
+    if isinstance(diffusion_steps, bool) or not isinstance(diffusion_steps, int) or diffusion_steps < 1:
+        raise ValueError(f"diffusion_steps must be an integer of at least 1, got {diffusion_steps!r}")
     if noise_schedule == "linear":
         return schedules.linear(diffusion_steps, 0.1 / diffusion_steps, 20.0 / diffusion_steps)
     if noise_schedule == "cosine":
@@ -64,9 +66,10 @@ def wrap(
     """
     if not callable(net):
         raise TypeError(f"guided_diffusion.wrap needs a network net(x, t, y=...), got {type(net).__name__}")
+    process = schedule(noise_schedule, diffusion_steps)
     return Denoiser(
         Network(net, _scale(rescale_timesteps, diffusion_steps)),
-        schedule(noise_schedule, diffusion_steps),
+        process,
         "x0" if predict_xstart else "eps",
         learned_variance=learn_sigma,
     )
@@ -81,12 +84,13 @@ def load(source: Mapping[str, Tensor] | str | os.PathLike[str], flags: Mapping[s
     """
     net = UNet.from_guided_diffusion(source, flags).requires_grad_(False)
     steps = flags.get("diffusion_steps", 1000)
+    process = schedule(flags.get("noise_schedule", "linear"), steps)
     net.config = replace(net.config, time_scale=_scale(flags.get("rescale_timesteps", False), steps))
     size = net.config.sample_size
     assert isinstance(size, int)
     return Denoiser(
         net,
-        schedule(flags.get("noise_schedule", "linear"), steps),
+        process,
         "x0" if flags.get("predict_xstart", False) else "eps",
         shape=(net.config.in_channels, size, size),
         learned_variance=net.config.out_channels > net.config.in_channels,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,15 @@ def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[s
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        refused = re.search(r"(?:GLOBAL|global) (\w[\w.]*)", str(error))
+        if refused is None:
+            raise ValueError(
+                f"{path}: neither safetensors nor a whole file of tensors that torch.save wrote; pickles of another "
+                "kind are not opened, what is cut short is to be fetched again"
+            ) from error
         raise ValueError(
-            f"{path}: not a file of tensors alone ({reason}). Reading anything else runs code from the file. Where you "
-            "trust it, load it yourself and write net.state_dict() with safetensors.torch.save_file"
+            f"{path}: not a file of tensors alone, it holds {refused[1]}, and reading that runs code from the file. "
+            "Where you trust it, load it yourself and write net.state_dict() with safetensors.torch.save_file"
         ) from error
     if key is not None:
         if not isinstance(found, Mapping) or key not in found:
@@ -68,7 +75,7 @@ def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[s
 
 
 def unpickle(path: str | os.PathLike[str], trust: bool, needs: str) -> Any:
-    """What a pickle holds, code and all, if `trust` is True.
+    """What a pickle, or a file that torch.save wrote, holds, code and all, if `trust` is True.
 
     needs: what must be importable for it, for the message where it is not. Raises: FileNotFoundError; ValueError
     without trust or for another kind of file; ModuleNotFoundError.
@@ -80,11 +87,13 @@ def unpickle(path: str | os.PathLike[str], trust: bool, needs: str) -> Any:
             "from, say trust=True; to be rid of the question, save its network's state_dict() as safetensors"
         )
     try:
+        if zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=False)
         with path.open("rb") as file:
             return pickle.load(file)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{path} needs the module {error.name!r}: {needs}", name=error.name) from error
-    except (pickle.UnpicklingError, EOFError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: not a pickle or cut short ({error}); fetch it again") from error
 
 
