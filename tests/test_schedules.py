@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fastdiff.process import schedules
+from fastdiff.process import predictions, schedules
 from fastdiff.process.clocks import CLEAN, DiscreteSchedule, Level, Schedule
 
 EVERY: list[Callable[[], Schedule]] = [
@@ -172,11 +172,14 @@ def test_edm_levels_above_the_top_keep_their_own_time() -> None:
     """Churn leads above sigma_max, and a network is shown sigma there as anywhere else."""
     schedule = schedules.edm(0.002, 80.0)
     assert schedule.level_from_rho(113.0, clip=True) == Level(1.0, 113.0, 113.0)
-    np.testing.assert_array_equal(schedule.model_time([0.002, 80.0, 113.0]), [0.002, 80.0, 113.0])
     with pytest.raises(ValueError, match="outside"):
         schedule.level_from_rho(113.0)
     shared = schedules.time_shared(schedule, below=4.0, parts=2)
-    assert [float(shared.model_time(t)) for t in (0.5, 3.0, 113.0)] == pytest.approx([0.002, 2.001, 113.0])
+    for process, rho, time in ((schedule, 113.0, 113.0), (shared, 113.0, 113.0), (shared, 3.0, 2.001)):
+        fold = predictions.coefficients("x0", process.level_from_rho(rho, clip=True), process)
+        assert fold.time == pytest.approx(time, rel=1e-15)
+    churned = schedules.vp().level_from_rho(1e4, clip=True)
+    assert predictions.coefficients("x0", churned, schedules.vp()).time == 1.0
 
 
 def test_vp_is_the_limit_of_linear() -> None:

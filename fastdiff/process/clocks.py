@@ -64,6 +64,9 @@ class Schedule(ABC):
     shared: tuple[float, int] | None = field(default=None, kw_only=True)
 
     kind: ClassVar[Kind]
+    open_top: ClassVar[bool] = (
+        False  # a level above the clock, where churn leads, has a time that a network understands
+    )
 
     @property
     @abstractmethod
@@ -309,6 +312,7 @@ class EDMSchedule(Schedule):
     sigma_max: float
 
     kind: ClassVar[Kind] = "ve"
+    open_top: ClassVar[bool] = True
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -317,11 +321,6 @@ class EDMSchedule(Schedule):
     def level_from_rho(self, rho: float, *, clip: bool = False) -> Level:
         level = super().level_from_rho(rho, clip=clip)
         return Level(1.0, level.sigma, level.sigma) if rho > self.sigma_max else level
-
-    def model_time(self, time: ArrayLike) -> Array:
-        """sigma itself, also above the top, where churn leads."""
-        times = np.asarray(time, dtype=np.float64)
-        return np.where(times > self.sigma_max, times, super().model_time(np.minimum(times, self.sigma_max)))[()]
 
     def _rho(self, time: Array) -> Array:
         return time
