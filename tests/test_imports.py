@@ -30,6 +30,7 @@ MAY_IMPORT = {
 NATIVE_USERS = {
     "engine.ops",
     "engine.guide",
+    "engine.train_ops",
     "engine.native",
     "engine.backends",
 }  # only these see fastdiff.kernels and fastdiff._C
