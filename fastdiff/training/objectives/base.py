@@ -28,8 +28,8 @@ class Draw:
     """All that is random in a step, on one device: the same numbers for a sample in any batch and any process.
 
     key: int64 [B], names the sample's noises. time: float64 [B], on the schedule's clock. model_time: fp32 [B], what
-    the network is shown. table: fp32 [B, 8], the columns of engine.train_ops. weight: fp32 [B], of the squared error, with
-    what importance sampling of the times asks for. dropped: bool [B], whose label is left out.
+    the network is shown. table: fp32 [B, 8], the columns of engine.train_ops. weight: fp32 [B], of the squared error,
+    with what importance sampling of the times asks for. dropped: bool [B], whose label is left out.
     """
 
     key: Tensor
