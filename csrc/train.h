@@ -2,7 +2,7 @@
 // per-element maths (see fastdiff/engine/train_ops.py for the equations). Torch-free.
 #pragma once
 
-#include "scalar.h"
+#include "guide.h"
 
 extern "C" {
 
@@ -13,7 +13,7 @@ struct TrainArgs {
   const int64_t* key;      // [B]
   const void* model_out;   // [B, N]: F; of the loss only
   const float* weight;     // [B]; of the loss only
-  float* partial;          // [B, kTrainParts]: sums of squares, written; of the loss only
+  float* partial;          // [B, kParts]: sums of squares, written; of the loss only
   void* out;               // [B, N] of the model's dtype: the network's input, or the gradient (null: not wanted)
   int64_t B, N;
   int64_t width;           // of an image's last axis, which is the one that is mirrored
@@ -26,10 +26,9 @@ struct TrainArgs {
 
 namespace fastdiff {
 
-constexpr int kTrainP = 0, kTrainQ = 1, kTrainR = 2, kTrainA = 3, kTrainB = 4, kTrainC = 5, kTrainFlip = 6;
+constexpr int kInputX0 = 0, kInputZ = 1, kInputY = 2, kTargetX0 = 3, kTargetZ = 4, kTargetY = 5, kFlip = 6;
 constexpr int kTrainColumns = 8;
-constexpr int kTrainParts = 64;  // at most so many sums of one sample
-constexpr uint32_t kTrainStream = 3, kTrainZ = 0, kTrainY = 1;
+constexpr int kNoiseZ = 0, kNoiseY = 1, kStreamTraining = 3;
 
 // image x0 + first z + second y: what a factor of 0 stands before is not read and not drawn.
 struct Blend {
@@ -37,8 +36,8 @@ struct Blend {
   FASTDIFF_MEMBER bool reads() const { return image != 0.0f; }
 };
 
-FASTDIFF_INLINE Blend input_blend(const float* row) { return {row[kTrainP], row[kTrainQ], row[kTrainR]}; }
-FASTDIFF_INLINE Blend target_blend(const float* row) { return {row[kTrainA], row[kTrainB], row[kTrainC]}; }
+FASTDIFF_INLINE Blend input_blend(const float* row) { return {row[kInputX0], row[kInputZ], row[kInputY]}; }
+FASTDIFF_INLINE Blend target_blend(const float* row) { return {row[kTargetX0], row[kTargetZ], row[kTargetY]}; }
 
 template <class L, class V>
 FASTDIFF_INLINE V blend(V x0, V z, V y, const Blend& by) {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
-from fastdiff.engine import train_ops as at
 from fastdiff.models.exact import Gaussian
 from fastdiff.process import predictions, schedules
 from fastdiff.training import objectives
@@ -63,7 +63,7 @@ def test_the_best_network_is_the_exact_denoiser(prediction: str, schedule: str) 
         near = 3e-7 * (1 + abs(known.P) + abs(known.Q * k[i]))
         np.testing.assert_allclose(known.P * x + known.Q * k[i] * known.c_in * x, exact, rtol=0, atol=2.5 * near)
         np.testing.assert_allclose(float(draw.model_time[i]), known.time, rtol=1e-6)
-        np.testing.assert_allclose(float(draw.table[i, at.P]), known.c_in * level.alpha, rtol=1e-7)
+        np.testing.assert_allclose(float(draw.table[i, at.INPUT_X0]), known.c_in * level.alpha, rtol=1e-7)
 
 
 def test_closed_forms_of_the_literature() -> None:
@@ -93,8 +93,8 @@ def test_closed_forms_of_the_literature() -> None:
     sigma = np.array([0.01, 0.5, 20.0])
     draw = drawn(edm, sigma)
     x = draw.table.double().numpy()
-    np.testing.assert_allclose(x[:, at.P] ** 2 * 0.25 + x[:, at.Q] ** 2, 1.0, rtol=1e-6)  # unit input
-    np.testing.assert_allclose(x[:, at.A] ** 2 * 0.25 + x[:, at.B] ** 2, 1.0, rtol=1e-6)  # and target
+    np.testing.assert_allclose(x[:, at.INPUT_X0] ** 2 * 0.25 + x[:, at.INPUT_Z] ** 2, 1.0, rtol=1e-6)  # unit input
+    np.testing.assert_allclose(x[:, at.TARGET_X0] ** 2 * 0.25 + x[:, at.TARGET_Z] ** 2, 1.0, rtol=1e-6)  # and target
     np.testing.assert_allclose(best(draw)[0], 0.0, atol=1e-7)  # data of variance sigma_data^2: F = 0 is best
     np.testing.assert_allclose(draw.model_time, np.log(sigma) / 4, rtol=1e-6)
 
@@ -109,8 +109,8 @@ def expected(objective: Objective, x0: Tensor, draw: objectives.Draw) -> tuple[n
             counter_noise.normal(int(draw.key[b]), image.size, number, 3).astype(np.float64).reshape(image.shape)
             for number in (0, 1)
         )
-        x[b] = row[at.P] * image + row[at.Q] * z + row[at.R] * y
-        target[b] = row[at.A] * image + row[at.B] * z + row[at.C] * y
+        x[b] = row[at.INPUT_X0] * image + row[at.INPUT_Z] * z + row[at.INPUT_Y] * y
+        target[b] = row[at.TARGET_X0] * image + row[at.TARGET_Z] * z + row[at.TARGET_Y] * y
     return x, target
 
 
@@ -256,8 +256,9 @@ def test_min_snr_is_the_papers() -> None:
 def test_perturbation_and_shared_times() -> None:
     time = np.array([0.0, 30.0, 500.0])
     plain, perturbed = (drawn(objectives.get("ddpm", perturbation=g), time).table for g in (0.0, 0.1))
-    torch.testing.assert_close(perturbed[:, at.R], 0.1 * plain[:, at.Q])
-    assert torch.equal(perturbed[:, [at.P, at.Q, at.A, at.B, at.C]], plain[:, [at.P, at.Q, at.A, at.B, at.C]])
+    torch.testing.assert_close(perturbed[:, at.INPUT_Y], 0.1 * plain[:, at.INPUT_Z])
+    kept = [at.INPUT_X0, at.INPUT_Z, at.TARGET_X0, at.TARGET_Z, at.TARGET_Y]
+    assert torch.equal(perturbed[:, kept], plain[:, kept])
     shared = drawn(objectives.get("ddpm", schedule=schedules.time_shared(schedules.linear())), time)
     assert shared.model_time.tolist() == [0.0, 20.0, 500.0]
     assert torch.equal(shared.table, plain)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
-from fastdiff.engine import train_ops as at
 from fastdiff.engine.train_ops import TrainTensors
 
 NAN = float("nan")
@@ -19,7 +19,7 @@ TABLES = {
     "x0": (0.8, 0.6, 0.0, 1.0, 0.0, 0.0),
     "perturbed": (0.8, 0.6, 0.06, 0.0, 1.0, 0.0),
     "interpolant": (0.3, 0.7, 0.45, -1.0, 1.0, -0.4),
-    "clean": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "clean": (0.9, 0.0, 0.0, 0.5, 0.0, 0.0),
 }
 
 
@@ -48,7 +48,7 @@ class Case:
             images = torch.randint(0, 256, size, generator=generator)
         else:
             images = 2 * torch.rand(size, generator=generator) - 1
-        table = torch.zeros(self.batch, at.COLUMNS)
+        table = torch.zeros(self.batch, at.TRAIN_COLUMNS)
         table[:, : at.FLIP] = torch.tensor(TABLES[self.table])
         table[:, : at.FLIP] *= 1 + 0.2 * torch.rand(self.batch, at.FLIP, generator=generator)
         if self.flip:
@@ -89,8 +89,8 @@ def expected(t: TrainTensors, factor: float) -> tuple[np.ndarray, np.ndarray, np
             counter_noise.normal(int(t.key[b]), image.size, number, 3).astype(np.float64).reshape(image.shape)
             for number in (0, 1)
         )
-        x[b] = row[at.P] * image + row[at.Q] * z + row[at.R] * y
-        rest = t.model_out[b].double().numpy() - (row[at.A] * image + row[at.B] * z + row[at.C] * y)
+        x[b], target = (sum(map(np.multiply, row[c : c + 3], (image, z, y))) for c in (at.INPUT_X0, at.TARGET_X0))
+        rest = t.model_out[b].double().numpy() - target
         sums[b] = (rest**2).sum()
         gradient[b] = factor * float(t.weight[b]) * rest
     return x, sums, gradient

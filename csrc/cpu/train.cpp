@@ -48,7 +48,7 @@ void run_parts(const Call& call, int64_t begin, int64_t end) {
     lesson.by = call.loss ? target_blend(row) : input_blend(row);
     lesson.model_dtype = args.model_dtype;
     if (call.loss) lesson.scale = args.weight[b] * args.factor;
-    const bool flip = row[kTrainFlip] != 0.0f, as_it_is = args.image_dtype == kFloat32 && !flip;
+    const bool flip = row[kFlip] != 0.0f, as_it_is = args.image_dtype == kFloat32 && !flip;
     const char* images = static_cast<const char*>(args.images) + b * args.N * width_of(args.image_dtype);
 
     double total = 0.0;
@@ -66,11 +66,11 @@ void run_parts(const Call& call, int64_t begin, int64_t end) {
         lesson.x0 = x0;
       }
       if (lesson.by.first != 0.0f) {
-        cut.draw(call.executor, z, key, kTrainZ, kTrainStream, first, lesson.count);
+        cut.draw(call.executor, z, key, kNoiseZ, kStreamTraining, first, lesson.count);
         lesson.z = z;
       }
       if (lesson.by.second != 0.0f) {
-        cut.draw(call.executor, y, key, kTrainY, kTrainStream, first, lesson.count);
+        cut.draw(call.executor, y, key, kNoiseY, kStreamTraining, first, lesson.count);
         lesson.y = y;
       }
       const int64_t at = (b * args.N + first) * model_width;
@@ -82,18 +82,18 @@ void run_parts(const Call& call, int64_t begin, int64_t end) {
         call.executor.noised(lesson);
       }
     }
-    if (call.loss) args.partial[b * kTrainParts + which] = static_cast<float>(total);
+    if (call.loss) args.partial[b * kParts + which] = static_cast<float>(total);
   }
 }
 
 Error run(const TrainArgs& args, bool loss) {
   if (const Error error = check(args, loss); error != kOk) return error;
   const Cut cut(args.N, args.channels);
-  const int64_t part = (cut.blocks + kTrainParts - 1) / kTrainParts, parts = (cut.blocks + part - 1) / part;
+  const int64_t part = (cut.blocks + kParts - 1) / kParts, parts = (cut.blocks + part - 1) / part;
   const Call call{args, executor(), cut, loss, part, parts};
   if (loss)
     for (int64_t b = 0; b < args.B; ++b)
-      std::fill(args.partial + b * kTrainParts + parts, args.partial + (b + 1) * kTrainParts, 0.0f);
+      std::fill(args.partial + b * kParts + parts, args.partial + (b + 1) * kParts, 0.0f);
 
   const int64_t work = args.B * args.N * (1 + kNormalCost);
   return in_parallel(args.B * parts, work, [&](int64_t begin, int64_t end) { run_parts(call, begin, end); });

@@ -1,8 +1,9 @@
 """The two ops of a training step: noising images, and the squared error with its gradient, noise drawn again.
 
-May import: backends, checks, the reference, fastdiff.kernels and the compiled extension (through engine.native).
+May import: the table's layout, backends, checks, the reference, fastdiff.kernels and the compiled extension (through
+engine.native).
 One row of scalars per sample, with x0 the image, z and y unit normals named by the sample's key:
-    x_in = P x0 + Q z + R y        F* = A x0 + B z + C y        error = mean over elements of (F - F*)^2
+    x_in = INPUT_X0 x0 + INPUT_Z z + INPUT_Y y,  F* = TARGET_X0 x0 + TARGET_Z z + TARGET_Y y,  error = mean (F - F*)^2
 so eps, x0, v, score, flow and edm targets at any level, input perturbation and interpolants are tables, not kernels.
 """
 
@@ -14,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference_train
 from fastdiff.engine.checks import MODEL_DTYPES, channels_of
 from fastdiff.engine.ops import on_device
 
-COLUMNS = 8
-P, Q, R, A, B, C, FLIP = range(COLUMNS - 1)  # FLIP: mirror the image's last axis where not 0; the last is unused
-PARTS = 64  # at most so many sums of one sample
 IMAGE_DTYPES = (torch.uint8, *MODEL_DTYPES)
 
 _library = torch.library.Library("fastdiff", "FRAGMENT")
@@ -35,9 +34,10 @@ _library.define(
 class TrainTensors:
     """What an op reads and writes; B samples of shape S, all images in one memory format, contiguous or channels_last.
 
-    images: [B, *S] uint8 (0 .. 255 become -1 .. 1), fp32, fp16 or bf16. table: fp32 [B, 8], the columns above; what a
-    factor of 0 stands before is neither read nor drawn. key: int64 [B], the seed of the sample's noises.
-    out: [B, *S] fp32, fp16 or bf16, written: x_in, or the gradient factor weight (F - F*), which may be None.
+    images: [B, *S] uint8 (0 .. 255 become -1 .. 1), fp32, fp16 or bf16. table: fp32 [B, 8], the columns of
+    compiler.layout: what a factor of 0 stands before is neither read nor drawn; FLIP not 0 mirrors the image's rows.
+    key: int64 [B], the seed of the sample's noises. out: [B, *S] fp32, fp16 or bf16, written: x_in, or the gradient
+    factor weight (F - F*), which may be None.
     Of the loss only: model_out: F, like out. weight: fp32 [B]. partial: fp32 [B, 64], written: sums of (F - F*)^2 over
     parts of the sample that its size alone decides, then zeros.
     """
@@ -94,7 +94,7 @@ class _SquaredError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         output, images = _alike(model_out.detach(), images)
         gradient = torch.empty_like(output) if model_out.requires_grad else None
-        partial = torch.empty(len(output), PARTS, device=output.device)
+        partial = torch.empty(len(output), at.PARTS, device=output.device)
         share = 2.0 / max(output.numel(), 1)
         # a half's range ends near 6e-8, which is where the share of one element may lie: it waits for the loss scale
         factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
@@ -146,10 +146,10 @@ def check(op: str, t: TrainTensors) -> None:
     if model.dtype not in MODEL_DTYPES:
         raise TypeError(f"{op}: the model's tensor has dtype {model.dtype}, expected float32, float16 or bfloat16")
     numbers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "table": (torch.float32, (batch, COLUMNS)),
+        "table": (torch.float32, (batch, at.TRAIN_COLUMNS)),
         "key": (torch.int64, (batch,)),
         "weight": (torch.float32, (batch,)),
-        "partial": (torch.float32, (batch, PARTS)),
+        "partial": (torch.float32, (batch, at.PARTS)),
     }
     for field in fields(t):
         name, tensor = field.name, getattr(t, field.name)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastdiff.compiler.layout import STREAM_TRAINING
 from fastdiff.engine.noise import philox_block
 
-# ids of the uniforms of a draw; 0 and 1 are those of its two unit noises (engine.train_ops)
+# ids of the uniforms of a draw; 0 and 1 are those of its two unit noises
 LEVEL, CHANCES = 2, 3
 _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step where a noise has its element
 

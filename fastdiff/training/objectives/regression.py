@@ -3,7 +3,7 @@
     loss = w |F(c_in (alpha x0 + sigma z), time) - (a x0 + b z)|^2, mean over elements and batch
 eps (Ho et al. 2020), x0, v (Salimans & Ho 2022), score matching by denoising (Vincent 2011; Song & Ermon 2019), EDM
 (Karras et al. 2022) and rectified flow (Liu et al. 2023; Lipman et al. 2023) differ in the numbers only.
-May import: process, engine.train_ops, base.
+May import: process, the table's layout, engine.train_ops, base.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.compiler import layout as at
 from fastdiff.engine import train_ops
 from fastdiff.models.denoiser import Condition
 from fastdiff.process import predictions
@@ -54,11 +55,11 @@ class Regression(Objective):
             c_in, shown = 1 / np.hypot(sigma, spread * alpha), np.log(sigma / alpha) / 4
         else:
             c_in, shown = np.ones_like(time), schedule.model_time(time)
-        table = np.zeros((len(time), train_ops.COLUMNS))
-        table[:, train_ops.P], table[:, train_ops.Q] = c_in * alpha, c_in * sigma
-        table[:, train_ops.R] = self.perturbation * c_in * sigma
-        table[:, train_ops.A], table[:, train_ops.B] = a, b
-        table[:, train_ops.FLIP] = 0.0 if mirrored is None else mirrored
+        table = np.zeros((len(time), at.TRAIN_COLUMNS))
+        table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
+        table[:, at.INPUT_Y] = self.perturbation * c_in * sigma
+        table[:, at.TARGET_X0], table[:, at.TARGET_Z] = a, b
+        table[:, at.FLIP] = 0.0 if mirrored is None else mirrored
         weight = self.weighting.at(schedule, time, self.prediction, self.sigma_data)
         return Draw(
             key=key,
