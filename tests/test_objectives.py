@@ -1,8 +1,4 @@
-"""Objectives against their closed-form optima, and the draws they are made of.
-
-Gaussian data make every optimum linear: with x = p x0 + q z and F* = a x0 + b z, x0 ~ N(0, v), the best F is k x with
-k = (a p v + b q) / (p^2 v + q^2), and what is left of the loss is the variance of F* less k^2 that of x.
-"""
+"""Objectives that regress on image and noise against their closed-form optima, and the draws they are made of."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objective_cases import VARIANCE, best, drawn
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
@@ -22,8 +19,8 @@ from fastdiff.process import predictions, schedules
 from fastdiff.training import objectives
 from fastdiff.training.objectives import Objective, counters, times, weightings
 
-VARIANCE = 0.25
-REGRESSIONS = [name for name in objectives.names() if isinstance(objectives.get(name), objectives.Regression)]
+KINDS = {name: type(objectives.get(name)) for name in objectives.names()}
+REGRESSIONS = [name for name, kind in KINDS.items() if kind is objectives.Regression]
 SCHEDULES = {
     "linear": np.array([0.0, 1.0, 499.0, 999.0]),
     "vp": np.array([1e-3, 0.3, 1.0]),
@@ -31,20 +28,6 @@ SCHEDULES = {
     "edm": np.array([0.002, 0.5, 80.0]),
     "rectified_flow": np.array([1e-3, 0.5, 0.99]),
 }
-
-
-def drawn(objective: Objective, time: np.ndarray) -> objectives.Draw:
-    return objective.at(time, torch.arange(len(time)))
-
-
-def best(draw: objectives.Draw, variance: float = VARIANCE) -> tuple[np.ndarray, np.ndarray]:
-    """k and the least loss of each sample's level, before its weight."""
-    columns = draw.table.double().numpy().T
-    p, q, r, a, b, c = columns[:6]
-    assert not c.any()
-    spread = p**2 * variance + q**2 + r**2
-    k = (a * p * variance + b * q) / spread
-    return k, a**2 * variance + b**2 - k**2 * spread
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -174,7 +157,7 @@ def test_a_draw_depends_on_its_seed_and_step_alone() -> None:
     together = objective.draw(seeds, 5)
     for i, seed in enumerate(seeds):
         alone = objective.draw(seed.reshape(1), 5)
-        for name in ("key", "time", "model_time", "table", "weight", "dropped"):
+        for name in ("key", "time", "model_time", "table", "weight", "importance", "dropped"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
     assert len({*together.key.tolist(), *objective.draw(seeds, 6).key.tolist()}) == 8
     assert not torch.equal(objective.draw(seeds, 2**40).key, objective.draw(seeds, 2**40 + 2**33).key)
@@ -182,7 +165,7 @@ def test_a_draw_depends_on_its_seed_and_step_alone() -> None:
 
 def test_uniforms_are_uniform_and_apart() -> None:
     key = counters.keys(np.arange(20000, dtype=np.int64), 1)
-    numbers = np.concatenate([counters.uniforms(key, counters.LEVEL), counters.uniforms(key, counters.CHANCES)], axis=1)
+    numbers = counters.uniforms(key)
     assert ((numbers > 0) & (numbers < 1)).all()
     for column in numbers.T:
         gap = np.abs(np.sort(column) - (np.arange(len(column)) + 0.5) / len(column)).max()

@@ -8,13 +8,12 @@ May import: engine.noise, the table's layout.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastdiff.compiler.layout import STREAM_TRAINING
 from fastdiff.engine.noise import philox_block
 
-# ids of the uniforms of a draw; 0 and 1 are those of its two unit noises
-LEVEL, CHANCES = 2, 3
+_UNIFORMS = (2, 3)  # ids of the uniforms of a draw; 0 and 1 are those of its two unit noises
 _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step where a noise has its element
 
 Words = NDArray[np.uint32]
@@ -24,21 +23,23 @@ def keys(seeds: NDArray[np.int64], step: int) -> NDArray[np.int64]:
     """The 64-bit key of each sample's draw: int64 [B] from int64 [B] and 0 <= step < 2^64."""
     if not 0 <= step < 2**64:
         raise ValueError(f"step must be an unsigned 64-bit integer, got {step}; count draws from 0")
-    words = _words(seeds, (step & 0xFFFFFFFF, step >> 32, _KEY))
+    words = _words(seeds, (step & 0xFFFFFFFF, step >> 32), _KEY)
     return _join(words[:, 0], words[:, 1]).view(np.int64)
 
 
-def uniforms(key: NDArray[np.int64], number: int) -> NDArray[np.float64]:
-    """[B, 2] uniform numbers within (0, 1), 52 bits each; number: one of the ids above."""
-    words = _words(key, (0, 0, number))
-    bits = np.stack([_join(words[:, 0], words[:, 1]), _join(words[:, 2], words[:, 3])], axis=1)
+def uniforms(key: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[B, 4] uniform numbers within (0, 1), 52 bits each: the level's, one unused, flip's and the label's."""
+    words = _words(key[:, None], (0, 0), _UNIFORMS).reshape(len(key), 8)
+    bits = _join(words[:, 0::2], words[:, 1::2])
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def _words(key: NDArray[np.int64], counter: tuple[int, int, int]) -> Words:
-    bits = key.astype(np.int64, copy=False).view(np.uint64)
+def _words(key: NDArray[np.int64], counter: tuple[int, int], number: ArrayLike) -> Words:
+    bits = np.ascontiguousarray(key, dtype=np.int64).view(np.uint64)
     halves = np.stack([bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)], axis=-1)
-    return philox_block(np.array([*counter, STREAM_TRAINING], dtype=np.uint64), halves)
+    numbers = np.asarray(number, dtype=np.uint64)
+    columns = [np.full_like(numbers, value) for value in counter]
+    return philox_block(np.stack([*columns, numbers, np.full_like(numbers, STREAM_TRAINING)], axis=-1), halves)
 
 
 def _join(low: Words, high: Words) -> NDArray[np.uint64]:
