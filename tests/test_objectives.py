@@ -13,6 +13,7 @@ from objective_cases import VARIANCE, best, drawn
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, train_ops
 from fastdiff.engine import noise as counter_noise
 from fastdiff.models.exact import Gaussian
 from fastdiff.process import predictions, schedules
@@ -161,6 +162,20 @@ def test_a_draw_depends_on_its_seed_and_step_alone() -> None:
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
     assert len({*together.key.tolist(), *objective.draw(seeds, 6).key.tolist()}) == 8
     assert not torch.equal(objective.draw(seeds, 2**40).key, objective.draw(seeds, 2**40 + 2**33).key)
+
+
+def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, step = np.array([5, -(2**63), 2**62 + 1]), 2**33 + 9
+    key = counters.keys(seeds, step)
+    for seed, one in zip(seeds.tolist(), key.tolist(), strict=True):
+        words = counter_noise.philox(seed, step, 0xFFFFFFFF, at.STREAM_TRAINING)  # the step in the element's place
+        assert one % 2**64 == int(words[0]) | int(words[1]) << 32
+    numbers = counters.uniforms(key)
+    words = counter_noise.philox(int(key[1]), 0, 3, at.STREAM_TRAINING)
+    assert numbers[1, 2] == ((int(words[0]) + int(words[1]) * 2**32) // 2**12 + 0.5) / 2**52
+    monkeypatch.setattr(train_ops.backends, "probe", lambda: {"cpp": backends.Backend(False, ())})
+    np.testing.assert_array_equal(counters.keys(seeds, step), key)
+    np.testing.assert_array_equal(counters.uniforms(key), numbers)
 
 
 def test_uniforms_are_uniform_and_apart() -> None:

@@ -250,11 +250,13 @@ FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint
   }
 }
 
-// One block of any counter and key: for known-answer vectors.
-FASTDIFF_EXPORT void fastdiff_philox_block(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
-  uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};
-  philox<Scalar>(c, PhiloxKey{key[0], key[1]});
-  for (int w = 0; w < 4; ++w) words[w] = static_cast<uint32_t>(c[0][w]);
+// n blocks, each of its own counter (four words) and key (two): for what is drawn on the host, and known answers.
+FASTDIFF_EXPORT void fastdiff_philox_blocks(int64_t n, const uint32_t* counter, const uint32_t* key, uint32_t* words) {
+  for (int64_t i = 0; i < n; ++i, counter += 4, key += 2, words += 4) {
+    uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};
+    philox<Scalar>(c, PhiloxKey{key[0], key[1]});
+    for (int w = 0; w < 4; ++w) words[w] = static_cast<uint32_t>(c[0][w]);
+  }
 }
 
 // Normals of elements first .. first + n of a sample; first is a multiple of 4.

@@ -12,11 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference_train
+from fastdiff.engine import noise as counter_noise
 from fastdiff.engine.checks import MODEL_DTYPES, channels_of
 from fastdiff.engine.ops import on_device
 
@@ -74,6 +77,17 @@ def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torc
     out = torch.empty_like(images, dtype=dtype)
     noise_images(images, table, key, out, executor=backends.choose(images.device))
     return out
+
+
+def philox_blocks(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """`noise.philox_block` of counters [n, 4] and keys [n, 2], by the extension where there is one: the same words."""
+    if not backends.probe()["cpp"].ok:
+        return counter_noise.philox_block(counter, key)
+    from fastdiff.engine import native
+
+    words = np.empty_like(counter)
+    native.load().fastdiff_philox_blocks(len(counter), counter.ctypes.data, key.ctypes.data, words.ctypes.data)
+    return words
 
 
 def squared_error(
