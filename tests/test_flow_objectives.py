@@ -14,6 +14,8 @@ from objective_cases import best, drawn
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import train_ops
+from fastdiff.models.exact import Points
+from fastdiff.process.schedules import Level
 from fastdiff.training import objectives
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
@@ -87,6 +89,22 @@ def test_paths_of_the_literature() -> None:
     np.testing.assert_allclose(np.square(circle[:, : at.INPUT_Y]).sum(1), 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["flow", "cfm", "vp_flow"])
+def test_conditional_and_marginal_targets_have_one_gradient(name: str) -> None:
+    """E[F* g(x)] = E[E[F*|x] g(x)] on two points, by quadrature: the network need not see which of them x came from."""
+    columns, _, _ = objectives.get(name).columns(np.array([0.4]))
+    p, q, _, a, b = columns[0, :5]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+    image, z = np.meshgrid([-1.0, 1.0], nodes, indexing="ij")
+    share = np.broadcast_to(weights / weights.sum() / 2, z.shape)
+    x, target = p * image + q * z, a * image + b * z
+    denoised = Points([[-1.0], [1.0]])(x.reshape(-1, 1), Level(p, q)).reshape(x.shape)
+    marginal = a * denoised + b * (x - p * denoised) / q
+    for slope in (x, np.tanh(x), x**3):
+        assert (share * (target - marginal) * slope).sum() == pytest.approx(0, abs=1e-8)
+    assert (share * (target - marginal) ** 2).sum() > 0.1
+
+
 def test_a_flow_of_every_path_is_sampled_as_one() -> None:
     for name in ("cfm", "vp_flow", "interpolant", "transport_cfm"):
         model = objectives.get(name).denoiser(lambda x, t: x)
@@ -132,6 +150,10 @@ def test_transport_of_numbers_keeps_their_order_and_is_what_the_loss_uses() -> N
     torch.testing.assert_close(loss.per_sample[well], (z - x0[:, 0]).square()[well], rtol=1e-3, atol=1e-4)
     draw = objective.draw(seeds, 2)
     assert sorted(loss.draw.key.tolist()) == sorted(draw.key.tolist())  # the same noises, dealt otherwise
+
+
+def test_what_waits_for_the_host_is_not_captured() -> None:
+    assert objectives.get("flow").capturable and not objectives.get("flow", pairing="transport").capturable
 
 
 def test_transport_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:

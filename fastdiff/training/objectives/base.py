@@ -100,6 +100,11 @@ class Objective:
         """Whether the network returns [B, 2C, ...]: its prediction, and what it says of the variance."""
         return False
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `evaluate` waits for nothing on the host, so that a CUDA graph can hold it."""
+        return True
+
     def loss(
         self,
         network: Network,
@@ -170,7 +175,7 @@ class Objective:
     def evaluate(
         self, network: Network, x0: Tensor, cond: Condition, draw: Draw, *, dtype: torch.dtype = torch.float32
     ) -> Loss:
-        """The loss of a draw on x0's device: no host sync, so a CUDA graph can hold it."""
+        """The loss of a draw that is on x0's device."""
         raise NotImplementedError
 
     def denoiser(self, net: nn.Module | Callable[..., Any], **known: Any) -> Denoiser:

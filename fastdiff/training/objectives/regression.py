@@ -39,6 +39,10 @@ class SquaredError(Objective):
         super().__post_init__()
         pairing.check(self.pairing)
 
+    @property
+    def capturable(self) -> bool:
+        return self.pairing == "independent"
+
     def evaluate(
         self, network: Network, x0: Tensor, cond: Condition, draw: Draw, *, dtype: torch.dtype = torch.float32
     ) -> Loss:
