@@ -371,6 +371,20 @@ def test_other_schedulers_sizes_and_dtypes_after_accelerating() -> None:
     assert apart(call(pipe), before[-1]) > 0
 
 
+def test_inference_mode_and_another_network() -> None:
+    pipe, other = tiny.make(SD), tiny.make(SD, seed=1).unet
+    before = call(pipe)
+    accelerate(pipe)
+    with torch.inference_mode():
+        assert apart(call(pipe), before) <= LATENT
+        assert apart(call(pipe, callback_on_step_end=lambda pipe, i, t, tensors: tensors), before) <= LATENT
+    assert apart(call(pipe), before) <= LATENT
+    pipe.unet = other
+    assert pipe.unet is other is pipe.components["unet"]
+    changed = call(pipe)
+    assert apart(changed, before) > 1e-2 and apart(changed, call(restore(pipe))) <= LATENT
+
+
 class Own(getattr(diffusers, SD)):  # type: ignore[misc]
     """A pipeline of somebody's own."""
 

@@ -213,14 +213,14 @@ class Loop:
     def _prepare(self, asking: Asking) -> None:
         """How a row runs that asks so."""
         self._swapped = asking.swapped
-        replay = self.call.engine.replay(asking)
-        if replay is not None:
-            self._step = lambda i: replay()
-            return
         first = asking.asked[0].time
         like = Like(asking.time_shape, first.dtype, first.device)
         times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
         self.call.engine.check_time(first, times[self.next])
+        replay = self.call.engine.replay(asking)
+        if replay is not None:
+            self._step = lambda i: replay()
+            return
         evaluate, advance, form = asking.on(), self.desk.advance, asking.form
 
         def step(i: int) -> None:

@@ -89,7 +89,7 @@ def captured(
     and of the latents. Raises what `fd.capture` raises where the steps are no table, and TypeError for one that draws
     from a Brownian tree.
     """
-    own: Any = getattr(type(scheduler), "_fast_of", type(scheduler))
+    own: Any = vars(type(scheduler)).get("_fast_of", type(scheduler))
     plain = plain_copy(scheduler, own, hosted)
     if hasattr(plain, "is_scale_input_called"):
         plain.is_scale_input_called = True
