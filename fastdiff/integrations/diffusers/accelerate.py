@@ -229,7 +229,7 @@ def _accelerated(base: Any, network: str) -> type:
     if hasattr(base, "interrupt"):
 
         def interrupt(self: Any) -> bool:
-            call = _call(self)
+            call = self.__dict__[ENGINE].current
             return (call is not None and call.finished) or base.interrupt.fget(self)
 
         members["interrupt"] = property(interrupt)
