@@ -5,6 +5,7 @@
 
 #include "affine.h"
 #include "guide.h"
+#include "norm.h"
 
 namespace fastdiff {
 
@@ -32,6 +33,14 @@ inline Error check(const GuideArgs& args) {
     return kBadShape;
   if (args.model_out_dtype < kFloat32 || args.model_out_dtype > kBFloat16) return kBadDtype;
   return args.rule < kPlain || args.rule > kCfgZero ? kBadRule : kOk;
+}
+
+inline Error check(const NormArgs& args) {
+  if (!args.x || (args.y && (!args.weight || !args.bias || !args.stats)) || (!args.y && !args.total)) return kNullPointer;
+  if ((args.C1 < args.C) != (args.skip != nullptr)) return kNullPointer;
+  if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
+  if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;
+  return args.dtype < kFloat32 || args.dtype > kBFloat16 ? kBadDtype : kOk;
 }
 
 }  // namespace fastdiff

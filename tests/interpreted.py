@@ -60,6 +60,8 @@ with interpretation():
     layout = importlib.import_module("kernels_under_test.layout")
     philox_module = importlib.import_module("kernels_under_test.philox")
     guide = importlib.import_module("kernels_under_test.guide")
+    norm = importlib.import_module("kernels_under_test.norm")
+    norm_backward = importlib.import_module("kernels_under_test.norm_backward")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 // The executor for AVX2, FMA and F16C (compiled with their flags).
 #include "lanes_avx2.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 
@@ -8,6 +9,7 @@ namespace fastdiff::cpu {
 
 const Executor avx2_executor = {
     Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
+    norm_sums<Avx2>, norm_map<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../guide.h"
+#include "../norm.h"
 #include "../philox.h"
 
 namespace fastdiff::cpu {
@@ -66,6 +67,19 @@ struct Part {
   float* momentum;         // null: not read; rule kApg writes it
 };
 
+// Pixels first .. first + count of sample b for the norm op.
+struct NormPatch {
+  const NormArgs* args;
+  int64_t b, first, count;
+};
+
+// y = (u - middle) factor + constant of every channel, then SiLU.
+struct NormMap {
+  const float *factor, *middle, *constant;
+  void* to;
+  bool from_total, act;
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -77,6 +91,9 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
+  void (*norm_sums)(const NormPatch&, double* sums);
+  void (*norm_map)(const NormPatch&, const NormMap&);
 };
 
 constexpr int64_t kFillSlack = 128;
