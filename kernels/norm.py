@@ -376,7 +376,7 @@ def geometry(pixels: int, channels: int, groups: int, size: int) -> Geometry:
     def lanes(n: int) -> int:
         return triton.cdiv(groups, n) * _power(n * each)
 
-    cached = [n for n in counts if SECTOR <= n * row and n * row * pixels <= CACHED]
+    cached = [n for n in counts if n * row >= SECTOR and n * row * pixels <= CACHED]
     counts = cached or [n for n in counts if n * row >= ROW] or counts[-1:]
     count = min(counts, key=lambda n: (lanes(n), -n))
     width = _power(count * each)

@@ -320,7 +320,7 @@ def test_brownian_has_a_table_of_its_own() -> None:
     assert "| 41.0 |" in text and "| 0.9991 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian"])
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "norm", "unet"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fastdiff.kernels import norm as kernel
 from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, error
 from torch import Tensor
 
 from bench.shapes import NETWORKS, Norm
 from fastdiff.engine import native, norm
 from fastdiff.errors import BackendUnavailable
-from fastdiff.kernels import norm as kernel
 
 EXECUTORS = ("reference", "cpp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -71,7 +71,8 @@ class NormArgs(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in _NORM_POINTERS]
         + [(name, ctypes.c_int64) for name in ("B", "C", "C1", "P", "groups")]
         + [(f"{name}_stride", ctypes.c_int64) for name in ("residual", "before", "scale", "shift")]
-        + [("eps", ctypes.c_float), *((name, ctypes.c_int32) for name in ("act", "dtype", "channels_last"))]
+        + [("eps", ctypes.c_float)]
+        + [(name, ctypes.c_int32) for name in ("act", "dtype", "channels_last")]
     )
 
 

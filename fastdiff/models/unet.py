@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel
 from .unet_config import UNetConfig
+
+if TYPE_CHECKING:
+    from .unet_fast import FastUNet
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -88,6 +91,15 @@ class UNet(nn.Module):
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
+
+    def fast(self, dtype: torch.dtype | None = None) -> FastUNet:
+        """This network for inference (fastdiff.models.unet_fast): copied weights, cast once to `dtype`, fewer kernels.
+
+        dtype: float32, float16 or bfloat16; None is the network's own. Where it has another, TypeError.
+        """
+        from .unet_fast import FastUNet
+
+        return FastUNet(self, dtype)
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
