@@ -73,7 +73,7 @@ def _case(
         return line
     tasks = {name: _task(contender, device) for name, contender in contenders.items()}
     tasks["copy_us"] = measure.copy_task(2 * x.numel() * x.element_size(), device, CALLS)
-    timings = measure.interleave(tasks, device, 0.05 if quick else 0.5, least=3, most=100)
+    timings = measure.interleave(tasks, device, 0.05 if quick or device.type == "cuda" else 0.5, least=5, most=100)
     for name, timing in timings.items():
         line |= {name: timing.median, f"{name}_p10": timing.p10, f"{name}_p20": timing.p20, f"{name}_p80": timing.p80}
     line["gbs"] = line["bytes_per_element"] * x.numel() / timings["us"].median / 1e3

@@ -9,6 +9,7 @@ import torch
 from test_unet import CONFIGS, random_inputs, random_peer, small_config
 
 import fastdiff as fd
+from fastdiff.models import unet_blocks
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_fast import FastUNet, PreparedUNet
 from fastdiff.models.unet_nodes import cost
@@ -68,7 +69,7 @@ def test_weights_are_cast_once_and_only_where_it_costs_no_digits() -> None:
         "qkv",
         "qkv_bias",
     }
-    assert dtypes["rows_weight"] == dtypes["down.0.0.norm1_weight"] == torch.float32
+    assert dtypes["rows_weight"] == dtypes["layers.0.norm1_weight"] == torch.float32
     assert next(iter(fast.parameters())).dtype == torch.bfloat16, "what a Denoiser takes for the network's dtype"
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
@@ -152,6 +153,40 @@ def test_compiles_without_a_break() -> None:
     expected = fast(*inputs)
     got = compiled(inputs[0], inputs[1], rows)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+# -- training
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar", "scale-shift"])
+def test_a_network_that_trains_with_the_norm_op_has_the_same_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on a GPU in channels_last, and here on the CPU because it is told to."""
+    net, (x, *rest) = networks(name)
+    x = x.contiguous(memory_format=LAST)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        net.zero_grad()
+        net(x, *rest).square().mean().backward()
+        return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+
+    calls: list[bool] = []
+    real = unet_blocks.norm_act
+    monkeypatch.setattr(
+        unet_blocks, "norm_act", lambda *given, **options: calls.append(True) or real(*given, **options)
+    )
+    expected = gradients()
+    assert not calls
+    monkeypatch.setattr(unet_blocks, "FUSES", ("cpu",))
+    got = gradients()
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in net.modules())
+    assert len(calls) == norms
+    for key, gradient in expected.items():
+        tolerance = 1e-4 * float(gradient.abs().max())
+        torch.testing.assert_close(
+            got[key], gradient, rtol=1e-3, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 # -- cost

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel
+from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel, normalised
 from .unet_config import UNetConfig
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class UNet(nn.Module):
             x = self.mid_block(x, act_time)
         for up in self.up_blocks:
             x = up(x, states, act_time)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(normalised(self.conv_norm_out, x))
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
 

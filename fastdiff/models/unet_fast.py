@@ -1,16 +1,20 @@
-"""The UNet for inference: the same weights and outputs in a third of the kernels.
+"""The UNet for inference: the same weights and outputs in a quarter of the kernels.
 
 May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what it does not cover runs the plain block.
 - channels_last throughout; each group normalisation is one `norm_act`, which also adds what the block before it left to
   add (its bias, its residual), writes that sum, and reads a skip beside it, so no concatenation is copied;
-- a shortcut adds onto its convolution's output in the epilogue of its GEMM; q, k and v are one GEMM, and where there is
-  one head the output's matrix is folded into that of v and the keys' into that of q: softmax(x A x^T) x B;
+- a shortcut adds onto its convolution's output in the epilogue of its GEMM;
+- q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
+  into that of q: softmax(x A x^T) x B;
 - nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
-- the projections of the time of all blocks are one GEMM in fp32; `prepare_times(times)` has it done for every row of a plan.
+- the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +52,7 @@ class FastUNet(nn.Module):
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"UNet.fast: dtype must be float32, float16 or bfloat16, got {dtype}; cast the UNet first")
         self.config, self.check, self.expand = net.config, net._check, net._expand
+        assert net.conv_in.bias is not None and net.conv_out.bias is not None
         self.conv_in = fixed(net.conv_in.weight, dtype, image=True)
         self.conv_in_bias = fixed(net.conv_in.bias)
         self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
@@ -57,14 +62,15 @@ class FastUNet(nn.Module):
         self.class_embedding = None if net.class_embedding is None else _copied(net.class_embedding)
         self.fallbacks: dict[str, str] = {}
         rows = Rows()
-        self.down = nn.ModuleList(self._level(name, level, dtype, rows) for name, level in _named(net.down_blocks))
-        middle = [] if net.mid_block is None else [("mid_block", net.mid_block)]
-        self.middle = nn.ModuleList(self._level(name, level, dtype, rows) for name, level in middle)
-        self.up = nn.ModuleList(self._level(name, level, dtype, rows) for name, level in _named(net.up_blocks, "up"))
+        levels: list[tuple[str, nn.Module]] = [(f"down_blocks.{i}", level) for i, level in enumerate(net.down_blocks)]
+        levels += [] if net.mid_block is None else [("mid_block", net.mid_block)]
+        levels += [(f"up_blocks.{i}", level) for i, level in enumerate(net.up_blocks)]
+        layers = [layer for name, level in levels for layer in self._level(name, level, dtype, rows)]
+        _pad_to_skips(layers)
+        self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         if self.fallbacks:
             rows.keep(net.config.time_dim)  # plain blocks project the embedding themselves
         self.rows_weight, self.rows_bias = rows.matrix(net.config.time_dim, net.conv_in.weight.device)
-        self._pad_to_skips(net)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
@@ -96,43 +102,33 @@ class FastUNet(nn.Module):
         x = F.conv2d(F.pixel_unshuffle(x, patch) if patch > 1 else x, self.conv_in, padding=1)
         state = Pending(as_images(x), self.conv_in_bias)
         states = [state]
-        for layers in self.down:
-            for layer in layers:
-                state = layer(state, rows)
-                if layer.saved:
-                    states.append(state)
-        for layers in self.middle:
-            for layer in layers:
-                state = layer(state, rows)
-        for layers in self.up:
-            for layer in layers:
-                state = layer(state, rows, states.pop().sum()) if layer.takes_skip else layer(state, rows)
+        for layer in self.layers:
+            state = layer(state, rows, states.pop().sum()) if layer.takes_skip else layer(state, rows)
+            if layer.saved:
+                states.append(state)
         config = self.config
         y, _ = state.norm(self.norm_weight, self.norm_bias, config.norm_num_groups, config.norm_eps)
         y = F.conv2d(y, self.conv_out, self.conv_out_bias, padding=1)
         y = F.pixel_shuffle(y, patch) if patch > 1 else y
         return y / time.to(y.dtype)[:, None, None, None] if config.time_embedding_type == "fourier" else y
 
-    def _level(self, name: str, level: nn.Module, dtype: torch.dtype, rows: Rows) -> nn.ModuleList:
+    def _level(self, name: str, level: nn.Module, dtype: torch.dtype, rows: Rows) -> Iterator[Layer]:
         """The blocks of a level in the order they run."""
-        layers: list[Layer] = []
-        attentions = list(getattr(level, "attentions", []))
-        up = name.startswith("up")
-
-        def add(kind: str, block: nn.Module, saved: bool, takes_skip: bool = False) -> None:
-            layer = self._layer(f"{name}.{kind}", block, dtype, rows)
-            layer.saved, layer.takes_skip = saved, takes_skip
-            layers.append(layer)
-
+        attentions, down = list(getattr(level, "attentions", [])), name.startswith("down")
         for i, block in enumerate(level.resnets):  # type: ignore[arg-type]
             attends = i < len(attentions)
-            add(f"resnets.{i}", block, not attends, up)
+            layer = self._layer(f"{name}.resnets.{i}", block, dtype, rows)
+            layer.saved, layer.takes_skip = down and not attends, name.startswith("up")
+            yield layer
             if attends:
-                add(f"attentions.{i}", attentions[i], True)
+                layer = self._layer(f"{name}.attentions.{i}", attentions[i], dtype, rows)
+                layer.saved = down
+                yield layer
         for kind in ("downsamplers", "upsamplers"):
             for i, block in enumerate(getattr(level, kind, [])):
-                add(f"{kind}.{i}", block, True)
-        return nn.ModuleList(layers)
+                layer = self._layer(f"{name}.{kind}.{i}", block, dtype, rows)
+                layer.saved = down
+                yield layer
 
     def _layer(self, name: str, block: nn.Module, dtype: torch.dtype, rows: Rows) -> Layer:
         reason = uncovered(block)
@@ -141,14 +137,6 @@ class FastUNet(nn.Module):
             return PlainLayer(_copied(block, dtype))
         kinds = {"ResBlock": FastResBlock, "Attention": FastAttention, "Downsample": FastDown, "Upsample": FastUp}
         return kinds[type(block).__name__](block, dtype, rows)
-
-    def _pad_to_skips(self, net: UNet) -> None:
-        """A bias that is added beside a skip is 0 on the skip's channels."""
-        before: Layer | None = None
-        for layer in (layer for part in (self.down, self.middle, self.up) for layers in part for layer in layers):
-            if layer.takes_skip and before is not None and before.after is not None:
-                before.after = fixed(F.pad(before.after, (0, layer.channels_in - before.after.shape[0])))
-            before = layer
 
 
 class PreparedUNet(nn.Module):
@@ -175,11 +163,12 @@ class PreparedUNet(nn.Module):
         return self.net.run(x, time, self.table.index_select(0, found))
 
 
-def _named(levels: nn.ModuleList, kind: str = "down") -> list[tuple[str, nn.Module]]:
-    return [(f"{kind}_blocks.{i}", level) for i, level in enumerate(levels)]
+def _pad_to_skips(layers: Sequence[Layer]) -> None:
+    """A bias that is added beside a skip is 0 on the skip's channels."""
+    for before, layer in itertools.pairwise(layers):
+        if layer.takes_skip and before.after is not None:
+            before.after = fixed(F.pad(before.after, (0, layer.channels_in - before.after.shape[0])))
 
 
 def _copied(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    import copy
-
     return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,6 +1,7 @@
 """The blocks of the UNet's inference form, each made from a plain block.
 
-May import: engine.norm, unet_blocks. What a block leaves to add, its bias and its residual, the next normalisation adds.
+May import: engine.norm, unet_blocks. What a block leaves to add, its bias and its residual, the next normalisation
+adds.
 """
 
 from __future__ import annotations
@@ -94,13 +95,18 @@ class Rows:
 
 
 class Layer(nn.Module):
-    """A block from one pending sum to the next. after: the bias it leaves to add. saved: its sum is a skip further on."""
+    """A block from one pending sum to the next.
+
+    after: the bias it leaves to add. saved: its sum is a skip further on. takes_skip: it reads one.
+    """
 
     saved = False
     takes_skip = False
     channels_in = 0
     after: nn.Parameter | None
+    before: nn.Parameter | None
     shortcut: nn.Parameter | None
+    out: nn.Parameter | None
     far: nn.Parameter | None
 
     def __init__(self) -> None:
@@ -142,7 +148,7 @@ class FastResBlock(Layer):
         self.conv2 = fixed(block.conv2.weight, dtype, image=True)
         assert block.conv1.bias is not None and block.conv2.bias is not None
         self.place = rows.add(block.time_emb_proj, None if block.scale_shift else block.conv1.bias)
-        self.before = fixed(block.conv1.bias) if block.scale_shift else None
+        self.register_parameter("before", fixed(block.conv1.bias) if block.scale_shift else None)
         after = block.conv2.bias.detach().float()
         self.register_parameter("shortcut", None)
         if block.conv_shortcut is not None:
@@ -162,13 +168,12 @@ class FastResBlock(Layer):
         else:
             h = F.conv2d(y, self.conv1, padding=1)
         time = rows[:, self.place]
-        before, scale, shift = time, None, None
+        affine = self.norm2_weight, self.norm2_bias, self.groups, self.eps
         if self.scale_shift:
-            before, scale, shift = self.before, time[:, : self.channels], time[:, self.channels :]
-        h = norm_act(
-            as_images(h), self.norm2_weight, self.norm2_bias, self.groups, self.eps,
-            before=before, scale=scale, shift=shift,
-        )  # fmt: skip
+            scale, shift = time[:, : self.channels], time[:, self.channels :]
+            h = norm_act(as_images(h), *affine, before=self.before, scale=scale, shift=shift)
+        else:
+            h = norm_act(as_images(h), *affine, before=time)
         h = as_images(F.conv2d(h, self.conv2, padding=1))
         if self.shortcut is None:
             return Pending(h, self.after, as_images(x))
@@ -187,16 +192,16 @@ class FastAttention(Layer):
             fixed(norm.weight), fixed(norm.bias), norm.num_groups, norm.eps,
         )  # fmt: skip
         self.channels_in, self.heads = norm.num_channels, block.heads
-        q, k, v, out = block.to_q, block.to_k, block.to_v, block.to_out[0]
-        weights = [layer.weight.detach().double() for layer in (q, k, v, out)]
-        biases = [layer.bias.detach().double() for layer in (q, k, v, out)]  # type: ignore[union-attr]
-        self.folds = block.heads == 1 and q.out_features == norm.num_channels
+        layers = block.to_q, block.to_k, block.to_v, block.to_out[0]
+        weights, biases = ([getattr(layer, name).detach().double() for layer in layers] for name in ("weight", "bias"))
+        self.folds = block.heads == 1 and weights[0].shape[0] == norm.num_channels
         if self.folds:
             # q k^T + what is the same for every key; the rows of softmax sum to 1, so v's bias passes through it
             into = [weights[1].t() @ weights[0], weights[3] @ weights[2]]
             given = [weights[1].t() @ biases[0], torch.zeros_like(biases[2])]
             self.qkv, self.qkv_bias = fixed(torch.cat(into), dtype), fixed(torch.cat(given), dtype)
-            self.out, self.after = None, fixed(weights[3] @ biases[2] + biases[3])
+            self.register_parameter("out", None)
+            self.after = fixed(weights[3] @ biases[2] + biases[3])
         else:
             self.qkv, self.qkv_bias = fixed(torch.cat(weights[:3]), dtype), fixed(torch.cat(biases[:3]), dtype)
             self.out, self.after = fixed(weights[3], dtype), fixed(biases[3])
