@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | train-ops | table`; each has --help."""
+"""Benchmarks: `python bench/run.py ops | brownian | loop | train-ops | norm | unet | table`; each has --help."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, ops, table, train_ops  # noqa: E402
+from bench import brownian, loop, measure, norm, ops, table, train_ops, unet  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
   python bench/run.py brownian --threads 2  noise on a path; needs torchsde and k-diffusion
   python bench/run.py loop --threads 2      whole runs, network included
   python bench/run.py train-ops --threads 2 noising and loss of a training step
+  python bench/run.py norm --threads 2      group normalisation on the UNets' shapes
+  python bench/run.py unet --threads 2      a UNet's forward pass against diffusers'
   python bench/run.py table                 README's tables from bench/results.csv"""
 
 
@@ -35,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
-    benches = {"ops": ops, "brownian": brownian, "loop": loop, "train-ops": train_ops}
-    lines = benches[options.command].run(device, options.quick)
-    return _record(lines, facts, options)
+    benches = {"ops": ops, "brownian": brownian, "loop": loop, "train-ops": train_ops, "norm": norm, "unet": unet}
+    with torch.set_grad_enabled(options.command == "train-ops"):
+        return _record(benches[options.command].run(device, options.quick), facts, options)
 
 
 def _record(lines: Iterator[dict[str, Any]], facts: dict[str, Any], options: argparse.Namespace) -> int:
@@ -82,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
             "train-ops",
             "noising and loss of a training step, forward and backward, against diffusers' add_noise and mse",
         ),
+        ("norm", "group normalisation with SiLU on every shape of the UNets, against torch and what it compiles to"),
+        ("unet", "a UNet's forward pass: the fast form against the plain one and diffusers', eager and compiled"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -352,7 +352,7 @@ def test_train_ops_has_a_table_of_its_own() -> None:
     assert "| 4.4 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "train-ops"])
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "train-ops", "norm", "unet"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

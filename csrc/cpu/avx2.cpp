@@ -1,6 +1,7 @@
 // The executor for AVX2, FMA and F16C (compiled with their flags).
 #include "lanes_avx2.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -10,6 +11,7 @@ namespace fastdiff::cpu {
 const Executor avx2_executor = {
     Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
+    norm_sums<Avx2>, norm_map<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

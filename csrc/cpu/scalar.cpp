@@ -1,6 +1,7 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -10,6 +11,7 @@ namespace fastdiff::cpu {
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
+    norm_sums<Plain>, norm_map<Plain>,
 };
 
 }  // namespace fastdiff::cpu

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdiff.compiler import layout
 from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
@@ -91,7 +92,9 @@ class Sampler:
             if other is not None:
                 check_alike(name, other, model)
         self.plan = plan
-        self.model, self.guide, self.perturbed = model, guide, perturbed
+        packed = plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
+        times = None if isinstance(plan, AdaptivePlan) else torch.from_numpy(packed.coef[:, layout.EMIT_TIME].copy())
+        self.model, self.guide, self.perturbed = _ready(model, times), guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
         captures = model.device.type == "cuda" and self.backend in ("triton", "cuda")
@@ -108,7 +111,6 @@ class Sampler:
         self._batch_plan: tuple[int, Plan] | None = None
         self.last_run: RunStats | None = None
         self._buffers: Buffers | None = None
-        plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
 
     @torch.no_grad()
     def sample(
@@ -354,3 +356,12 @@ class Sampler:
             f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
             "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
+
+
+def _ready(model: Denoiser, times: Tensor | None) -> Denoiser:
+    """The model, its network made ready for these times where it offers `prepare_times` (models.unet_fast)."""
+    prepare = getattr(model.net, "prepare_times", None)
+    if prepare is None or times is None:
+        return model
+    with torch.inference_mode(False), torch.no_grad():
+        return model.around(prepare(model.as_time(times)))

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from . import guided_diffusion_names
 from .class_labels import check_labels
-from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel
+from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel, normalised
 from .unet_config import UNetConfig
 from .weight_files import read_metadata, read_safetensors, read_tensors
+
+if TYPE_CHECKING:
+    from .unet_fast import FastUNet
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -87,9 +90,18 @@ class UNet(nn.Module):
             x = self.mid_block(x, act_time)
         for up in self.up_blocks:
             x = up(x, states, act_time)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(normalised(self.conv_norm_out, x))
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
+
+    def fast(self, dtype: torch.dtype | None = None) -> FastUNet:
+        """This network for inference (fastdiff.models.unet_fast): copied weights, cast once to `dtype`, fewer kernels.
+
+        dtype: float32, float16 or bfloat16; None is the network's own. Where it has another, TypeError.
+        """
+        from .unet_fast import FastUNet
+
+        return FastUNet(self, dtype)
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
