@@ -182,8 +182,10 @@ def test_a_network_that_trains_with_the_norm_op_has_the_same_gradients(
     got = gradients()
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in net.modules())
     assert len(calls) == norms
+    # a bias that a norm of one channel takes away again has no gradient but what rounding leaves
+    floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
     for key, gradient in expected.items():
-        tolerance = 1e-4 * float(gradient.abs().max())
+        tolerance = 1e-4 * float(gradient.abs().max()) + floor
         torch.testing.assert_close(
             got[key], gradient, rtol=1e-3, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
         )
