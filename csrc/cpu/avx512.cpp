@@ -8,6 +8,7 @@ namespace fastdiff::cpu {
 
 const Executor avx512_executor = {
     Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
+    torch_normals_avx2,
 };
 
 }  // namespace fastdiff::cpu

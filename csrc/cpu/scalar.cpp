@@ -3,11 +3,13 @@
 #include "noise.h"
 #include "step.h"
 #include "sums.h"
+#include "torch_normal.h"
 
 namespace fastdiff::cpu {
 
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+    torch_normals<Plain>,
 };
 
 }  // namespace fastdiff::cpu
