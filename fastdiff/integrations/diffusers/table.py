@@ -212,7 +212,8 @@ def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool, 
     raises where it is no table.
     """
     name = type(plain).__name__
-    if not torch.is_tensor(getattr(plain, "timesteps", None)) and not getattr(plain, "timesteps", None):
+    timesteps = getattr(plain, "timesteps", None)
+    if timesteps is None or len(timesteps) == 0:
         raise ValueError(f"{name} has no timesteps; call set_timesteps first")
     key = (fingerprint(plain, hosted), first, tuple(sorted(options.items())), follows)
     with _compiling:
