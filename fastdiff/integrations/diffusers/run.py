@@ -203,6 +203,9 @@ class Run:
     def _table(self, scheduler: Any, position: int | None) -> Table:
         """The table of the scheduler from this position on; None: where a run begins that nothing was said of."""
         plain = plain_copy(scheduler, self.kind, self.hosted)
+        timesteps = getattr(plain, "timesteps", None)
+        if timesteps is None or len(timesteps) == 0:
+            raise ValueError(f"{self.name} has no timesteps; call set_timesteps with one step or more")
         if hasattr(plain, "is_scale_input_called"):
             plain.is_scale_input_called = True
         if hasattr(plain, "_step_index"):

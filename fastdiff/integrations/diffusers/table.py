@@ -212,9 +212,6 @@ def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool, 
     raises where it is no table.
     """
     name = type(plain).__name__
-    timesteps = getattr(plain, "timesteps", None)
-    if timesteps is None or len(timesteps) == 0:
-        raise ValueError(f"{name} has no timesteps; call set_timesteps first")
     key = (fingerprint(plain, hosted), first, tuple(sorted(options.items())), follows)
     with _compiling:
         table = _tables.get(key)
