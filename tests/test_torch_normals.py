@@ -32,7 +32,7 @@ def pair(seed: int) -> tuple[torch.Generator, torch.Generator]:
 
 
 def test_on_this_machine_it_is_exact() -> None:
-    """Torch's own wheels for x86 CPUs with AVX2: a build of torch that rounds otherwise fails here, not in a picture."""
+    """Torch's wheels for x86 CPUs with AVX2: one that rounds otherwise shows here; pictures would only be slower."""
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert torch_normals.is_exact()
 

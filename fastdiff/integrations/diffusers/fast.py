@@ -34,17 +34,17 @@ def fast(kind: type[Scheduler]) -> type[Scheduler]:
         )
     if "_fast_of" in vars(kind):
         return kind
+    original: Any = kind
     if hasattr(kind, "_fast_of"):
         raise TypeError(
-            f"fast: {kind.__name__} is made from a fast class, so that its own methods run beside the rows; make it a "
-            f"subclass of {kind._fast_of.__module__}.{kind._fast_of.__name__} itself, and that one fast"
+            f"fast: {kind.__name__} is made from a fast class, and what it changes runs beside the rows; make it a "
+            f"subclass of {original._fast_of.__name__} itself, and that one fast"
         )
     for method in ("set_timesteps", "step"):
         if not callable(getattr(kind, method, None)):
             raise TypeError(
                 f"fast: {kind.__name__} has no {method}(); expected a scheduler class such as diffusers' are"
             )
-    original: Any = kind
     names = tuple(parameters(original))
 
     @functools.wraps(original.__init__)

@@ -78,12 +78,11 @@ class Place:
                 f"{self.name}: step called at position {table.first + row}, and the schedule has steps {table.first} "
                 f"to {table.first + len(table) - 1}; call set_timesteps before another run"
             )
-        if table.reads_time or table.keeps_time == "order":
-            if not self.is_at(table, row, timestep):
-                raise ValueError(
-                    f"{self.name}: step called out of order: got timestep {self._value(timestep):g}, this is step "
-                    f"{table.first + row}, whose timestep is {table.times[row]:g}; call set_timesteps to start anew"
-                )
+        if (table.reads_time or table.keeps_time == "order") and not self.is_at(table, row, timestep):
+            raise ValueError(
+                f"{self.name}: step called out of order: got timestep {self._value(timestep):g}, this is step "
+                f"{table.first + row}, whose timestep is {table.times[row]:g}; call set_timesteps to start anew"
+            )
         return row
 
     def is_at(self, table: Table, row: int, timestep: Any) -> bool:

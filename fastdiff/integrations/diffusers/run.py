@@ -22,7 +22,6 @@ from fastdiff.integrations.diffusers.registers import Ready, Registers
 from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, look, plain_copy, unchanged
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
-
 NOWHERE = -1  # no step index
 
 

@@ -36,7 +36,9 @@ def denoiser(
     Raises TypeError for what cannot be called, ValueError for ends that a wrapper with a schedule has already.
     """
     if not callable(model):
-        raise TypeError(f"denoiser: expected model(x, sigma, **cond), got {type(model).__name__}, which is not callable")
+        raise TypeError(
+            f"denoiser: expected model(x, sigma, **cond), got {type(model).__name__}, which is not callable"
+        )
     kind = _raw(model)
     if kind is None:
         low, high = (_end(model, name, given) for name, given in (("sigma_min", sigma_min), ("sigma_max", sigma_max)))

@@ -1,7 +1,8 @@
 """Where a run's noise and progress bar come from: this package, or a program's own copy of k-diffusion's sampling.
 
-May import: torch, engine, tqdm, torchsde where it is installed. A program that keeps its own sampling module may have changed
-how noise is drawn there (a seed for each image, a generator of its own); with that module as host its draws are used.
+May import: torch, engine, tqdm, torchsde where it is installed. A program that keeps its own sampling module may have
+changed how noise is drawn there (a seed for each image, a generator of its own); with that module as host its draws are
+used.
 """
 
 from __future__ import annotations

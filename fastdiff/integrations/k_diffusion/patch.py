@@ -217,7 +217,7 @@ class _Comfy:
 
 
 def _adds_noise(model: Any) -> bool:
-    """Whether a ComfyUI model tells its schedule, and in it x = x0 + sigma n: those of flows are a class CONST there."""
+    """Whether a ComfyUI model tells its schedule, and x = x0 + sigma n in it; those of flows are of class CONST."""
     try:
         guider = model.inner_model
         told = [guider.inner_model.model_sampling]
