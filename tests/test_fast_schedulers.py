@@ -702,9 +702,7 @@ def test_a_subclass_of_a_fast_class(how: Any) -> None:
     assert type(other) is FromFast and other.step_index == 1
     again = [s.step(X, s.timesteps[1], x)[0] for s in (mine, other)]
     assert torch.equal(*again)
-    with pytest.raises(
-        TypeError, match="FromFast is made from a fast class.*of EulerDiscreteScheduler itself"
-    ):
+    with pytest.raises(TypeError, match="FromFast is made from a fast class.*of EulerDiscreteScheduler itself"):
         fast(FromFast)
 
 

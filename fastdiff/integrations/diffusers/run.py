@@ -49,10 +49,16 @@ class Run:
 
     def _settle(self, scheduler: Any, position: int | None) -> None:
         """The table and the timesteps of the scheduler as it stands."""
-        self.table = self._table(scheduler, position)
-        self._expected = NOWHERE
+        self._take_table(self._table(scheduler, position))
         self.place = Place(scheduler, self.name, self.hosted)
         self._looked: dict[str, tuple[Any, int]] = look(scheduler)
+
+    def _take_table(self, table: Table) -> None:
+        """_last: the row after which the next one is looked up again, -1 for every one."""
+        self.table = table
+        self._expected = NOWHERE
+        self._counts = table.keeps_time == "index"
+        self._last = -1 if table.reads_time else len(table) - 1
 
     def _forget(self) -> None:
         """No step was taken yet, and nothing is bound."""
@@ -104,7 +110,7 @@ class Run:
                 and model_output.is_cpu
             ):
                 model_output = self._adapt(model_output, sample)
-            if (model_output.requires_grad or sample.requires_grad) and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad):
                 raise RuntimeError(
                     f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
                     f"torch.no_grad(), or use {self.name} itself where you differentiate through a step"
@@ -124,16 +130,13 @@ class Run:
             else:
                 x.copy_(sample)
                 call(row, model_output, None, prev, denoised)
-            self._advance(scheduler, row + 1)
+            self.next = row + 1
+            if self._counts:
+                self._expected = index = scheduler._step_index + 1
+                scheduler._step_index = index
+                if row >= self._last:
+                    self._expected = NOWHERE
             return make(prev, denoised, sample, model_output)
-
-    def _advance(self, scheduler: Any, following: int) -> None:
-        """On to the next row."""
-        self.next, table = following, self.table
-        if table.keeps_time == "index":
-            scheduler._step_index += 1
-            by_index = following < len(table) and not table.reads_time
-            self._expected = scheduler._step_index if by_index else NOWHERE
 
     def _row(self, scheduler: Any, timestep: Any) -> int:
         """The row of this step; at the first one, the table from where the scheduler stands."""
@@ -192,7 +195,7 @@ class Run:
             before = self.options, self.follows
             self.options, self.follows = chosen, follows
             try:
-                self.table = self._table(scheduler, self.table.first)
+                self._take_table(self._table(scheduler, self.table.first))
             except BaseException:
                 self.options, self.follows = before
                 raise
