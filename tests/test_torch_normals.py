@@ -133,6 +133,15 @@ def test_a_cached_normal_is_kept() -> None:
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
+@pytest.mark.parametrize("count", [64, 4096, 5003, 1 << 15])
+def test_skipped_normals(count: int) -> None:
+    theirs, ours = pair(count)
+    for _ in range(3):
+        torch.empty(count).normal_(generator=theirs)
+        torch_normals.skip(torch.empty(count), ours)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 def test_the_global_generator() -> None:
     torch.manual_seed(6)
     want = torch.randn(2, 3, 64, 64), torch.get_rng_state()

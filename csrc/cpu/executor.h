@@ -79,7 +79,7 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
-  // n >= 16 normals of torch's generator, whose state is moved on.
+  // n >= 16 normals of torch's generator, whose state is moved on; z null: nothing else.
   void (*torch_normals)(GeneratorBytes&, float* z, int64_t n);
 };
 

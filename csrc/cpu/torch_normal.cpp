@@ -5,9 +5,10 @@
 
 using namespace fastdiff;
 
-// n >= 16 normals into out, as torch's normal_ fills contiguous floats; state is moved on as torch moves it.
+// n >= 16 normals into out, as torch's normal_ fills contiguous floats; state is moved on as torch moves it. out null:
+// only that.
 FASTDIFF_EXPORT int fastdiff_torch_normal(GeneratorBytes* state, int64_t size, int64_t n, float* out) {
-  if (!state || !out) return kNullPointer;
+  if (!state) return kNullPointer;
   if (n < kGroup || size != sizeof(GeneratorBytes)) return kBadShape;
   // a generator that was just seeded has one word left, of a turn that never was
   const int64_t left = state->left, next = static_cast<int64_t>(state->next);

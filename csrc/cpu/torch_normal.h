@@ -43,6 +43,16 @@ struct Mersenne {
     left = kWords;
   }
 
+  void skip(int64_t count) {
+    while (count > 0) {
+      if (left == 0) turn();
+      const int64_t part = count < left ? count : left;
+      at += part;
+      left -= part;
+      count -= part;
+    }
+  }
+
   // The next `count` words, each as a number of [0, 1) with 24 bits; count <= left.
   void uniforms(float* to, int64_t count) {
     constexpr int w = L::kWidth;
@@ -73,10 +83,14 @@ FASTDIFF_INLINE void box_muller_group(float* z) {
   }
 }
 
-// n >= 16 normals; where n is no multiple of 16 the last sixteen are drawn anew, as torch does.
+// n >= 16 normals; where n is no multiple of 16 the last sixteen are drawn anew, as torch does. z null: passed over.
 template <class L>
 void torch_normals(GeneratorBytes& bytes, float* z, int64_t n) {
   Mersenne<L> source(bytes);
+  if (!z) {
+    source.skip(n % kGroup ? n + kGroup : n);
+    return source.leave(bytes);
+  }
   const auto draw = [&](float* to, int64_t count) {
     int64_t made = 0;
     for (int64_t drawn = 0; drawn < count;) {

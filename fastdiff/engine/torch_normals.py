@@ -27,13 +27,28 @@ def fill(out: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     Quicker for contiguous fp32 on a CPU, otherwise torch's own. Threads may share a generator, as with torch.
     """
-    if out.dtype is not torch.float32 or not out.is_cpu or out.numel() < SMALLEST or not out.is_contiguous():
-        return out.normal_(generator=generator)
-    source = torch.default_generator if generator is None else generator
-    if source.device.type != "cpu" or not is_exact():
+    source = _quick(out, generator)
+    if source is None:
         return out.normal_(generator=generator)
     _draw(out, source)
     return out
+
+
+def skip(out: Tensor, generator: torch.Generator | None = None) -> None:
+    """Leave the generator where `fill(out, generator)` does, for normals that nobody reads; out is undefined then."""
+    source = _quick(out, generator)
+    if source is None:
+        out.normal_(generator=generator)
+    else:
+        _draw(out, source, keep=False)
+
+
+def _quick(out: Tensor, generator: torch.Generator | None) -> torch.Generator | None:
+    """The generator to draw from, or None where torch draws itself."""
+    if out.dtype is not torch.float32 or not out.is_cpu or out.numel() < SMALLEST or not out.is_contiguous():
+        return None
+    source = torch.default_generator if generator is None else generator
+    return source if source.device.type == "cpu" and is_exact() else None
 
 
 @functools.cache
@@ -53,8 +68,8 @@ def is_exact() -> bool:
     return torch.equal(ours.get_state(), theirs.get_state())
 
 
-def _draw(out: Tensor, source: torch.Generator) -> None:
-    library, count, to = native.load(), out.numel(), out.data_ptr()
+def _draw(out: Tensor, source: torch.Generator, keep: bool = True) -> None:
+    library, count, to = native.load(), out.numel(), out.data_ptr() if keep else None
     with _lock:
         while True:
             state = source.get_state()
