@@ -21,8 +21,9 @@ SOURCES = [
     "csrc/cpu/isa.cpp",
     "csrc/cpu/scalar.cpp",
     "csrc/cpu/torch_normal.cpp",
+    "csrc/cpu/train.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu"]
+CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Each instruction set is a translation unit of its own, so that nothing else is compiled for the newer CPU.

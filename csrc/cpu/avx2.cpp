@@ -4,6 +4,7 @@
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
+#include "train_step.h"
 
 namespace fastdiff::cpu {
 
@@ -12,6 +13,7 @@ void torch_normals_avx2(GeneratorBytes& bytes, float* z, int64_t n) { torch_norm
 const Executor avx2_executor = {
     Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
     torch_normals_avx2,
+    pixels<Avx2>, noised<Avx2>, squares<Avx2>,
 };
 
 }  // namespace fastdiff::cpu
