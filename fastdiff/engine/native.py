@@ -116,6 +116,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_affine_step_apart_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 5]
+    library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
