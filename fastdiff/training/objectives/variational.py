@@ -163,7 +163,7 @@ class Hybrid(Regression):
         super().__post_init__()
         if self.log_variance or self.perturbation or self.prediction in ("edm", "flow"):
             raise ValueError(
-                f"{self.name} learns the variance of DDPM's steps: leave out log_variance and perturbation, and predict "
+                f"{self.name} learns the variance of DDPM's steps: leave out log_variance and perturbation, predict "
                 f"'eps', 'x0', 'v' or 'score'; got {self.prediction!r}"
             )
         reverse.log_variance(self.schedule, "posterior")
