@@ -279,14 +279,9 @@ def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_guide_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, fewer(architecture, GUIDES), capsys)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
-    check(architecture, wanted, capsys)
+def test_guide_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    training = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
+    check(architecture, [*fewer(architecture, GUIDES), *training], capsys)
 
 
 @pytest.mark.slow
