@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | train-ops | norm | unet | table`; each has --help."""
+"""Benchmarks: `python bench/run.py ops | brownian | loop | pipelines | train-ops | norm | unet | table`; each has --help."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, norm, ops, table, train_ops, unet  # noqa: E402
+from bench import brownian, loop, measure, norm, ops, pipelines, table, train_ops, unet  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
   python bench/run.py brownian --threads 2  noise on a path; needs torchsde and k-diffusion
   python bench/run.py loop --threads 2      whole runs, network included
+  python bench/run.py pipelines --threads 2 diffusers' pipelines before and after accelerate; needs transformers
   python bench/run.py train-ops --threads 2 noising and loss of a training step
   python bench/run.py norm --threads 2      group normalisation on the UNets' shapes
   python bench/run.py unet --threads 2      a UNet's forward pass against diffusers'
@@ -37,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
         measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
-    benches = {"ops": ops, "brownian": brownian, "loop": loop, "train-ops": train_ops, "norm": norm, "unet": unet}
+    benches = {
+        "ops": ops, "brownian": brownian, "loop": loop, "pipelines": pipelines, "train-ops": train_ops, "norm": norm,
+        "unet": unet,
+    }  # fmt: skip
     with torch.set_grad_enabled(options.command == "train-ops"):
         return _record(benches[options.command].run(device, options.quick), facts, options)
 
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ops", "the step alone: the fused row against diffusers and the same row under torch.compile"),
         ("brownian", "a step with Brownian noise against k-diffusion's, and the noise alone"),
         ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
+        ("pipelines", "diffusers' pipelines with tiny components, before and after accelerate"),
         (
             "train-ops",
             "noising and loss of a training step, forward and backward, against diffusers' add_noise and mse",

@@ -167,6 +167,23 @@ def show_brownian(line: Line | None) -> str:
     )
 
 
+def show_pipelines(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'pipeline':<34}{'scheduler':<34}{'outside, us/step [p20-p80]':>30}{'before':>30}{'x':>7}"
+            f"{'call ms [p20-p80]':>26}{'before':>26}{'x':>7}{'error':>10}{'allowed':>10}"
+        )
+    case = f"{line['network']:<34}{line['solver']:<34}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'us'):>30}{_spread(line, 'diffusers_us'):>30}{_number(line, 'ratio_diffusers', 1):>7}"
+        f"{_spread(line, 'seconds', 1e3):>26}{_spread(line, 'diffusers_seconds', 1e3):>26}{_whole(line):>7}{gate}"
+    )
+
+
 def show_train_ops(line: Line | None) -> str:
     """One line on the terminal; None gives the header."""
     if line is None:
@@ -225,6 +242,7 @@ LINES: dict[str, Callable[[Line | None], str]] = {
     "ops": show_ops,
     "loop": show_loop,
     "brownian": show_brownian,
+    "pipelines": show_pipelines,
     "train-ops": show_train_ops,
     "norm": show_norm,
     "unet": show_unet,
@@ -269,6 +287,13 @@ _UNET_ABOUT = (
     "the fast form's kernels at its own limit, without gaps. *error*: against float64 / twice diffusers' own."
 )
 
+
+_PIPELINES_ABOUT = (
+    "diffusers' pipelines with tiny random components, 20 steps, before and after `accelerate(pipe)`: `python "
+    "bench/run.py pipelines`. *outside*: median µs of a step that are not the network's, from the beginning of the "
+    "denoising loop to its end, drawing included. *call*: the whole call in ms, with all that comes before and after "
+    "the loop, the picture's decoding left out. *error*: largest difference of the pictures / what is allowed."
+)
 
 _TRAIN_ABOUT = (
     "Noising and loss of a training step, forward and backward, network excluded: `python bench/run.py train-ops`. "
@@ -394,6 +419,26 @@ def _unet_table(lines: Sequence[Line]) -> str:
     return _markdown(head, body, 3)
 
 
+def _pipelines_table(lines: Sequence[Line]) -> str:
+    head = ["pipeline", "scheduler", "outside", "outside, before", "ratio", "call", "call, before", "ratio"]
+    head += ["error / allowed"]
+    body = [
+        [
+            line["network"],
+            line["solver"],
+            _spread(line, "us"),
+            _spread(line, "diffusers_us"),
+            _number(line, "ratio_diffusers", 1),
+            _spread(line, "seconds", 1e3),
+            _spread(line, "diffusers_seconds", 1e3),
+            _whole(line),
+            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+        ]
+        for line in lines
+    ]
+    return _markdown(head, body, 2)
+
+
 def _train_ops_table(lines: Sequence[Line]) -> str:
     head = ["shape", "kernel", "fastdiff µs", "kernels µs", "diffusers µs", "compiled µs", "× diffusers", "× compiled"]
     head += ["B/element", "error / allowed"]
@@ -416,6 +461,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "ops": (_OPS_ABOUT, _ops_table),
     "brownian": (_BROWNIAN_ABOUT, _brownian_table),
     "loop": (_LOOP_ABOUT, _loop_table),
+    "pipelines": (_PIPELINES_ABOUT, _pipelines_table),
     "train-ops": (_TRAIN_ABOUT, _train_ops_table),
     "norm": (_NORM_ABOUT, _norm_table),
     "unet": (_UNET_ABOUT, _unet_table),
@@ -436,6 +482,11 @@ def _compiled(line: Line) -> str:
     """The column of the compiled formula's better way of being launched."""
     graph = line.get("compiled_graph_us", "")
     return "compiled_graph_us" if graph != "" and float(graph) < float(line["compiled_us"]) else "compiled_us"
+
+
+def _whole(line: Line) -> str:
+    """Of a whole call: the time before over the time now."""
+    return f"{float(line['diffusers_seconds']) / float(line['seconds']):.2f}"
 
 
 def _number(line: Line, key: str, digits: int) -> str:

@@ -352,7 +352,7 @@ def test_train_ops_has_a_table_of_its_own() -> None:
     assert "| 4.4 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "train-ops", "norm", "unet"])
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "pipelines", "train-ops", "norm", "unet"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +366,7 @@ def test_quick_mode_runs_one_tiny_case(
         torch.set_num_threads(threads)
         peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "train-ops"))
+    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "pipelines", "train-ops"))
     assert not results.exists(), "quick figures are not worth keeping"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import unknown_name
+from fastdiff.models.from_diffusers import describe
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
@@ -109,6 +110,23 @@ class Denoiser:
                 f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample"
             )
         return output
+
+    @classmethod
+    def from_diffusers(cls, pipe_or_unet: Any, scheduler: Any = None) -> Denoiser:
+        """The network of a diffusers pipeline, or a network and a scheduler, with what the scheduler's config says.
+
+        Schedule and prediction are the config's. Conditions are the network's own keyword arguments:
+        cond={"encoder_hidden_states": ...}. Raises TypeError or ValueError where the config names what is not known.
+        """
+        found = describe(pipe_or_unet, scheduler)
+        return cls(
+            found.call,
+            found.schedule,
+            found.prediction,
+            sigma_data=found.sigma_data,
+            shape=found.shape,
+            learned_variance=found.learned_variance,
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
         """The same denoiser with its network moved and cast (a module is moved in place, as torch does)."""
