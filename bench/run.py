@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | pipelines | train-ops | norm | unet | table`; each has --help."""
+"""Benchmarks: `python bench/run.py NAME`, each with --help; `table` writes README from what they measured."""
 
 from __future__ import annotations
 

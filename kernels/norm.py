@@ -12,7 +12,7 @@ parts in the same order: neither the batch nor the choice between them changes a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -392,23 +392,13 @@ def launches(batch: int, pixels: int, channels: int, groups: int, size: int) -> 
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    groups: int,
-    eps: float,
-    act: bool,
-    y: Tensor,
-    total: Tensor | None,
-    stats: Tensor,
-    last: bool,
+    given: Any, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
 ) -> None:
-    """Write y, the sum and the statistics; tensors and equation as in fastdiff.engine.norm, where they are checked."""
+    """Write y, the sum and the statistics; tensors and equation as in fastdiff.engine.norm, where they are checked.
+
+    given: x, weight, bias, before, scale, shift, residual, skip.
+    """
+    x, weight, bias, before, scale, shift, residual, skip = given
     batch, channels = y.shape[:2]
     first, pixels = x.shape[1], y[0, 0].numel()
     cut = geometry(pixels, channels, groups, y.element_size())

@@ -8,6 +8,8 @@ Must reach 70 % of copy bandwidth at batch 64, and 1.5 times the speed of torch'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -205,21 +207,13 @@ def shared_kernel(
 
 
 def backward(
-    grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    act: bool,
-    du: Tensor,
-    sums: Tensor,
-    last: bool,
+    grad: Tensor, given: Any, stats: Tensor, groups: int, act: bool, du: Tensor, sums: Tensor, last: bool
 ) -> None:
-    """Write du and the sums [B, 3, C]; tensors and equation as in fastdiff.engine.norm, where they are checked."""
+    """Write du and the sums [B, 3, C]; tensors and equation as in fastdiff.engine.norm, where they are checked.
+
+    given: as of the forward pass, with u for x, and no residual and skip.
+    """
+    u, weight, bias, before, scale, shift, *_ = given
     batch, channels = u.shape[:2]
     pixels = u[0, 0].numel()
     cut = geometry(pixels, channels, groups, u.element_size())

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.engine.norm_checks import Inputs
+
 EXTRAS = ("before", "scale", "shift", "residual", "skip")
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 
@@ -54,10 +56,13 @@ class Case:
         }
         self.options = {name: make() if name in self.extras else None for name, make in made.items()}
 
+    def inputs(self) -> Inputs:
+        """As the executors take them."""
+        return Inputs(self.x, self.weight, self.bias, *(self.options[name] for name in EXTRAS))
+
     def arguments(self) -> tuple[Any, ...]:
-        """As the executors take them, up to `act`."""
-        vectors = (self.options[name] for name in ("before", "scale", "shift", "residual", "skip"))
-        return self.x, self.weight, self.bias, *vectors, self.groups, self.eps, self.act
+        """As the op takes them, up to `act`."""
+        return *self.inputs(), self.groups, self.eps, self.act
 
     def in_torch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(y, u) by torch's own functions, every step in this dtype."""

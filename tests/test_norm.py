@@ -14,6 +14,8 @@ from torch import Tensor
 from bench.shapes import NETWORKS, Norm
 from fastdiff.engine import native, norm
 from fastdiff.errors import BackendUnavailable
+from fastdiff.models.unet import UNet
+from fastdiff.models.unet_presets import PRESETS
 
 EXECUTORS = ("reference", "cpp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +85,20 @@ def test_counts_of_the_networks() -> None:
     }  # fmt: skip
     assert NETWORKS["ddpm-cifar10"].count(Norm(384, 32)) == 1
     assert NETWORKS["sd-1.5"].count(Norm(960, 64)) == 1
+
+
+@pytest.mark.parametrize("network", ["ddpm-cifar10", "adm-64"])
+def test_norms_of_the_networks_are_those_that_run(network: str) -> None:
+    """In order, in this package's UNet of that configuration."""
+    config, seen = PRESETS[network], []
+    with torch.device("meta"), torch.no_grad():
+        net = UNet(config)
+        for module in net.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(lambda _, given: seen.append(Norm(*given[0].shape[1:3])))
+        labels = torch.empty(1, dtype=torch.int64) if config.num_class_embeds else None
+        net(torch.empty(1, 3, config.sample_size, config.sample_size), torch.empty(1), labels)
+    assert seen == NETWORKS[network]
 
 
 def test_kernels_fill_a_gpu_with_every_norm_of_the_networks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.shapes import NETWORKS
 from fastdiff.engine import reference_norm
+from fastdiff.engine.norm_checks import Inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy under the interpreter, on inf and NaN
 NAN = float("nan")
@@ -29,14 +30,18 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def moved(given: Inputs, move: Callable[[Tensor], Tensor]) -> Inputs:
+    return Inputs(*[None if tensor is None else move(tensor) for tensor in given])  # type: ignore[arg-type]
+
+
 def run(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """y, the sum and the statistics, from outputs poisoned with NaN."""
-    given = [tensor.to(DEVICE) if isinstance(tensor, Tensor) else tensor for tensor in case.arguments()]
+    given = moved(case.inputs(), lambda tensor: tensor.to(DEVICE))
     y = torch.full((case.batch, case.all, *case.size), NAN, dtype=case.dtype, device=DEVICE)
     y = y.contiguous(memory_format=case.layout)
     total = y.clone(memory_format=torch.preserve_format)
     stats = torch.full((case.batch, case.groups, 2), NAN, device=DEVICE)
-    norm.forward(*given, y, total, stats, case.layout == LAST)
+    norm.forward(given, case.groups, case.eps, case.act, y, total, stats, case.layout == LAST)
     return y.cpu(), total.cpu(), stats.cpu()
 
 
@@ -56,7 +61,7 @@ def run(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def test_against_float64(case: Case, path: str) -> None:
     y, total, stats = run(case)
     assert_as_good_as_torch(case, y, total)
-    expected = reference_norm.forward(*case.arguments())[2]
+    expected = reference_norm.forward(case.inputs(), case.groups, case.eps, case.act)[2]
     torch.testing.assert_close(stats, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -110,19 +115,21 @@ def test_backward(case: Case, shared: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if shared:
         for name, value in {"ALONE": 8, "TILE": 64, "BACKWARD_PARTS": 2}.items():
             monkeypatch.setattr(norm_backward, name, value)
-    x, weight, bias, before, scale, shift, *_ = case.arguments()
+    x = case.x
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(case.dtype)
     grad = grad.contiguous(memory_format=case.layout)
-    stats = reference_norm.forward(*case.arguments())[2]
-    given: list[Any] = [grad, x, weight, bias, before, scale, shift, stats]
+    stats = reference_norm.forward(case.inputs(), case.groups, case.eps, case.act)[2]
 
-    there = [None if tensor is None else tensor.to(DEVICE) for tensor in given]
-    du = torch.full_like(there[1], NAN)
+    there = moved(case.inputs(), lambda tensor: tensor.to(DEVICE))
+    du = torch.full_like(there.x, NAN)
     sums = torch.full((case.batch, 3, case.channels), NAN, device=DEVICE)
-    norm_backward.backward(*there, case.groups, case.act, du, sums, case.layout == LAST)
+    norm_backward.backward(
+        grad.to(DEVICE), there, stats.to(DEVICE), case.groups, case.act, du, sums, case.layout == LAST
+    )  # fmt: skip
 
-    exact = reference_norm.backward(*[None if t is None else t.double() for t in given], case.groups, case.act)
-    own = reference_norm.backward(*given, case.groups, case.act)
+    wide = moved(case.inputs(), Tensor.double)
+    exact = reference_norm.backward(grad.double(), wide, stats.double(), case.groups, case.act)
+    own = reference_norm.backward(grad, case.inputs(), stats, case.groups, case.act)
     for got, best, theirs in zip((du.cpu(), sums.cpu()), exact, own, strict=True):
         least = torch.finfo(got.dtype).eps * float(best.abs().max()) / 2
         assert error(got, best) <= max(2 * error(theirs, best), 2 * least)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from compiled import ARCHITECTURES, Compiled, describe, elsewhere
 
+from fastdiff.engine.norm_checks import Inputs
+
 FORWARD = ("whole_kernel", "looped_kernel", "parts_kernel", "mapped_kernel")
 BACKWARD = ("alone_kernel", "shared_sums_kernel", "shared_kernel")
 
@@ -73,19 +75,18 @@ def launch(one: Specialisation, norm: Any, norm_backward: Any) -> None:
     def rows(wanted: bool) -> torch.Tensor | None:
         return torch.zeros(batch, channels) if wanted else None
 
-    weight, stats = torch.zeros(channels), torch.zeros(batch, one.groups, 2)
-    given = ["sum" in one.extras, "map" in one.extras, "map" in one.extras]
-    before, scale, shift = (rows(wanted) for wanted in given)
+    weight, bias, stats = torch.zeros(channels), torch.zeros(channels), torch.zeros(batch, one.groups, 2)
+    before, scale, shift = rows("sum" in one.extras), rows("map" in one.extras), rows("map" in one.extras)
     if one.kernel in BACKWARD:
         sums = torch.zeros(batch, 3, channels)
-        vectors = weight, weight.clone(), before, scale, shift, stats
-        norm_backward.backward(image(), image(), *vectors, one.groups, True, image(), sums, one.last)
+        given = Inputs(image(), weight, bias, before, scale, shift)
+        norm_backward.backward(image(), given, stats, one.groups, True, image(), sums, one.last)
         return
     skip = image(channels // 3) if "skip" in one.extras else None
     x = image(channels if skip is None else channels - channels // 3)
-    residual, total = (torch.zeros_like(x), image()) if given[0] else (None, None)
-    vectors = weight, weight.clone(), before, scale, shift, residual, skip
-    norm.forward(x, *vectors, one.groups, 1e-5, True, image(), total, stats, one.last)
+    residual, total = (torch.zeros_like(x), image()) if before is not None else (None, None)
+    given = Inputs(x, weight, bias, before, scale, shift, residual, skip)
+    norm.forward(given, one.groups, 1e-5, True, image(), total, stats, one.last)
 
 
 def assert_good(one: Specialisation, report: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from fastdiff.engine.guide import GuideTensors
+    from fastdiff.engine.norm_checks import Inputs
     from fastdiff.engine.ops import StepTensors
     from fastdiff.engine.train_ops import TrainTensors
 
@@ -145,30 +146,19 @@ def arguments(tensors: StepTensors) -> AffineArgs:
 
 
 def norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    groups: int,
-    eps: float,
-    act: bool,
-    y: Tensor,
-    total: Tensor | None,
-    stats: Tensor,
-    last: bool,
+    given: Inputs, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
 ) -> None:
     """Write y, the sum and the statistics of checked tensors (fastdiff.engine.norm) on the CPU. Deterministic."""
     args = NormArgs(groups=groups, eps=eps, act=act, C=y.shape[1])
-    vectors = [None if v is None else v.float() for v in (weight, bias, before, scale, shift)]
-    pointers = dict(zip(("weight", "bias", "before", "scale", "shift"), vectors, strict=True))
+    names = ("weight", "bias", "before", "scale", "shift")
+    pointers = {
+        name: None if vector is None else vector.float() for name, vector in zip(names, given[1:6], strict=True)
+    }
     for name in ("before", "scale", "shift"):
         vector = pointers[name]
         setattr(args, f"{name}_stride", 0 if vector is None else vector.stride(0))
-    _norm(args, x, residual, last, pointers | {"skip": skip, "y": y, "total": total, "stats": stats})
+    others = {"skip": given.skip, "y": y, "total": total, "stats": stats}
+    _norm(args, given.x, given.residual, last, pointers | others)
 
 
 def norm_sum(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:

@@ -7,13 +7,14 @@ May import: fastdiff.kernels and the compiled extension (through engine.native),
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.engine import backends, reference_norm
-from fastdiff.engine.norm_checks import check, check_add, lies_last
+from fastdiff.engine.norm_checks import Inputs, check, check_add, lies_last
 from fastdiff.errors import BackendUnavailable
 
 _IMAGES = "Tensor? before, Tensor? scale, Tensor? shift"
@@ -55,7 +56,8 @@ def norm_act(
     in x's dtype and layout. Differentiable in every tensor. Deterministic; capturable on "triton".
     Raises ValueError or TypeError for what does not fit, BackendUnavailable for an executor that is not there.
     """
-    return _norm(x, weight, bias, groups, eps, act, before, scale, shift, residual, skip, False, executor)[0]
+    given = Inputs(x, weight, bias, before, scale, shift, residual, skip)
+    return _norm(given, groups, eps, act, False, executor)[0]
 
 
 def sum_norm_act(
@@ -74,8 +76,8 @@ def sum_norm_act(
     executor: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, u): `norm_act` that writes the sum u too, in x's dtype, in the same pass."""
-    y, total, _ = _norm(x, weight, bias, groups, eps, act, before, scale, shift, residual, skip, True, executor)
-    return y, total
+    given = Inputs(x, weight, bias, before, scale, shift, residual, skip)
+    return _norm(given, groups, eps, act, True, executor)[:2]
 
 
 def channel_add(
@@ -84,7 +86,7 @@ def channel_add(
     """x + residual + before, arguments as of `norm_act`. Differentiable; under torch.compile it is torch's own sum."""
     if before is None and residual is None:
         return x
-    before = _row(before, x.shape[0])
+    before = None if before is None else _row(before, x.shape[0])
     if torch.compiler.is_compiling() or executor == "reference" or _needs_gradient((x, before, residual)):
         check_add(x, before, residual, "reference")
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
@@ -112,26 +114,13 @@ def launches(batch: int, pixels: int, channels: int, groups: int, size: int) -> 
 
 
 def _norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    act: bool,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    keep: bool,
-    executor: str | None,
+    given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual, skip = _dense(x, residual, skip)
-    before, scale, shift = (_row(vector, x.shape[0]) for vector in (before, scale, shift))
-    vectors = weight, bias, before, scale, shift
-    differentiates = _needs_gradient((x, *vectors, residual, skip))
-    keep = keep or (differentiates and not (residual is None and skip is None))
-    arguments = x, *vectors, residual, skip, groups, eps, act, keep
+    given = _dense(given)
+    x = given.x
+    differentiates = _needs_gradient(given)
+    keep = keep or (differentiates and not (given.residual is None and given.skip is None))
+    arguments = *given, groups, eps, act, keep
     chosen = executor or "auto"
     if differentiates or type(x) is not Tensor or x.device.type == "meta" or torch.compiler.is_compiling():
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastdiff.norm_act(*arguments, executor=chosen)
@@ -139,53 +128,42 @@ def _norm(
     return _forward(*arguments, executor=chosen)  # the dispatcher costs as much as a small image
 
 
-def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _row(vector: Tensor | None, batch: int) -> Tensor | None:
+def _row(vector: Tensor, batch: int) -> Tensor:
     """[B, C] of a vector [C] too, without a copy."""
-    return vector if vector is None or vector.dim() != 1 else vector.expand(batch, -1)
+    return vector.expand(batch, -1) if vector.dim() == 1 else vector
 
 
-def _dense(x: Tensor, residual: Tensor | None, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The images in one memory format: channels_last where x is or where its strides say so, else contiguous."""
-    if lies_last(x, residual, skip) is not None:
-        return x, residual, skip
-    wanted = torch.contiguous_format
-    if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
-        wanted = torch.channels_last
-    x = x.contiguous(memory_format=wanted)
-    residual = None if residual is None else residual.contiguous(memory_format=wanted)
-    return x, residual, None if skip is None else skip.contiguous(memory_format=wanted)
+def _dense(given: Inputs) -> Inputs:
+    """A row of each vector for each sample, without a copy, and the images in one memory format.
+
+    It is channels_last where x is or where its strides say so, else contiguous.
+    """
+    x, weight, bias, *vectors, residual, skip = given
+    before, scale, shift = (None if vector is None else _row(vector, x.shape[0]) for vector in vectors)
+    if lies_last(x, residual, skip) is None:
+        wanted = torch.contiguous_format
+        if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
+            wanted = torch.channels_last
+        x = x.contiguous(memory_format=wanted)
+        residual = None if residual is None else residual.contiguous(memory_format=wanted)
+        skip = None if skip is None else skip.contiguous(memory_format=wanted)
+    return Inputs(x, weight, bias, before, scale, shift, residual, skip)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    groups: int,
-    eps: float,
-    act: bool,
-    keep: bool,
-    *,
-    executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any, executor: str) -> tuple[Tensor, Tensor, Tensor]:
+    given, (groups, eps, act, keep) = Inputs(*arguments[:8]), arguments[8:]
+    x = given.x
     executor = choose(x.device, x.dtype) if executor == "auto" else executor
-    last = check(x, weight, bias, before, scale, shift, residual, skip, groups, executor)
+    last = check(given, groups, executor)
     _require(executor, x.device)
     if executor == "reference":
-        y, total, stats = reference_norm.forward(
-            x, weight, bias, before, scale, shift, residual, skip, groups, eps, act
-        )
-        kept = _like(total, last) if keep else x.new_empty(0)
-        return _like(y, last), kept, stats
-    y, total, stats = _outputs(x, skip, groups, keep, last)
+        y, total, stats = reference_norm.forward(given, groups, eps, act)
+        return _like(y, last), _like(total, last) if keep else x.new_empty(0), stats
+    y, total, stats = _outputs(x, given.skip, groups, keep, last)
     run: Any
     if executor == "cpp":
         from fastdiff.engine import native
@@ -195,10 +173,8 @@ def _forward(
         from fastdiff.kernels import norm as triton_norm
 
         run = triton_norm.forward
-    wanted = total if keep else None
-    vectors = weight, bias, before, scale, shift
     if x.numel():
-        run(x, *vectors, residual, skip, groups, eps, act, y, wanted, stats, last)
+        run(given, groups, eps, act, y, total if keep else None, stats, last)
     return y, total, stats
 
 
@@ -223,52 +199,36 @@ def _require(executor: str, device: torch.device) -> None:
         backends.require(executor, device)
 
 
-def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, before: Any, scale: Any, shift: Any, residual: Any, skip: Any,
-    groups: int, eps: float, act: bool, keep: bool, *, executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    last = check(x, weight, bias, before, scale, shift, residual, skip, groups, executor)
-    return _outputs(x, skip, groups, keep, last)
+def _fake_forward(*arguments: Any, executor: str) -> tuple[Tensor, Tensor, Tensor]:
+    given, (groups, _, _, keep) = Inputs(*arguments[:8]), arguments[8:]
+    return _outputs(given.x, given.skip, groups, keep, check(given, groups, executor))
 
 
-def _backward(
-    grad: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    act: bool,
-    *,
-    executor: str,
-) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Tensor]:
     """The gradient of u, and sums over pixels [B, 3, C]: g, g n and du, with n = (u - mean) / sqrt(var + eps).
 
     g is the gradient of what SiLU was given; it is computed again, so the forward pass saves the statistics only.
     """
+    given, (stats, groups, act) = Inputs(*arguments[:6]), arguments[6:]
+    total = given.x
     executor = choose(total.device, total.dtype) if executor == "auto" else executor
-    last = check(total, weight, bias, before, scale, shift, None, None, groups, executor)
+    last = check(given, groups, executor)
     grad = _like(grad, last)
     if executor != "triton":
-        du, sums = reference_norm.backward(grad, total, weight, bias, before, scale, shift, stats, groups, act)
+        du, sums = reference_norm.backward(grad, given, stats, groups, act)
         return _like(du, last), sums
     from fastdiff.kernels import norm_backward
 
     du = torch.empty_like(total)
     sums = torch.empty(*total.shape[:1], 3, total.shape[1], dtype=torch.float32, device=total.device)
-    norm_backward.backward(grad, total, weight, bias, before, scale, shift, stats, groups, act, du, sums, last)
+    norm_backward.backward(grad, given, stats, groups, act, du, sums, last)
     return du, sums
 
 
-def _fake_backward(
-    grad: Tensor, total: Tensor, weight: Tensor, bias: Tensor, before: Any, scale: Any, shift: Any, stats: Tensor,
-    groups: int, act: bool, *, executor: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check(total, weight, bias, before, scale, shift, None, None, groups, executor)
-    return torch.empty_like(total), stats.new_empty(total.shape[0], 3, total.shape[1])
+def _fake_backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Tensor]:
+    given, (stats, groups, _) = Inputs(*arguments[:6]), arguments[6:]
+    check(given, groups, executor)
+    return torch.empty_like(given.x), stats.new_empty(given.x.shape[0], 3, given.x.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]) -> None:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Inputs(NamedTuple):
+    """What is normalised and how, as `fastdiff.engine.norm.norm_act` says; vectors have a row for each sample."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    before: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    skip: Tensor | None = None
 
 
 def lies_last(x: Tensor, *others: Tensor | None) -> bool | None:
@@ -18,30 +33,20 @@ def lies_last(x: Tensor, *others: Tensor | None) -> bool | None:
     return None
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    groups: int,
-    executor: str,
-) -> bool:
+def check(given: Inputs, groups: int, executor: str) -> bool:
     """Raise ValueError or TypeError unless `norm_act` can run; returns whether the images are channels_last."""
-    last = _images("norm_act", x, residual, skip, executor)
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    x = given.x
+    last = _images("norm_act", x, given.residual, given.skip, executor)
+    channels = x.shape[1] + (0 if given.skip is None else given.skip.shape[1])
     if groups < 1 or channels % groups:
         raise ValueError(
             f"norm_act: {channels} channels do not divide into {groups} groups; choose a divisor of {channels}"
         )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        _vector("norm_act", name, vector, (channels,), x)
-    for name, given in (("before", before), ("scale", scale), ("shift", shift)):
-        if given is not None:
-            _vector("norm_act", name, given, (x.shape[0], channels), x)
+    for name in ("weight", "bias"):
+        _vector("norm_act", name, getattr(given, name), (channels,), x)
+    for name in ("before", "scale", "shift"):
+        if getattr(given, name) is not None:
+            _vector("norm_act", name, getattr(given, name), (x.shape[0], channels), x)
     if last is None:
         raise ValueError(
             f"norm_act: the images must be all contiguous or all channels_last, got x with strides {x.stride()} for "

@@ -1,6 +1,6 @@
 """The norm op in plain torch: what the other executors are held against, and the backward pass where Triton is not.
 
-May import: torch. Deterministic. Forward in float64 inside, backward in fp32 (float64 for float64 images).
+May import: norm_checks. Deterministic. Forward in float64 inside, backward in fp32 (float64 for float64 images).
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdiff.engine.norm_checks import Inputs
 
 
 def total_of(x: Tensor, before: Tensor | None, residual: Tensor | None, skip: Tensor | None) -> Tensor:
@@ -20,20 +22,9 @@ def total_of(x: Tensor, before: Tensor | None, residual: Tensor | None, skip: Te
     return total if before is None else total + _over(before, x).to(total.dtype)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    groups: int,
-    eps: float,
-    act: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: Inputs, groups: int, eps: float, act: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y and the sum in x's dtype, and the statistics [B, groups, 2]; see fastdiff.engine.norm."""
+    x, weight, bias, before, scale, shift, residual, skip = given
     total = total_of(x.double(), before, residual, skip)
     in_groups = total.flatten(2).unflatten(1, (groups, -1)).flatten(2)
     mean = in_groups.mean(2)
@@ -48,19 +39,9 @@ def forward(
     return y.to(x.dtype), total.to(x.dtype), stats if x.dtype == torch.float64 else stats.float()
 
 
-def backward(
-    grad: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    act: bool,
-) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, given: Inputs, stats: Tensor, groups: int, act: bool) -> tuple[Tensor, Tensor]:
     """The gradient of the sum, and [B, 3, C]: see fastdiff.engine.norm.norm_act_backward."""
+    total, weight, bias, before, scale, shift, *_ = given
     u = total_of(total, before, None, None)
     g = _wide(grad)
     each = u.shape[1] // groups

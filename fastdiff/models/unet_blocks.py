@@ -39,8 +39,8 @@ def normalised(
     """
     fused = x.device.type in FUSES and x.is_contiguous(memory_format=torch.channels_last)
     if fused and not (torch.compiler.is_compiling() or norm._forward_hooks or norm._forward_pre_hooks):
-        vectors = {"before": before, "scale": scale, "shift": shift}
-        return norm_act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, act=act, **vectors)
+        affine = norm.weight, norm.bias, norm.num_groups, norm.eps
+        return norm_act(x, *affine, act=act, before=before, scale=scale, shift=shift)
     h = norm(x if before is None else x + before[:, :, None, None])
     h = h if scale is None else h * (1 + scale[:, :, None, None])
     h = h if shift is None else h + shift[:, :, None, None]

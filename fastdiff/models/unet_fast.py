@@ -7,6 +7,7 @@ May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what i
 - q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
   into that of q: softmax(x A x^T) x B;
 - nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
+- on a CPU the convolutions' weights are put into the library's order once, not at each call;
 - the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.models.packed_conv import PackedConv
 from fastdiff.models.unet_fast_blocks import (
     FastAttention,
     FastDown,
@@ -53,7 +55,7 @@ class FastUNet(nn.Module):
             raise TypeError(f"UNet.fast: dtype must be float32, float16 or bfloat16, got {dtype}; cast the UNet first")
         self.config, self.check, self.expand = net.config, net._check, net._expand
         assert net.conv_in.bias is not None and net.conv_out.bias is not None
-        self.conv_in = fixed(net.conv_in.weight, dtype, image=True)
+        self.conv_in = PackedConv(fixed(net.conv_in.weight, dtype, image=True))
         self.conv_in_bias = fixed(net.conv_in.bias)
         self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
         self.conv_out_bias = fixed(net.conv_out.bias, dtype)
@@ -97,9 +99,9 @@ class FastUNet(nn.Module):
     def run(self, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         """The network on x [B, in_channels, H, W] with the rows that `project` gave."""
         patch = self.config.patch_size
-        x = x.to(self.conv_in.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         x = 2 * x - 1 if self.config.center_input_sample else x
-        x = F.conv2d(F.pixel_unshuffle(x, patch) if patch > 1 else x, self.conv_in, padding=1)
+        x = self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x)
         state = Pending(as_images(x), self.conv_in_bias)
         states = [state]
         for layer in self.layers:
@@ -144,7 +146,7 @@ class PreparedUNet(nn.Module):
 
     def __init__(self, net: FastUNet, times: Tensor) -> None:
         super().__init__()
-        device = net.conv_in.device
+        device = net.conv_in.weight.device
         times = torch.unique(times.detach().to("cpu", torch.float32).flatten())
         self.net = net
         # t is in (just below t_i, t_i] exactly when it is t_i; the intervals between lead to a row of NaN

@@ -1,7 +1,7 @@
 """The blocks of the UNet's inference form, each made from a plain block.
 
-May import: engine.norm, unet_blocks. What a block leaves to add, its bias and its residual, the next normalisation
-adds.
+May import: engine.norm, packed_conv, unet_blocks. What a block leaves to add, its bias and its residual, the next
+normalisation adds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.engine.norm import channel_add, norm_act, sum_norm_act
+from fastdiff.models.packed_conv import PackedConv
 from fastdiff.models.unet_blocks import Attention, Downsample, ResBlock, Upsample
 
 
@@ -108,6 +109,7 @@ class Layer(nn.Module):
     shortcut: nn.Parameter | None
     out: nn.Parameter | None
     far: nn.Parameter | None
+    doubling: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,9 +145,12 @@ class FastResBlock(Layer):
         self.groups, self.eps = block.norm1.num_groups, block.norm1.eps
         self.channels_in, self.channels = block.norm1.num_channels, block.norm2.num_channels
         self.scale_shift, self.resample = block.scale_shift, block.resample
-        doubles = block.resample == "up"
-        self.conv1 = fixed(_doubling(block.conv1.weight) if doubles else block.conv1.weight, dtype, image=True)
-        self.conv2 = fixed(block.conv2.weight, dtype, image=True)
+        self.register_parameter("doubling", None)
+        if block.resample == "up":
+            self.doubling = fixed(_doubling(block.conv1.weight), dtype, image=True)
+        else:
+            self.conv1 = PackedConv(fixed(block.conv1.weight, dtype, image=True))
+        self.conv2 = PackedConv(fixed(block.conv2.weight, dtype, image=True))
         assert block.conv1.bias is not None and block.conv2.bias is not None
         self.place = rows.add(block.time_emb_proj, None if block.scale_shift else block.conv1.bias)
         self.register_parameter("before", fixed(block.conv1.bias) if block.scale_shift else None)
@@ -162,11 +167,11 @@ class FastResBlock(Layer):
         y, x = state.norm(self.norm1_weight, self.norm1_bias, self.groups, self.eps, skip)
         if self.resample == "down":
             y, x = F.avg_pool2d(y, 2), F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            h = F.conv_transpose2d(y, self.conv1, stride=2, padding=1)
+        if self.doubling is not None:
+            h = F.conv_transpose2d(y, self.doubling, stride=2, padding=1)
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         else:
-            h = F.conv2d(y, self.conv1, padding=1)
+            h = self.conv1(y)
         time = rows[:, self.place]
         affine = self.norm2_weight, self.norm2_bias, self.groups, self.eps
         if self.scale_shift:
@@ -174,7 +179,7 @@ class FastResBlock(Layer):
             h = norm_act(as_images(h), *affine, before=self.before, scale=scale, shift=shift)
         else:
             h = norm_act(as_images(h), *affine, before=time)
-        h = as_images(F.conv2d(h, self.conv2, padding=1))
+        h = as_images(self.conv2(h))
         if self.shortcut is None:
             return Pending(h, self.after, as_images(x))
         _tokens(h).flatten(0, 1).addmm_(_tokens(as_images(x)).flatten(0, 1), self.shortcut)
@@ -225,8 +230,7 @@ class FastDown(Layer):
     def __init__(self, block: Downsample, dtype: torch.dtype, rows: Rows) -> None:
         super().__init__()
         weight = block.conv.weight.detach()
-        self.padding = block.padding
-        self.conv = fixed(weight, dtype, image=True)
+        self.conv = PackedConv(fixed(weight, dtype, image=True), stride=2, padding=block.padding)
         self.register_parameter("far", None)
         if not block.padding:
             self.far = fixed(F.pad(weight, (1, 0, 1, 0)), dtype, image=True)
@@ -237,9 +241,11 @@ class FastDown(Layer):
         """Halves the image."""
         x = state.sum()
         if self.far is not None and x.device.type == "cpu":
-            h = F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv, stride=2)
+            h = self.conv(F.pad(x, (0, 1, 0, 1)))
+        elif self.far is not None:
+            h = F.conv2d(x, self.far, stride=2, padding=1)
         else:
-            h = F.conv2d(x, self.conv if self.far is None else self.far, stride=2, padding=1)
+            h = self.conv(x)
         return Pending(as_images(h), self.after)
 
 
