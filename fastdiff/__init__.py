@@ -14,6 +14,7 @@ from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.stream import Stream as stream
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.shipped import load

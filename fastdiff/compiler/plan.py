@@ -70,7 +70,7 @@ class Plan:
     @property
     def nfe(self) -> int:
         """Model evaluations in one run."""
-        return len(self.rows) - 1
+        return sum(not row.reused for row in self.rows[1:])
 
     @property
     def reads_unguided(self) -> bool:
@@ -165,11 +165,9 @@ class Plan:
         ids = np.zeros((len(self.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms), dtype=np.int32)
         folds = [self._reading(row, prediction or "x0", sigma_data) for row in self.rows[1:]]
         for i, row in enumerate(self.rows):
-            if i:
-                coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q
+            if i and not row.reused:
+                coef[i, [at.P, at.Q]] = folds[i - 1].P, 0.0 if row.muted else folds[i - 1].Q
                 ids[i, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED * (row.estimate == "unguided")
-                if row.muted:
-                    coef[i, at.Q] = 0.0
             if row.spread is not None:
                 ids[i, at.FLAGS] += at.SPREADS_NOISE
                 coef[i, [at.SPREAD_LOG, at.SPREAD_SLOPE]] = row.spread
@@ -322,6 +320,7 @@ def _row(body: dict[str, Any]) -> Row:
         spread=_pair(body.get("spread")),
         perturb=body.get("perturb", 1.0),
         muted=body.get("muted", False),
+        reused=body.get("reused", False),
     )
 
 

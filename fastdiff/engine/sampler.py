@@ -1,6 +1,7 @@
 """The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
 
-May import: arguments, buffers, branches, guidance, seeds, graphs, backends, adaptive, compiler, models.denoiser.
+May import: arguments, buffers, room, kept, branches, guidance, seeds, graphs, backends, adaptive, stream, compiler,
+models.denoiser.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +29,12 @@ from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, numb
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
 from fastdiff.engine.buffers import Buffers
 from fastdiff.engine.external import Noise
-from fastdiff.engine.graphs import StepGraph
+from fastdiff.engine.graphs import Graphs, cannot_capture, recorder_for, signature
 from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
+from fastdiff.engine.kept import Kept
+from fastdiff.engine.room import Room
 from fastdiff.engine.seeds import per_sample as seeds_of
+from fastdiff.engine.stream import Stream
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process.schedules import Level
 
@@ -55,6 +60,7 @@ class RunStats:
     """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU).
 
     adaptive: of an adaptive run, the evaluations and steps of each sample; nfe is then the most that one needed.
+    graph: "step" or "loop" where it replayed CUDA graphs, else "none".
     """
 
     nfe: int
@@ -62,16 +68,44 @@ class RunStats:
     model_seconds: float | None
     backend: str
     adaptive: adaptive.Counts | None = None
+    graph: str = "none"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device that a model's samplers keep for their next runs, and at most keep. graphs: how many."""
+
+    buffers: int
+    graphs: int
+    captured: int
+    limit: int
+
+
+class Held:
+    """The buffers of one run, and the graphs captured on them."""
+
+    def __init__(self, room: Room) -> None:
+        self.buffers = Buffers(room)
+        self.graphs: Graphs | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of both."""
+        return self.buffers.bytes + (0 if self.graphs is None else self.graphs.bytes)
+
+
+_kept: weakref.WeakKeyDictionary[Denoiser, Kept[Held]] = weakref.WeakKeyDictionary()
 
 
 class Sampler:
     """Runs a plan with a model: D = P x + Q F after each evaluation, then one fused row (fastdiff.engine.ops).
 
     backend: "auto" or an executor of `fd.backends()`. graph: "auto" captures model + row into one CUDA graph where
-    there is a GPU, True insists, False never. memory_format: of the state and the network's input. guide: a network for
-    the unguided branch (autoguidance: a weaker model); perturbed: one for the perturbed branch. Deterministic: a
-    sample depends on its seed, not on the batch it is in, as far as the network treats each sample alone. One thread
-    at a time: the buffers are kept between calls.
+    there is a GPU, True insists, "loop" captures all rows of a run into one and insists, False never. memory_format: of
+    the state and the network's input. guide: a network for the unguided branch (autoguidance: a weaker model);
+    perturbed: one for the perturbed branch. kept_bytes: buffers and graphs are kept for later runs of this model, of
+    any sampler, up to so many bytes; those used longest ago go first. Deterministic: a sample depends on its seed, not
+    on the batch it is in, as far as the network treats each sample alone. One thread at a time.
     """
 
     def __init__(
@@ -83,9 +117,10 @@ class Sampler:
         memory_format: torch.memory_format = torch.contiguous_format,
         guide: Denoiser | None = None,
         perturbed: Denoiser | None = None,
+        kept_bytes: int = 2 << 30,
     ) -> None:
-        if graph not in (True, False, "auto"):
-            raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
+        if graph not in (True, False, "auto", "loop"):
+            raise ValueError(f"graph must be 'auto', 'loop', True or False, got {graph!r}")
         check_fits(plan, model)
         for name, other in (("guide", guide), ("perturbed", perturbed)):
             if other is not None:
@@ -94,20 +129,20 @@ class Sampler:
         self.model, self.guide, self.perturbed = model, guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
-        captures = model.device.type == "cuda" and self.backend in ("triton", "cuda")
-        if graph is True and not captures:
+        captures = self.backend not in ("reference", "cpp") and recorder_for(model.device) is not None
+        if graph in (True, "loop") and not captures:
             raise ValueError(
-                "graph=True needs a CUDA device and executor 'triton' or 'cuda', "
+                f"graph={graph!r} needs a CUDA device and executor 'triton' or 'cuda', "
                 f"got {model.device} and {self.backend!r}"
             )
         self.graph = captures and graph is not False
-        self._insist = graph is True
+        self._insist, self._whole = graph in (True, "loop"), graph == "loop"
+        self.kept_bytes = kept_bytes
         self.memory_format = memory_format
         self._idle = threading.Lock()
         self._variants: dict[tuple[bool, int], Plan] = {}
         self._batch_plan: tuple[int, Plan] | None = None
         self.last_run: RunStats | None = None
-        self._buffers: Buffers | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
 
     @torch.no_grad()
@@ -166,65 +201,128 @@ class Sampler:
                     plan = self._of_batch(self.plan, shape[0], noise, reduces)
                 else:
                     plan = self._variant(path, reduces)
-                buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
-                with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(
-                        plan,
-                        self.model,
-                        seeds,
-                        weights,
-                        init,
-                        opening,
-                        noise,
-                        given or {},
-                        self.backend,
-                        scales,
-                        reduces,
-                    )
-                if isinstance(self.plan, AdaptivePlan):
-                    return self._run_adaptive(self.plan, buffers, branches, callback, progress, path)
-                return self._run(buffers, branches, callback, progress)
+                copies, keep_denoised = len(branches.names), callback is not None
+                work, perturbs = None if reduces is None else reduces.work, PERTURBED in branches.names
+                room = Room.of(
+                    plan, shape, copies, self.model, self.memory_format, keep_denoised, work, perturbs
+                )  # fmt: skip
+                with self._held(room, branches) as held:
+                    with torch.inference_mode(False), torch.no_grad():
+                        held.buffers.start(
+                            plan, self.model, seeds, weights, init, opening, noise, given or {}, self.backend, scales,
+                            reduces,
+                        )  # fmt: skip
+                    if isinstance(self.plan, AdaptivePlan):
+                        return self._run_adaptive(self.plan, held, branches, callback, progress, path)
+                    return self._run(plan, held, branches, callback, progress)
         finally:
             self._idle.release()
 
+    def stream(self, shape: Sequence[int], slots: int = 16, **options: Any) -> Stream:
+        """A running batch of `slots` samples of shape [*S] for this sampler's networks (fastdiff.engine.stream).
+
+        Requests that bring no plan run this one. options: queue, rule, threshold, table_rows.
+        """
+        return Stream(
+            self.model, shape, slots, plan=self.plan, backend=self.backend, graph=self.graph and "auto",
+            memory_format=self.memory_format, guide=self.guide, perturbed=self.perturbed, **options,
+        )  # fmt: skip
+
+    def memory(self) -> Memory:
+        """What this model's samplers keep now."""
+        held = self._shelf.entries
+        captured = [entry.graphs for entry in held if entry.graphs is not None]
+        buffers = sum(entry.buffers.bytes for entry in held)
+        return Memory(buffers, sum(g.bytes for g in captured), sum(map(len, captured)), self.kept_bytes)
+
+    @property
+    def _shelf(self) -> Kept[Held]:
+        return _kept.setdefault(self.model, Kept())
+
+    @contextmanager
+    def _held(self, room: Room, branches: Branches) -> Iterator[Held]:
+        """Buffers of a room, and what was captured on them for these networks; not kept where the run fails."""
+        key = (room, self.backend, signature(branches) if self.graph else ())
+        with torch.inference_mode(False):  # a later call outside it writes here too
+            held = self._shelf.lend(key, lambda: Held(room))
+        yield held
+        self._shelf.give_back(key, held, self.kept_bytes)
+
     def _run(
         self,
-        buffers: Buffers,
+        plan: Plan,
+        held: Held,
         branches: Branches,
         callback: Callable[[RowInfo], None] | None,
         progress: bool,
     ) -> Tensor:
         started = time.perf_counter()
-        rows = tqdm(range(self.plan.nfe), disable=not progress, desc=self.plan.solver, unit="row")
-        model_seconds = self._loop(buffers, branches, rows, callback)
-        self._check_finite(buffers)
+        buffers, graph = held.buffers, "none"
+        buffers.open(self.backend)
+        replays = self._captured(held, branches, plan.rows[1:], callback) if self.graph else None
+        bar = tqdm(plan.rows[1:], disable=not progress, desc=plan.solver, unit="row")
+        spent = 0.0
+        if replays is not None:
+            graph = "loop" if self._whole else "step"
+            for i, replay in enumerate(replays):
+                replay()
+                if not self._whole:
+                    bar.update()
+                    self._report(callback, i, plan, buffers)
+        else:
+            for i, row in enumerate(bar):
+                before = time.perf_counter()
+                outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
+                spent += time.perf_counter() - before
+                if outputs is None:
+                    buffers.reuse(self.backend)
+                else:
+                    buffers.advance(self.backend, outputs)
+                if self.model.device.type == "cpu":
+                    self._check_finite(buffers, plan)
+                self._report(callback, i, plan, buffers)
+        self._check_finite(buffers, plan)
         result = self._result(buffers)
-        self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
+        model_seconds = spent if self.model.device.type == "cpu" and replays is None else None
+        self.last_run = RunStats(
+            plan.nfe, time.perf_counter() - started, model_seconds, self.backend, graph=graph
+        )
         return result
+
+    @staticmethod
+    def _report(callback: Callable[[RowInfo], None] | None, i: int, plan: Plan, buffers: Buffers) -> None:
+        if callback is None:
+            return
+        row = plan.rows[i + 1]
+        assert row.level is not None and buffers.tensors.denoised is not None
+        state = buffers.tensors.state[row.outputs[0].dest]
+        callback(RowInfo(i, len(plan.rows) - 1, row.level, buffers.tensors.denoised, state))
 
     def _run_adaptive(
         self,
         plan: AdaptivePlan,
-        buffers: Buffers,
+        held: Held,
         branches: Branches,
         callback: Callable[[RowInfo], None] | None,
         progress: bool,
         path: bool,
     ) -> Tensor:
         started, spent = time.perf_counter(), 0.0
+        buffers = held.buffers
         buffers.open(self.backend)
-        graph = self._graph_for(buffers, branches, callback) if self.graph else None
+        capturing = self.graph and self._captured(held, branches, plan.rows[1:2], callback) is not None
         bar = tqdm(disable=not progress, desc=plan.solver, unit="row")
 
-        def advance(row: Row) -> None:
+        def run_row(row: Row) -> None:
             nonlocal spent
             bar.update()
-            if graph is not None:
-                graph.replay()
+            if capturing and held.graphs is not None:
+                held.graphs.steps(branches, (row,), self.backend)[0]()
                 return
             before = time.perf_counter()
             outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
             spent += time.perf_counter() - before
+            assert outputs is not None
             buffers.advance(self.backend, outputs)
 
         def report(row: int, levels: tuple[Level | None, ...], state: Tensor) -> None:
@@ -233,11 +331,11 @@ class Sampler:
                 callback(RowInfo(row, 0, noisiest, buffers.tensors.denoised, state, levels))
 
         with bar:
-            counts = adaptive.solve(plan, buffers, self.model, self.backend, path, advance, report)
+            counts = adaptive.solve(plan, buffers, self.model, self.backend, path, run_row, report)
         result = self._result(buffers)
         model_seconds = spent if self.model.device.type == "cpu" else None
-        seconds = time.perf_counter() - started
-        self.last_run = RunStats(max(counts.nfe), seconds, model_seconds, self.backend, counts)
+        seconds, graph = time.perf_counter() - started, "step" if capturing else "none"
+        self.last_run = RunStats(max(counts.nfe), seconds, model_seconds, self.backend, counts, graph)
         return result
 
     def _result(self, buffers: Buffers) -> Tensor:
@@ -275,82 +373,36 @@ class Sampler:
             self._variants[on_a_path, rows] = muted(plan, rows) if rows else plan
         return self._variants[on_a_path, rows]
 
-    def _prepare(
-        self, plan: Plan, shape: torch.Size, branches: Branches, keep_denoised: bool, reduces: Reduction | None
-    ) -> Buffers:
-        copies, perturbed = len(branches.names), PERTURBED in branches.names
-        work = None if reduces is None else reduces.work
-        wanted = (id(plan), shape, copies, keep_denoised, work, perturbed)
-        if self._buffers is None or self._buffers.key != wanted:
-            with torch.inference_mode(False):
-                self._buffers = Buffers(
-                    plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format,
-                    work, perturbed,
-                )  # fmt: skip
-        return self._buffers
-
-    def _loop(
-        self,
-        buffers: Buffers,
-        branches: Branches,
-        rows: Any,
-        callback: Callable[[RowInfo], None] | None,
-    ) -> float | None:
-        buffers.open(self.backend)
-        if self.graph:
-            graph = self._graph_for(buffers, branches, callback)
-            if graph is not None:
-                for _ in rows:
-                    graph.replay()
-                return None
-        spent = 0.0
-        for i in rows:
-            row = self.plan.rows[i + 1]
-            before = time.perf_counter()
-            outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
-            spent += time.perf_counter() - before
-            buffers.advance(self.backend, outputs)
-            if self.model.device.type == "cpu":
-                self._check_finite(buffers)
-            if callback is not None:
-                assert row.level is not None and buffers.tensors.denoised is not None
-                state = buffers.tensors.state[row.outputs[0].dest]
-                callback(RowInfo(i, self.plan.nfe, row.level, buffers.tensors.denoised, state))
-        return spent if self.model.device.type == "cpu" else None
-
-    def _graph_for(
-        self, buffers: Buffers, branches: Branches, callback: Callable[[RowInfo], None] | None
-    ) -> StepGraph | None:
-        """The step graph, or None where this run must be eager; ValueError or the capture's error if it may not be."""
-        differ = not branches.same_in(self.plan.rows[1:])
-        if isinstance(self.plan, AdaptivePlan):
-            differ = self.plan.partly_guided
-        if callback is not None or differ:
-            if self._insist:
-                why = "a callback" if callback is not None else "rows that leave out a branch and run a smaller batch"
-                raise ValueError(f"{why} cannot be part of one captured step; use graph='auto'")
-            return None
+    def _captured(
+        self, held: Held, branches: Branches, rows: Sequence[Row], callback: Callable[[RowInfo], None] | None
+    ) -> list[Callable[[], None]] | None:
+        """What replays the rows; None, with a warning, where they cannot be captured and need not be."""
+        if self._whole and callback is not None:
+            raise ValueError("a callback cannot be part of a captured loop; use graph='auto'")
+        if held.graphs is None:
+            recorder = recorder_for(self.model.device)
+            assert recorder is not None
+            held.graphs = Graphs(held.buffers, branches, recorder)
+        held.graphs.load(branches)
         try:
-            return StepGraph.of(buffers, branches, self.plan.rows[1], self.backend)
+            if self._whole:
+                return [held.graphs.loop(branches, rows, self.backend)]
+            return held.graphs.steps(branches, rows, self.backend)
         except RuntimeError as error:
             if self._insist or isinstance(error, torch.OutOfMemoryError):
                 raise
-            self.graph = False
-            warnings.warn(
-                f"the network cannot be captured in a CUDA graph, running eagerly: {error}. "
-                "graph=False silences this; the usual causes are a host sync (.item()) or a CPU tensor in its forward",
-                stacklevel=4,
-            )
+            self.graph, held.graphs = False, None
+            warnings.warn(cannot_capture(error), stacklevel=5)
             return None
 
-    def _check_finite(self, buffers: Buffers) -> None:
+    def _check_finite(self, buffers: Buffers, plan: Plan) -> None:
         worst = buffers.first_failure()
         if worst is None:
             return
         sample, row = worst
-        level = self.plan.rows[row + 1].level
+        level = plan.rows[row + 1].level
         where = "" if level is None else f", time={level.time:.6g}, sigma/alpha={level.rho:.4g}"
         raise FloatingPointError(
-            f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
+            f"the network returned inf or nan at row {row} of {len(plan.rows) - 1} (sample {sample}{where}); "
             "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
         )
