@@ -12,8 +12,10 @@ from fastdiff.engine import guidance, suite
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
+from fastdiff.engine.rolling import rolling
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.stream import Stream
 from fastdiff.engine.stream import Stream as stream
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.denoiser import Denoiser
@@ -33,6 +35,7 @@ __all__ = [
     "RowInfo",
     "Sampler",
     "Schedule",
+    "Stream",
     "backends",
     "capture",
     "gits",
@@ -42,10 +45,12 @@ __all__ = [
     "models",
     "plan",
     "predictions",
+    "rolling",
     "sample",
     "schedules",
     "solver",
     "solvers",
+    "stream",
     "suite",
     "trace",
 ]

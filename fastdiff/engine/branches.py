@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.assemble import Row
-from fastdiff.engine.conditions import clone, stacks
+from fastdiff.engine.conditions import stacks
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.models.denoiser import Condition, Denoiser
 
@@ -117,7 +117,8 @@ class Branches:
         own = copy.copy(self)
         own.conditions = tree[0]
         own.apart = {
-            name: (network, condition) for (name, (network, _)), condition in zip(self.apart.items(), tree[1], strict=True)
+            name: (network, condition)
+            for (name, (network, _)), condition in zip(self.apart.items(), tree[1], strict=True)
         }
         return own
 

@@ -67,9 +67,9 @@ class CudaRecorder:
         return graph.replay
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on this device; None where nothing does."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+def recorder_for(device: torch.device, executor: str) -> Recorder | None:
+    """What records rows of this executor on this device; None where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" and executor in ("triton", "cuda") else None
 
 
 class Graphs:
@@ -168,7 +168,8 @@ def culprit(error: BaseException) -> str:
     while (before := first.__cause__ or first.__context__) is not None and before.__traceback__ is not None:
         first = before
     frames = traceback.extract_tb(first.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith((_OURS, _TORCH, "<"))]
+    ours = (_OURS, _TORCH, "<")
+    theirs = [f for f in frames if not f.filename.startswith(ours) and f.name != "__torch_dispatch__"]
     frame = (theirs or frames)[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0)
     begin, end = getattr(frame, "colno", None), getattr(frame, "end_colno", None)

@@ -13,7 +13,7 @@ import torch
 from fastdiff.compiler.plan import Plan
 from fastdiff.models.denoiser import Denoiser
 
-LEAST_ROWS = 64
+LEAST_ROWS, LEAST_TERMS = 64, 2  # of a table: below that, all samplers share
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Room:
             shape=shape,
             registers=plan.registers,
             rows=rounded_up(len(rows), LEAST_ROWS),
-            terms=rounded_up(max(rows)),
-            opening_terms=rounded_up(opening + 1),
+            terms=rounded_up(max(rows), LEAST_TERMS),
+            opening_terms=rounded_up(opening + 1, LEAST_TERMS),
             copies=copies,
             dtype=model.dtype,
             device=model.device,

@@ -24,12 +24,11 @@ from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import adaptive, backends
+from fastdiff.engine import adaptive, backends, graphs
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
 from fastdiff.engine.branches import PERTURBED, Branches, arrange
 from fastdiff.engine.buffers import Buffers
 from fastdiff.engine.external import Noise
-from fastdiff.engine.graphs import Graphs, cannot_capture, recorder_for, signature
 from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
 from fastdiff.engine.kept import Kept
 from fastdiff.engine.room import Room
@@ -86,7 +85,7 @@ class Held:
 
     def __init__(self, room: Room) -> None:
         self.buffers = Buffers(room)
-        self.graphs: Graphs | None = None
+        self.graphs: graphs.Graphs | None = None
 
     @property
     def bytes(self) -> int:
@@ -129,7 +128,7 @@ class Sampler:
         self.model, self.guide, self.perturbed = model, guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
-        captures = self.backend not in ("reference", "cpp") and recorder_for(model.device) is not None
+        captures = graphs.recorder_for(model.device, self.backend) is not None
         if graph in (True, "loop") and not captures:
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and executor 'triton' or 'cuda', "
@@ -242,7 +241,7 @@ class Sampler:
     @contextmanager
     def _held(self, room: Room, branches: Branches) -> Iterator[Held]:
         """Buffers of a room, and what was captured on them for these networks; not kept where the run fails."""
-        key = (room, self.backend, signature(branches) if self.graph else ())
+        key = (room, self.backend, graphs.signature(branches) if self.graph else ())
         with torch.inference_mode(False):  # a later call outside it writes here too
             held = self._shelf.lend(key, lambda: Held(room))
         yield held
@@ -284,9 +283,7 @@ class Sampler:
         self._check_finite(buffers, plan)
         result = self._result(buffers)
         model_seconds = spent if self.model.device.type == "cpu" and replays is None else None
-        self.last_run = RunStats(
-            plan.nfe, time.perf_counter() - started, model_seconds, self.backend, graph=graph
-        )
+        self.last_run = RunStats(plan.nfe, time.perf_counter() - started, model_seconds, self.backend, graph=graph)
         return result
 
     @staticmethod
@@ -380,9 +377,9 @@ class Sampler:
         if self._whole and callback is not None:
             raise ValueError("a callback cannot be part of a captured loop; use graph='auto'")
         if held.graphs is None:
-            recorder = recorder_for(self.model.device)
+            recorder = graphs.recorder_for(self.model.device, self.backend)
             assert recorder is not None
-            held.graphs = Graphs(held.buffers, branches, recorder)
+            held.graphs = graphs.Graphs(held.buffers, branches, recorder)
         held.graphs.load(branches)
         try:
             if self._whole:
@@ -392,7 +389,7 @@ class Sampler:
             if self._insist or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.graph, held.graphs = False, None
-            warnings.warn(cannot_capture(error), stacklevel=5)
+            warnings.warn(graphs.cannot_capture(error), stacklevel=5)
             return None
 
     def _check_finite(self, buffers: Buffers, plan: Plan) -> None:

@@ -1,9 +1,9 @@
 """Continuous batching: requests with a plan, seed, guidance and condition of their own join a running batch at any row
 and leave when they are done.
 
-May import: seats, request, crowd, arguments, branches, guidance, seeds, graphs, backends, compiler, models.denoiser. The
-row index is per sample, so a request's sample is the one it would have alone, to the rounding that the network's batch
-size makes.
+May import: seats, request, crowd, arguments, branches, guidance, seeds, graphs, backends, compiler, models.denoiser.
+The row index is per sample, so a request's sample is the one it would have alone, to the rounding that the network's
+batch size makes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Packed, Plan
-from fastdiff.engine import backends
+from fastdiff.engine import backends, graphs
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
 from fastdiff.engine.branches import arrange
 from fastdiff.engine.crowd import Crowd
-from fastdiff.engine.graphs import cannot_capture, recorder_for
 from fastdiff.engine.guidance import APG, DynamicThreshold, Rule, reduction
 from fastdiff.engine.request import CANCELLED, DONE, FAILED, RUNNING, Request, Work, needed_by
 from fastdiff.engine.seats import Left, Seat, Seats
@@ -109,7 +108,7 @@ class Stream:
         self.shape, self.queue_limit = batch_shape((1, *shape))[1:], queue
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
-        recorder = recorder_for(model.device) if self.backend not in ("reference", "cpp") and graph else None
+        recorder = graphs.recorder_for(model.device, self.backend) if graph else None
         if graph is True and recorder is None:
             raise ValueError(
                 "graph=True needs a CUDA device and executor 'triton' or 'cuda', "
@@ -330,9 +329,9 @@ class Stream:
         self._used += running
         self._flight.append((self._mark(), left))
         for seat in self._seats.failed():
-            error = self._not_finite(seat, self._seats.status(seat))
+            why = self._not_finite(seat, self._seats.status(seat))
             self._seats.leave(seat)
-            self._end(seat.request, FAILED, error=error)
+            self._end(seat.request, FAILED, error=why)
 
     def _row_of_all(self) -> list[Left]:
         """One row; without graphs from now on, and a warning, where the networks cannot be captured."""
@@ -342,7 +341,7 @@ class Stream:
             if self._seats.recorder is None or self._insist or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._seats.recorder = None
-            warnings.warn(cannot_capture(error), stacklevel=5)
+            warnings.warn(graphs.cannot_capture(error), stacklevel=5)
             return self._seats.run()
 
     def _mark(self) -> Any:
