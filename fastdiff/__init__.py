@@ -15,6 +15,7 @@ from fastdiff.engine.gits import gits
 from fastdiff.engine.rolling import rolling
 from fastdiff.engine.sample import sample
 from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.engine.stream import Stream
 from fastdiff.engine.stream import Stream as stream
 from fastdiff.errors import BackendUnavailable
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptivePlan",
+    "AdaptiveSkip",
     "BackendUnavailable",
     "Denoiser",
     "FrameNoise",

@@ -133,6 +133,18 @@ class Plan:
             rows = guided.scheduled(rows, schedule)
         return replace(self, rows=rows if clamp is None else guided.clamped(rows, clamp))
 
+    def skipping(self, rows: Sequence[int] | None = None, *, every: int | None = None, order: int = 2) -> Plan:
+        """An approximation: some rows do not ask the network, its output is extrapolated (fastdiff.compiler.skipping).
+
+        rows: which, counted from 0, or every: all but each every-th and the last. order: from how many outputs it is
+        extrapolated; 1 repeats the last one, which is what samplers that add noise want. `nfe` counts the rows that
+        ask. A clamp is not applied to what is extrapolated. Raises ValueError for rows that cannot be skipped, and
+        where a row would need more registers than the kernel has.
+        """
+        from fastdiff.compiler.skipping import extrapolated
+
+        return extrapolated(self, rows, every, order)
+
     def pack(
         self,
         prediction: str | None = None,

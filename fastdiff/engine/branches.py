@@ -76,15 +76,29 @@ class Branches:
             off.add(PERTURBED)
         return tuple(name for name in self.names if name not in off)
 
-    def kind(self, row: Row) -> Hashable:
-        """Equal for rows that evaluate the same networks on the same batch."""
-        return self.needed(row)
+    def modes(self, rows: Sequence[Row]) -> list[Any]:
+        """How the main network works in each row of a run, where it has ways to choose from; None where it has not.
+
+        A network whose calls are not alike (fastdiff.models.feature_reuse) has `modes(batches)`, which says it of every
+        call of a run, and an attribute `mode`, which is set before each.
+        """
+        if not has_modes(self.model):
+            return [None] * len(rows)
+        needed = [self.needed(row) for row in rows]
+        return self.model.net.modes([self.copies(names) * self.batch if names else 0 for names in needed])
+
+    def kind(self, row: Row, mode: Any = None) -> Hashable:
+        """Equal for rows that evaluate the same networks on the same batch in the same mode."""
+        needed = self.needed(row)
+        return needed, mode if needed else None
 
     def copies(self, needed: Sequence[str]) -> int:
         """How much of the stack is evaluated: up to the last branch that is needed."""
         return max(i + 1 for i, name in enumerate(self.stack) if name in needed)
 
-    def evaluate(self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format) -> Outputs | None:
+    def evaluate(
+        self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format, mode: Any = None
+    ) -> Outputs | None:
         """Ask the networks at x [nB, *S] and time [nB]: a copy of one input for each of the n branches, in order.
 
         A network may write into its input, so no two of them are given the same copy. None: the row asks nothing.
@@ -92,6 +106,8 @@ class Branches:
         needed = self.needed(row)
         if not needed:
             return None
+        if mode is not None:
+            self.model.net.mode = mode  # type: ignore[union-attr]
         copies = self.copies(needed)
         count = copies * self.batch
         own = (x, time) if count == x.shape[0] else (x[:count], time[:count])
@@ -121,6 +137,20 @@ class Branches:
             for (name, (network, _)), condition in zip(self.apart.items(), tree[1], strict=True)
         }
         return own
+
+
+def has_modes(model: Denoiser) -> bool:
+    """Whether the network's calls in a run are not alike."""
+    return hasattr(model.net, "modes")
+
+
+def refuse_modes(model: Denoiser, what: str) -> None:
+    """ValueError for a network whose calls are not alike, where samples at different rows share one."""
+    if has_modes(model):
+        raise ValueError(
+            f"{what} has samples at different rows in one call of the network, and this one reuses features of the row "
+            "before; give it the network without reuse_features"
+        )
 
 
 def ask(

@@ -1,4 +1,4 @@
-"""The networks of a stream, each asked about those entries of the batch that need it and no others.
+"""The networks of a batch whose samples need different ones, each asked about the entries that need it and no others.
 
 May import: branches, buffers, conditions, models.denoiser. Branch p of slot b is entry p B + b of the network's input,
 time and output, p = 0, 1, 2 for the conditional, the unguided and the perturbed branch.
@@ -6,7 +6,7 @@ time and output, p = 0, 1, 2 for the conditional, the unguided and the perturbed
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class Lane:
 
 
 class Crowd:
-    """All networks of a stream. batch: slots; copies: branches of each, as many as the buffers have."""
+    """All networks that a batch is asked of."""
 
     def __init__(self, model: Denoiser, guide: Denoiser | None, perturbed: Denoiser | None) -> None:
         apart = {UNGUIDED: guide, PERTURBED: perturbed}
@@ -81,6 +81,15 @@ class Crowd:
         self.lanes = [Lane(model, own), *(Lane(net, (name,)) for name, net in apart.items() if net is not None)]
         self._out: Tensor | None = None
         self._variance: Tensor | None = None
+
+    @staticmethod
+    def of(branches: Branches, entries: int) -> Crowd:
+        """The networks of a run, with its conditions for so many entries."""
+        apart = {name: network for name, (network, _) in branches.apart.items()}
+        crowd = Crowd(branches.model, apart.get(UNGUIDED), apart.get(PERTURBED))
+        for lane, positions, tree in crowd.check(branches):
+            lane.write(tree, [p * branches.batch + b for p in positions for b in range(branches.batch)], entries)
+        return crowd
 
     def check(self, branches: Branches) -> list[tuple[Lane, tuple[int, ...], Any]]:
         """A request's conditions by lane, the k-th entry for the branch at the k-th position.
@@ -108,13 +117,22 @@ class Crowd:
             if lane.ready:
                 lane.grow(entries)
 
-    def evaluate(self, buffers: Buffers) -> Outputs:
-        """Ask every lane about what was chosen for it; outputs are in their entries' places."""
+    def ask(self, entries: Sequence[int], slots: int, padded: Callable[[int], int] = int) -> None:
+        """Choose the entries of the next evaluation, of `slots` slots; padded: how many are asked about for so many."""
         for lane in self.lanes:
-            if lane.count:
-                self._evaluate(lane, buffers)
-        assert self._out is not None
-        return Outputs(self._out, variance=self._variance)
+            chosen = [entry for entry in entries if entry // slots in lane.positions]
+            lane.choose(chosen, padded(len(chosen)))
+
+    def advance(self, buffers: Buffers, executor: str) -> None:
+        """Ask every lane about what was chosen for it, and run every sample's row."""
+        asked = [lane for lane in self.lanes if lane.count]
+        for lane in asked:
+            self._evaluate(lane, buffers)
+        if asked:
+            assert self._out is not None
+            buffers.advance(executor, Outputs(self._out, variance=self._variance))
+        else:
+            buffers.reuse(executor)
 
     def _evaluate(self, lane: Lane, buffers: Buffers) -> None:
         index, count = lane.index, lane.count

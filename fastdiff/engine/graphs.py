@@ -101,25 +101,27 @@ class Graphs:
             self._replays.clear()
 
     def steps(self, branches: Branches, rows: Sequence[Row], executor: str) -> list[Work]:
-        """For each row what replays its evaluation and itself, captured where its kind was not yet."""
-        return [self._replay((branches.kind(row),), branches, (row,), executor) for row in rows]
+        """For each row of a run what replays its evaluation and itself, captured where its kind was not yet."""
+        pairs = list(zip(rows, branches.modes(rows), strict=True))
+        return [self._replay(branches, [pair], executor) for pair in pairs]
 
     def loop(self, branches: Branches, rows: Sequence[Row], executor: str) -> Work:
         """What replays all rows of an opened run."""
-        return self._replay(tuple(branches.kind(row) for row in rows), branches, rows, executor)
+        return self._replay(branches, list(zip(rows, branches.modes(rows), strict=True)), executor)
 
-    def _replay(self, kinds: Hashable, branches: Branches, rows: Sequence[Row], executor: str) -> Work:
+    def _replay(self, branches: Branches, rows: Sequence[tuple[Row, Any]], executor: str) -> Work:
+        kinds = tuple(branches.kind(row, mode) for row, mode in rows)
         if kinds not in self._replays:
             self._replays[kinds] = self._record(branches.with_conditions(self._own), rows, executor)
             self._captured = self._buffers.captured
         return self._replays[kinds]
 
-    def _record(self, branches: Branches, rows: Sequence[Row], executor: str) -> Work:
+    def _record(self, branches: Branches, rows: Sequence[tuple[Row, Any]], executor: str) -> Work:
         buffers = self._buffers
 
         def work() -> None:
-            for row in rows:
-                outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
+            for row, mode in rows:
+                outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format, mode)
                 if outputs is None:
                     buffers.reuse(executor)
                 else:

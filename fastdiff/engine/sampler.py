@@ -1,7 +1,7 @@
 """The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
 
-May import: arguments, buffers, room, kept, branches, guidance, seeds, graphs, backends, adaptive, stream, compiler,
-models.denoiser.
+May import: arguments, buffers, room, kept, held, branches, guidance, seeds, graphs, backends, adaptive, skipping,
+stream, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,15 +23,19 @@ from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import adaptive, backends, graphs
+from fastdiff.compiler.skipping import twins
+from fastdiff.engine import adaptive, backends, graphs, skipping
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
-from fastdiff.engine.branches import PERTURBED, Branches, arrange
+from fastdiff.engine.branches import PERTURBED, Branches, arrange, refuse_modes
 from fastdiff.engine.buffers import Buffers
+from fastdiff.engine.crowd import POSITIONS
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
+from fastdiff.engine.held import Held, Memory, memory, shelf
 from fastdiff.engine.kept import Kept
 from fastdiff.engine.room import Room
 from fastdiff.engine.seeds import per_sample as seeds_of
+from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.engine.stream import Stream
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process.schedules import Level
@@ -59,7 +62,7 @@ class RunStats:
     """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU).
 
     adaptive: of an adaptive run, the evaluations and steps of each sample; nfe is then the most that one needed.
-    graph: "step" or "loop" where it replayed CUDA graphs, else "none".
+    graph: "step" or "loop" where it replayed CUDA graphs, else "none". nfe_of: of each sample, where they differ.
     """
 
     nfe: int
@@ -68,32 +71,7 @@ class RunStats:
     backend: str
     adaptive: adaptive.Counts | None = None
     graph: str = "none"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device that a model's samplers keep for their next runs, and at most keep. graphs: how many."""
-
-    buffers: int
-    graphs: int
-    captured: int
-    limit: int
-
-
-class Held:
-    """The buffers of one run, and the graphs captured on them."""
-
-    def __init__(self, room: Room) -> None:
-        self.buffers = Buffers(room)
-        self.graphs: graphs.Graphs | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Of both."""
-        return self.buffers.bytes + (0 if self.graphs is None else self.graphs.bytes)
-
-
-_kept: weakref.WeakKeyDictionary[Denoiser, Kept[Held]] = weakref.WeakKeyDictionary()
+    nfe_of: tuple[int, ...] = ()
 
 
 class Sampler:
@@ -139,7 +117,7 @@ class Sampler:
         self.kept_bytes = kept_bytes
         self.memory_format = memory_format
         self._idle = threading.Lock()
-        self._variants: dict[tuple[bool, int], Plan] = {}
+        self._variants: dict[tuple[bool, int, bool], Plan] = {}
         self._batch_plan: tuple[int, Plan] | None = None
         self.last_run: RunStats | None = None
         plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
@@ -162,6 +140,7 @@ class Sampler:
         perturbed_cond: Condition = None,
         perturbed_scale: float | Sequence[float] | Tensor = 0.0,
         given: Mapping[str, Tensor] | None = None,
+        skip: AdaptiveSkip | None = None,
     ) -> Tensor:
         """Draw samples: fp32 [B, *S] on the model's device.
 
@@ -173,9 +152,10 @@ class Sampler:
         an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 evaluates cond only. rule:
         `fd.guidance.Rescale`, `APG` or `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of
         s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond.
-        given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). callback:
-        called after each row. Raises ValueError or TypeError for arguments that do not fit and FloatingPointError,
-        naming the row, when the network returns inf or nan.
+        given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). skip: an
+        approximation, `fd.AdaptiveSkip()`: samples skip evaluations where their path is smooth. callback: called after
+        each row. Raises ValueError or TypeError for arguments that do not fit and FloatingPointError, naming the row,
+        when the network returns inf or nan.
         """
         shape = batch_shape(shape)
         seeds = seeds_of(seed, shape[0])
@@ -196,11 +176,14 @@ class Sampler:
         try:
             with self._on_device():
                 path = isinstance(noise, str) and noise == "brownian"
+                copies, keep_denoised = len(branches.names), callback is not None
+                if skip is not None:
+                    self._check_skip(skip)
+                    copies = 1 + max(POSITIONS[name] for name in branches.names)
                 if isinstance(self.plan, AdaptivePlan):
                     plan = self._of_batch(self.plan, shape[0], noise, reduces)
                 else:
-                    plan = self._variant(path, reduces)
-                copies, keep_denoised = len(branches.names), callback is not None
+                    plan = self._variant(path, reduces, skip is not None)
                 work, perturbs = None if reduces is None else reduces.work, PERTURBED in branches.names
                 room = Room.of(
                     plan, shape, copies, self.model, self.memory_format, keep_denoised, work, perturbs
@@ -213,6 +196,8 @@ class Sampler:
                         )  # fmt: skip
                     if isinstance(self.plan, AdaptivePlan):
                         return self._run_adaptive(self.plan, held, branches, callback, progress, path)
+                    if skip is not None:
+                        return self._run_skipping(plan, skip, held, branches, callback)
                     return self._run(plan, held, branches, callback, progress)
         finally:
             self._idle.release()
@@ -229,14 +214,11 @@ class Sampler:
 
     def memory(self) -> Memory:
         """What this model's samplers keep now."""
-        held = self._shelf.entries
-        captured = [entry.graphs for entry in held if entry.graphs is not None]
-        buffers = sum(entry.buffers.bytes for entry in held)
-        return Memory(buffers, sum(g.bytes for g in captured), sum(map(len, captured)), self.kept_bytes)
+        return memory(self.model, self.kept_bytes)
 
     @property
     def _shelf(self) -> Kept[Held]:
-        return _kept.setdefault(self.model, Kept())
+        return shelf(self.model)
 
     @contextmanager
     def _held(self, room: Room, branches: Branches) -> Iterator[Held]:
@@ -269,9 +251,10 @@ class Sampler:
                     bar.update()
                     self._report(callback, i, plan, buffers)
         else:
+            modes = branches.modes(plan.rows[1:])
             for i, row in enumerate(bar):
                 before = time.perf_counter()
-                outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
+                outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format, modes[i])
                 spent += time.perf_counter() - before
                 if outputs is None:
                     buffers.reuse(self.backend)
@@ -345,6 +328,7 @@ class Sampler:
         return result
 
     def _of_batch(self, plan: AdaptivePlan, batch: int, noise: Noise, reduces: Reduction | None) -> Plan:
+        refuse_modes(self.model, plan.solver)
         if reduces is not None and (reduces.muted or reduces.remembers):
             raise ValueError(
                 f"{plan.solver} evaluates the network in steps it may reject, so a rule cannot count evaluations: use "
@@ -362,13 +346,44 @@ class Sampler:
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
 
-    def _variant(self, on_a_path: bool, reduces: Reduction | None) -> Plan:
+    def _variant(self, on_a_path: bool, reduces: Reduction | None, skips: bool) -> Plan:
         """The plan as this run needs it, made once."""
         rows = 0 if reduces is None else reduces.muted
-        if (on_a_path, rows) not in self._variants:
+        if (on_a_path, rows, skips) not in self._variants:
             plan = on_path(self.plan) if on_a_path else self.plan
-            self._variants[on_a_path, rows] = muted(plan, rows) if rows else plan
-        return self._variants[on_a_path, rows]
+            plan = muted(plan, rows) if rows else plan
+            self._variants[on_a_path, rows, skips] = twins(plan) if skips else plan
+        return self._variants[on_a_path, rows, skips]
+
+    def _check_skip(self, skip: AdaptiveSkip) -> None:
+        if not isinstance(skip, AdaptiveSkip):
+            raise TypeError(f"skip must be a fd.AdaptiveSkip, got {skip!r}")
+        skipping.check_plan(self.plan)
+        refuse_modes(self.model, "adaptive skipping")
+        if self._insist:
+            raise ValueError("adaptive skipping decides between two rows which comes next, so no graph holds them")
+
+    def _run_skipping(
+        self,
+        plan: Plan,
+        skip: AdaptiveSkip,
+        held: Held,
+        branches: Branches,
+        callback: Callable[[RowInfo], None] | None,
+    ) -> Tensor:
+        started, buffers = time.perf_counter(), held.buffers
+        buffers.open(self.backend)
+
+        def after(i: int) -> None:
+            if self.model.device.type == "cpu":
+                self._check_finite(buffers, self.plan)
+            self._report(callback, i, self.plan, buffers)
+
+        nfe = skipping.solve(plan, skip, buffers, branches, self.backend, after)
+        self._check_finite(buffers, self.plan)
+        result = self._result(buffers)
+        self.last_run = RunStats(max(nfe), time.perf_counter() - started, None, self.backend, nfe_of=nfe)
+        return result
 
     def _captured(
         self, held: Held, branches: Branches, rows: Sequence[Row], callback: Callable[[RowInfo], None] | None

@@ -204,20 +204,14 @@ class Seats:
         for seat in self if self.in_order else sorted(self, key=lambda seat: seat.slot):
             for position in seat.work.needed[seat.run]:
                 needed.setdefault(position, []).append(seat.slot)
+        asked = [position * self.slots + slot for position in sorted(needed) for slot in needed[position]]
         entries = len(self._buffers.model_in)
-        total = 0
-        for lane in self._crowd.lanes:
-            asked = [p * self.slots + slot for p in lane.positions for slot in needed.get(p, ())]
-            padded = len(asked) if self.recorder is None or self.in_order else batch_size(len(asked), entries)
-            lane.choose(asked, padded)
-            total += len(asked)
-        return total
+        exact = self.recorder is None or self.in_order
+        self._crowd.ask(asked, self.slots, int if exact else lambda count: batch_size(count, entries))
+        return len(asked)
 
     def _advance(self) -> None:
-        if any(lane.count for lane in self._crowd.lanes):
-            self._buffers.advance(self._executor, self._crowd.evaluate(self._buffers))
-        else:
-            self._buffers.reuse(self._executor)
+        self._crowd.advance(self._buffers, self._executor)
 
     def _replay(self) -> None:
         """Replay what is captured for as many entries, or capture it; RuntimeError where that cannot be."""
@@ -231,7 +225,7 @@ class Seats:
         self._replays[key]()
 
     def _make_room(self, work: Work) -> None:
-        """Larger buffers, with all that the running samples have in them, where this sample needs more than there is."""
+        """Larger buffers, with all that the running samples have in them, where this sample needs larger ones."""
         room, plan = self._room, work.plan
         terms = (work.packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE
         wanted = dataclasses.replace(

@@ -29,7 +29,7 @@ from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.engine import backends, graphs
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
-from fastdiff.engine.branches import arrange
+from fastdiff.engine.branches import arrange, refuse_modes
 from fastdiff.engine.crowd import Crowd
 from fastdiff.engine.guidance import APG, DynamicThreshold, Rule, reduction
 from fastdiff.engine.request import CANCELLED, DONE, FAILED, RUNNING, Request, Work, needed_by
@@ -99,6 +99,7 @@ class Stream:
         for name, count in (("slots", slots), ("queue", queue), ("table_rows", table_rows)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+        refuse_modes(model, "a stream")
         if graph not in (True, False, "auto"):
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
         for name, other in (("guide", guide), ("perturbed", perturbed)):
