@@ -12,9 +12,10 @@ from fastdiff.engine import guidance, suite
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
+from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.rolling import rolling
 from fastdiff.engine.sample import sample
-from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.sampler import Sampler
 from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.engine.stream import Stream
 from fastdiff.engine.stream import Stream as stream

@@ -246,18 +246,14 @@ def test_adaptive_skipping_without_tolerance_skips_nothing(solver: str) -> None:
     assert torch.equal(fd.sample(model, (3, 10), solver, 9, skip=fd.AdaptiveSkip(0.0), **draw), whole)
 
 
-@pytest.mark.parametrize(
-    ("solver", "delta", "least", "most"), [("ddim", 0.02, 0.01, 0.1), ("dpmpp_2m", 0.05, 0.01, 0.1)]
-)
-def test_adaptive_skipping_changes_the_sample_by(
-    fashion: fd.Denoiser, solver: str, delta: float, least: float, most: float
-) -> None:
-    steps = 24
-    sampler = fd.Sampler(fd.plan(solver, fashion.schedule, steps), fashion)
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_adaptive_skipping_changes_the_sample_by(fashion: fd.Denoiser, solver: str) -> None:
+    """With five times the paper's tolerance 15 of 24 evaluations are left."""
+    sampler = fd.Sampler(fd.plan(solver, fashion.schedule, 24), fashion)
     whole = sampler.sample(SHAPE, cond=labels())
-    got = sampler.sample(SHAPE, cond=labels(), skip=fd.AdaptiveSkip(delta))
-    assert sampler.last_run is not None and sampler.last_run.nfe < 0.9 * steps
-    assert least < change(got, whole) < most
+    got = sampler.sample(SHAPE, cond=labels(), skip=fd.AdaptiveSkip(0.05))
+    assert sampler.last_run is not None and 13 <= sampler.last_run.nfe <= 17
+    assert 0.04 < change(got, whole) < 0.08
 
 
 def test_what_adaptive_skipping_refuses() -> None:

@@ -82,10 +82,11 @@ class Branches:
         A network whose calls are not alike (fastdiff.models.feature_reuse) has `modes(batches)`, which says it of every
         call of a run, and an attribute `mode`, which is set before each.
         """
+        net: Any = self.model.net
         if not has_modes(self.model):
             return [None] * len(rows)
         needed = [self.needed(row) for row in rows]
-        return self.model.net.modes([self.copies(names) * self.batch if names else 0 for names in needed])
+        return net.modes([self.copies(names) * self.batch if names else 0 for names in needed])
 
     def kind(self, row: Row, mode: Any = None) -> Hashable:
         """Equal for rows that evaluate the same networks on the same batch in the same mode."""
@@ -107,7 +108,8 @@ class Branches:
         if not needed:
             return None
         if mode is not None:
-            self.model.net.mode = mode  # type: ignore[union-attr]
+            net: Any = self.model.net
+            net.mode = mode
         copies = self.copies(needed)
         count = copies * self.batch
         own = (x, time) if count == x.shape[0] else (x[:count], time[:count])

@@ -59,9 +59,9 @@ def select(cond: Any, index: Tensor) -> Any:
     return _each("cond", cond, lambda name, tensor: tensor.index_select(0, index) if tensor.dim() else tensor)
 
 
-def head(cond: Any, count: int) -> Any:
-    """The first `count` entries of every tensor of the tree, in its own memory."""
-    return _each("cond", cond, lambda name, tensor: tensor[:count] if tensor.dim() else tensor)
+def part(cond: Any, place: slice) -> Any:
+    """These entries of every tensor of the tree, in its own memory."""
+    return _each("cond", cond, lambda name, tensor: tensor[place] if tensor.dim() else tensor)
 
 
 def stretched(cond: Any, count: int) -> Any:

@@ -48,7 +48,7 @@ class Lane:
     def write(self, tree: Any, places: Sequence[int], entries: int) -> None:
         """The k-th entry of every tensor of a request's conditions goes to places[k]."""
         if self._all is None:
-            self.conditions = conditions.stretched(conditions.head(tree, 0), entries)
+            self.conditions = conditions.stretched(conditions.part(tree, slice(0)), entries)
             self.grow(entries)
         for into, values in zip(conditions.tensors(self.conditions), conditions.tensors(tree), strict=True):
             if into.dim():
@@ -138,7 +138,7 @@ class Crowd:
         index, count = lane.index, lane.count
         if index is None:
             x, time = buffers.model_in[:count], buffers.model_time[:count]
-            tree = conditions.head(lane.conditions, count)
+            tree = conditions.part(lane.conditions, slice(count))
         else:
             x, time = buffers.model_in.index_select(0, index), buffers.model_time.index_select(0, index)
             tree = conditions.select(lane.conditions, index)
