@@ -30,6 +30,8 @@ COLUMNS = [
     *("ratio_diffusers", "ratio_compiled", "diffusers_page_faults"),
     *("ratio_k_diffusion", "ratio_noise", "variance", "path_correlation"),
     *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
+    *(f"{k}_seconds{s}" for k in ("stream", "batched", "alone") for s in ("", "_p20", "_p80")),
+    *(f"{k}_latency{s}" for k in ("stream", "batched", "alone") for s in ("", "_p95")),
     *("repetitions", "others", "took"),
 ]
 
@@ -37,10 +39,12 @@ Line = Mapping[str, Any]
 
 
 def append(path: Path, lines: Sequence[Line]) -> None:
-    """Add lines to the results. Raises ValueError when the file has other columns."""
+    """Add lines to the results. Columns the file has not yet are added to it; ValueError where it has others."""
     known = path.exists() and path.stat().st_size > 0
     if known and _header(path) != COLUMNS:
-        raise ValueError(f"{path} has other columns than this version writes; move it away and run again")
+        if not set(_header(path)) <= set(COLUMNS):
+            raise ValueError(f"{path} has other columns than this version writes; move it away and run again")
+        _widen(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
@@ -132,6 +136,22 @@ def show_loop(line: Line | None) -> str:
     )
 
 
+def show_stream(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        head = f"{'network':<14}{'slots':>6}"
+        head += "".join(f"{f'{way} ms/image [p20-p80]':>34}{'latency s':>11}{'p95':>8}" for way in _WAYS)
+        return head + f"{'error':>10}{'allowed':>10}"
+    case = f"{line['network']:<14}{line['batch']:>6}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    for way in _WAYS:
+        latency, late = (float(line[f"{way}_latency{suffix}"]) for suffix in ("", "_p95"))
+        case += f"{_spread(line, f'{way}_seconds', 1e3):>34}{latency:>11.3f}{late:>8.3f}"
+    return case + gate
+
+
 def show_brownian(line: Line | None) -> str:
     """One line on the terminal; None gives the header."""
     if line is None:
@@ -150,7 +170,13 @@ def show_brownian(line: Line | None) -> str:
     )
 
 
-LINES: dict[str, Callable[[Line | None], str]] = {"ops": show_ops, "loop": show_loop, "brownian": show_brownian}
+_WAYS = ("stream", "batched", "alone")
+LINES: dict[str, Callable[[Line | None], str]] = {
+    "ops": show_ops,
+    "loop": show_loop,
+    "brownian": show_brownian,
+    "stream": show_stream,
+}
 
 _OPS_ABOUT = (
     "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile] over "
@@ -177,6 +203,12 @@ _BROWNIAN_ABOUT = (
     "first time. *error*: largest relative difference of the states when both are given the same normals / what is "
     "allowed. *variance*: of our increments and their sums, the furthest from 1, over 262,144 numbers. *one path*: "
     "correlation of a seed's whole path in 10 and in 40 steps."
+)
+
+_STREAM_ABOUT = (
+    "Requests of many plans (5 to 30 steps, four samplers), all there at the start: `python bench/run.py stream`. In "
+    "one running batch (*stream*), in batches of equal plans in the order they came (*batched*), one by one (*alone*). "
+    "ms per image, and seconds until a request's own sample is there: median / 95 %. All three draw the same samples."
 )
 
 
@@ -254,10 +286,24 @@ def _brownian_table(lines: Sequence[Line]) -> str:
     return _markdown(head, body, 3)
 
 
+def _stream_table(lines: Sequence[Line]) -> str:
+    head = ["network", "slots"]
+    head += [f"{way} {what}" for way in _WAYS for what in ("ms/image", "latency")]
+    body = []
+    for line in lines:
+        cells = [line["network"], str(line["batch"])]
+        for way in _WAYS:
+            latency, late = (float(line[f"{way}_latency{suffix}"]) for suffix in ("", "_p95"))
+            cells += [_spread(line, f"{way}_seconds", 1e3), f"{_short(latency)} / {_short(late)}"]
+        body.append(cells)
+    return _markdown(head, body, 1)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "ops": (_OPS_ABOUT, _ops_table),
     "brownian": (_BROWNIAN_ABOUT, _brownian_table),
     "loop": (_LOOP_ABOUT, _loop_table),
+    "stream": (_STREAM_ABOUT, _stream_table),
 }
 
 
@@ -308,6 +354,18 @@ def _plain(value: Any) -> Any:
 def _header(path: Path) -> list[str]:
     with path.open(newline="") as file:
         return next(csv.reader(file), [])
+
+
+def _widen(path: Path) -> None:
+    """Give every line of a file all columns, new ones empty."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    os.replace(temporary, path)
 
 
 def _fail(why: str) -> int:
