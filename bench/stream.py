@@ -98,7 +98,7 @@ def _case(
         return Task(timed, 1)
 
     timings = measure.interleave(
-        {key: task(key) for key in ways}, device, 0.3 if quick else 30.0, least=3, most=100, warm_up=1
+        {key: task(key) for key in ways}, device, 0.3 if quick else 12.0, least=3, most=100, warm_up=1
     )
     for key, timing in timings.items():
         per_image = 1e-6 / len(asks)

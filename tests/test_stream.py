@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -334,3 +336,16 @@ def test_sizes_of_captured_batches() -> None:
     sizes = [seats.batch_size(n, 24) for n in range(25)]
     assert sorted(set(sizes)) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24]
     assert all(n <= size and 3 * (size - n) <= size for n, size in enumerate(sizes))
+
+
+def test_the_page_about_streams_runs_as_it_stands(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (root / "docs" / "streaming.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/streaming.md", "exec"), names)
+    printed = capsys.readouterr().out
+    # 6 + 4 evaluations, and 5 of both branches
+    assert "20 evaluations" in printed and "heun 5 waited" in printed
+    assert len(names["frames"]) == 12 and len(names["longer"]) == 9

@@ -6,7 +6,7 @@ May import: arguments, chunks, conditions, external, guidance, loop (types), see
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,8 @@ class Asked:
         """Whether noise is increments of one Brownian path per seed."""
         return isinstance(self.noise, str) and self.noise == "brownian"
 
-    def parts(self, size: int) -> list[tuple[int, Asked]]:
+    def parts(self, size: int) -> Iterator[tuple[int, Asked]]:
         """(batch, the same asked for a part of the samples), none above `size`; ValueError where it cannot be cut."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return [(count, Asked(**part)) for count, part in chunks.parts(len(self.seed), size, own)]
+        for count, part in chunks.parts(len(self.seed), size, own):
+            yield count, Asked(**part)

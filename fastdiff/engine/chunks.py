@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def _counts(found: Sequence[Counts]) -> Counts | None:
     return Counts(*joined)
 
 
-def parts(batch: int, size: int, arguments: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+def parts(batch: int, size: int, arguments: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(batch, arguments) of each part of a run of `Sampler.sample`, none above `size`; seeds are one per sample."""
     entries = {f"given[{name!r}]": [image] for name, image in arguments["given"].items()}
     entries |= {name: conditions.tensors(arguments[name]) for name in ("init", *CONDITIONS)}
@@ -98,11 +98,9 @@ def parts(batch: int, size: int, arguments: Mapping[str, Any]) -> list[tuple[int
         raise ValueError(f"noise must have one entry per sample ({batch}) after the draws, got {tuple(noise.shape)}")
     if callable(noise) and not isinstance(noise, Tensor):
         arguments = {**arguments, "noise": _Once(noise, batch)}
-    found = []
     for first in range(0, batch, size):
         place = slice(first, min(first + size, batch))
-        found.append((place.stop - first, {name: _part(name, value, place) for name, value in arguments.items()}))
-    return found
+        yield place.stop - first, {name: _part(name, value, place) for name, value in arguments.items()}
 
 
 def _part(name: str, value: Any, place: slice) -> Any:

@@ -233,7 +233,7 @@ class Sampler:
         """The largest batch of this shape that fits, by estimate."""
         plan, branches = self._plan_for(shape, asked), self._branches(shape[0], asked)
         room = self._room(plan, shape, asked, branches)
-        parts = {count: part for n in (1, 2) for count, part in asked.parts(n)[:1]}
+        parts = dict(next(asked.parts(n)) for n in (1, 2))
         return chunks.largest(room, lambda n: self._branches(n, parts[n]), self.plan.rows[1])
 
     @property
