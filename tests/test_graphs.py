@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastdiff as fd
 from fastdiff.engine.graphs import culprit
+from fastdiff.engine.held import Memory
 from fastdiff.engine.kept import Kept
 
 SHAPE = (2, 3, 6, 5)
@@ -115,7 +116,7 @@ def test_kept_by_bytes_the_least_recently_used_goes(stand_in: type[StandIn]) -> 
     assert kept() == [2, 3, 1]
     memory = sampler.memory()
     held = {entry.buffers.batch: entry.bytes for entry in sampler._shelf.entries}
-    assert memory.captured == 3 and memory.graphs == 3 * StandIn.size and memory.limit == 2 << 30
+    assert memory.captured == 3 and memory.graphs == 3 * StandIn.size and memory.limit == 1 << 30
     assert memory.buffers + memory.graphs == sum(held.values())
     # state, network input and their scalars: 90 numbers each of 4 bytes, for every sample
     assert held[3] - held[2] == held[2] - held[1] > 2 * 90 * 4
@@ -128,6 +129,8 @@ def test_kept_by_bytes_the_least_recently_used_goes(stand_in: type[StandIn]) -> 
     assert kept() == [1], "the latest stays whatever its size"
     assert torch.equal(small.sample((2, 3, 6, 5)), draw(model, "ddim", 3, graph=False, seed=0))
     assert stand_in.records == 4
+    small.release()
+    assert small.memory() == Memory(0, 0, 0, 0)
 
 
 def test_entries_are_lent_to_one_at_a_time() -> None:

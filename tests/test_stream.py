@@ -207,6 +207,27 @@ def test_a_request_that_fails_is_told_so_and_the_others_go_on(model: fd.Denoiser
     assert wrong.pending == 0 and wrong.stats().failed == 1
 
 
+def test_no_memory_for_larger_buffers_fails_the_request_that_needs_them(
+    model: fd.Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asks(2, steps=4)[:1] + asks(2, solver="unipc", guidance=1.0, steps=4)[1:]
+    stream = fd.stream(model, SHAPE, slots=2)
+    first = submit(stream, wanted[0])
+    stream.step()
+
+    def full(room: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seats, "Buffers", full)
+        second = submit(stream, wanted[1])
+        assert list(stream) == [second, first]
+    with pytest.raises(torch.OutOfMemoryError):
+        second.result()
+    assert torch.equal(first.result(), alone(model, wanted[0]))
+    assert torch.equal(submit(stream, wanted[1]).result(), alone(model, wanted[1]))
+
+
 def test_a_full_queue_and_a_closed_stream(model: fd.Denoiser) -> None:
     same = {"cond": {"label": torch.tensor([2.0])}}
     stream = fd.stream(model, SHAPE, slots=1, queue=2)

@@ -57,7 +57,7 @@ class Sampler:
         memory_format: torch.memory_format = torch.contiguous_format,
         guide: Denoiser | None = None,
         perturbed: Denoiser | None = None,
-        kept_bytes: int = 2 << 30,
+        kept_bytes: int = 1 << 30,
     ) -> None:
         if graph not in (True, False, "auto", "loop"):
             raise ValueError(f"graph must be 'auto', 'loop', True or False, got {graph!r}")
@@ -155,6 +155,10 @@ class Sampler:
     def memory(self) -> Memory:
         """What this model's samplers keep now."""
         return held.memory(self.model, self.kept_bytes)
+
+    def release(self) -> None:
+        """Give back what this model's samplers keep; their next runs make it again."""
+        self._shelf.clear()
 
     def _at_once(self, shape: torch.Size, asked: Asked, max_batch: int | str | None) -> int:
         """The largest batch to draw at once."""

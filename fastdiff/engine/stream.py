@@ -311,10 +311,19 @@ class Stream:
         """Let those that wait join, first come, first served, while there is a slot and room in the table."""
         while True:
             with self._lock:
-                if not self._queue or not self._seats.join(self._queue[0]):
+                if not self._queue:
                     return
-                request = self._queue.popleft()
-            request.state, request.joined = RUNNING, time.perf_counter()
+                request, error = self._queue[0], None
+                try:
+                    if not self._seats.join(request):
+                        return
+                except Exception as failure:  # no memory for larger buffers: what runs goes on in those it has
+                    error = failure
+                self._queue.popleft()
+            if error is not None:
+                self._end(request, FAILED, error=error)
+            else:
+                request.state, request.joined = RUNNING, time.perf_counter()
 
     def _run(self) -> None:
         running = len(self._seats)
