@@ -12,7 +12,7 @@ from stand_in import StandIn, stand_in  # noqa: F401
 from torch import Tensor, nn
 
 import fastdiff as fd
-from fastdiff.engine.graphs import culprit
+from fastdiff.engine import graphs
 from fastdiff.engine.held import Memory
 from fastdiff.engine.kept import Kept
 
@@ -211,17 +211,23 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning(
         assert torch.equal(request.result(), solo[0])
 
 
-def test_the_culprit_of_an_error_that_came_from_another() -> None:
-    def first() -> None:
-        raise KeyError("what began it")
+def test_the_culprit_is_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the error that ends the capture, and not what the caller was handling."""
 
-    try:
+    class Ends(StandIn):
+        def record(self, work: Any, warm_up: int) -> Any:
+            try:
+                return super().record(work, warm_up)
+            finally:
+                raise RuntimeError("the capture ended in an error")
+
+    monkeypatch.setattr(graphs, "recorder_for", lambda device, executor: Ends(device))
+    model = denoiser(syncs)
+    with pytest.warns(UserWarning, match=r"`.*item\(\).*` in syncs .*failed with: the capture ended"):
         try:
-            first()
-        finally:
-            torch.zeros(2).view(3)
-    except RuntimeError as error:
-        assert '`raise KeyError("what began it")`' in culprit(error)
+            raise KeyError("the caller's")
+        except KeyError:
+            draw(model, "ddim", 3, graph="auto")
 
 
 def test_a_stream_replays_one_graph_for_each_size_of_its_batch(stand_in: type[StandIn]) -> None:  # noqa: F811

@@ -164,10 +164,11 @@ def cannot_capture(error: RuntimeError) -> str:
 def culprit(error: BaseException) -> str:
     """The operation that an error came from, as the innermost line outside torch and this package says it.
 
-    A failed capture raises once more when it ends, so the error that began it is looked for first.
+    A failed capture raises once more when it ends, so the error that began it is looked for first. What a caller was
+    handling when it came here is none of ours.
     """
-    first: BaseException = error
-    while (before := first.__cause__ or first.__context__) is not None and before.__traceback__ is not None:
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None and _through_here(before):
         first = before
     frames = traceback.extract_tb(first.__traceback__)
     ours = (_OURS, _TORCH, "<")
@@ -178,3 +179,7 @@ def culprit(error: BaseException) -> str:
     same_line = getattr(frame, "end_lineno", None) == frame.lineno
     text = line[begin:end] if begin is not None and same_line else line
     return f"`{text.strip()}` in {frame.name} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _through_here(error: BaseException) -> bool:
+    return any(frame.filename.startswith(_OURS) for frame in traceback.extract_tb(error.__traceback__))

@@ -99,14 +99,14 @@ class Request:
         return self.withdraw(self)
 
 
-def needed_by(plan: Plan, guidance: float, scale: float) -> tuple[tuple[int, ...], ...]:
+def needed_by(plan: Plan, guided: bool, perturbed: bool) -> tuple[tuple[int, ...], ...]:
     """For each row after the opening one the positions of the branches it reads (fastdiff.engine.crowd)."""
     rows = []
     for row in plan.rows[1:]:
         names = [CONDITIONAL]
-        if row.estimate == "unguided" or (row.gain != 0.0 and guidance != 1.0):
+        if row.estimate == "unguided" or (row.gain != 0.0 and guided):
             names.append(UNGUIDED)
-        if row.perturb != 0.0 and scale != 0.0:
+        if row.perturb != 0.0 and perturbed:
             names.append(PERTURBED)
         rows.append(() if row.reused else tuple(POSITIONS[name] for name in names))
     return tuple(rows)

@@ -88,6 +88,7 @@ class Seats:
         self._stale = True
         self._seats: dict[int, Seat] = {}  # by slot; in the order they joined
         self._joined: list[Seat] = []
+        self._moved, self._asking = True, 0  # somebody joined or left since entries were chosen, and how many they were
         self._replays: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._use(Buffers(self._room))
         self._table = PlanTable(self._buffers.tensors.coef, self._buffers.tensors.ids)
@@ -125,14 +126,14 @@ class Seats:
         slot = int(np.flatnonzero(self._row < 0)[0])
         seat = self._seats[slot] = Seat(request, slot, place)
         self._row[slot] = place + 1
-        self._stale = True
+        self._stale = self._moved = True
         self._joined.append(seat)
         return True
 
     def leave(self, seat: Seat) -> None:
         """Free a slot; what it holds is left as it is."""
         self._row[seat.slot] = -1
-        self._stale = True
+        self._stale = self._moved = True
         del self._seats[seat.slot]
         self._joined = [joined for joined in self._joined if joined is not seat]
         self._table.release(seat.work.key)
@@ -140,12 +141,12 @@ class Seats:
     def run(self) -> list[Left]:
         """Open who joined, ask the networks what the samples need, run a row of each; those that are done leave."""
         self._open()
-        asked = self._choose()
+        self._choose()
         if self._stale:
             upload(self._buffers.tensors.row, self._row)
             self._stale = False
         self._replay() if self.recorder is not None else self._advance()
-        self.evaluated += asked
+        self.evaluated += self._asking
         done = []
         for seat in self:
             seat.run += 1
@@ -156,10 +157,10 @@ class Seats:
 
     def failed(self) -> list[Seat]:
         """On a CPU, whose memory is at hand: the samples whose network output was inf or nan."""
-        status = self._buffers.tensors.status
-        if status.is_cuda:
+        if self._room.device.type != "cpu":
             return []
-        return [seat for seat in self if int(status[seat.slot]) >= 0]
+        status = self._buffers.tensors.status.numpy()
+        return [seat for seat in self if status[seat.slot] >= 0]
 
     def status(self, seat: Seat) -> int:
         """On a CPU: the row of the table in which a sample failed, or negative."""
@@ -198,8 +199,12 @@ class Seats:
         upload(self._opening, opening)
         self._open_step(self._buffers.model_in)
 
-    def _choose(self) -> int:
-        """Tell each network which entries to work on next; how many they are."""
+    def _choose(self) -> None:
+        """Tell each network which entries to work on next, where they are not those of the row before."""
+        rows = ((seat.work.needed, seat.run) for seat in self)
+        if not self._moved and all(needed[i] == needed[i - 1] for needed, i in rows):
+            return
+        self._moved = False
         needed: dict[int, list[int]] = {}  # by branch the slots, in the order the networks see them
         for seat in self if self.in_order else sorted(self, key=lambda seat: seat.slot):
             for position in seat.work.needed[seat.run]:
@@ -208,7 +213,7 @@ class Seats:
         entries = len(self._buffers.model_in)
         exact = self.recorder is None or self.in_order
         self._crowd.ask(asked, self.slots, int if exact else lambda count: batch_size(count, entries))
-        return len(asked)
+        self._asking = len(asked)
 
     def _advance(self) -> None:
         self._crowd.advance(self._buffers, self._executor)
@@ -250,7 +255,7 @@ class Seats:
         if before.mix is None and after.mix is not None:
             upload(after.mix, np.tile(np.array(at.PLAIN_MIX, dtype=np.float32), (self.slots, 1)))
         self._table.moved(after.coef, after.ids)
-        self._room, self._stale = wanted, True
+        self._room, self._stale, self._moved = wanted, True, True
         self._replays.clear()
         if wanted.copies != room.copies:
             self._crowd.grow(wanted.copies * self.slots)

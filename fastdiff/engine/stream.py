@@ -128,6 +128,7 @@ class Stream:
         self._flight: deque[tuple[Any, list[Left]]] = deque()
         self._unclaimed: deque[Request] = deque(maxlen=KEPT_LATENCIES)  # done, and not yet returned by a step
         self._packed: OrderedDict[Hashable, tuple[Plan, Plan, Packed, Hashable]] = OrderedDict()
+        self._needed: OrderedDict[Hashable, tuple[Plan, tuple[tuple[int, ...], ...]]] = OrderedDict()
         self._made: OrderedDict[Hashable, Plan] = OrderedDict()
         self._latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self._counts = dict.fromkeys((DONE, FAILED, CANCELLED), 0)
@@ -188,6 +189,8 @@ class Stream:
         )  # fmt: skip
         images = self._images(plan, init, given or {})
         plan, packed, key = self._pack(plan, noise == "brownian", "noise" if init is None else opening)
+        needs = id(plan), weight != 1.0, scale != 0.0
+        _, needed = _kept(self._needed, needs, lambda: (plan, needed_by(plan, *needs[1:])))
         if len(packed.coef) > self._seats.capacity:
             raise ValueError(
                 f"this plan has {len(packed.coef)} rows, the stream's table {self._seats.capacity}: give the stream "
@@ -202,7 +205,7 @@ class Stream:
                     "more are added, or give it a longer queue"
                 )
             work = Work(
-                plan, packed, key, value, weight, scale, needed_by(plan, weight, scale), self._crowd.check(branches),
+                plan, packed, key, value, weight, scale, needed, self._crowd.check(branches),
                 images.pop("init", None), images,
             )  # fmt: skip
             request = Request(work, self._drive, self._withdraw)
