@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.compiler.plan import Packed, Plan
-from fastdiff.engine.branches import CONDITIONAL, PERTURBED, UNGUIDED
+from fastdiff.engine.branches import CONDITIONAL, PERTURBED, UNGUIDED, Branches
 from fastdiff.engine.crowd import POSITIONS, Lane
 from fastdiff.errors import RequestCancelled
 
@@ -24,8 +24,8 @@ WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "faile
 class Work:
     """A checked request, ready to join: its rows, and what goes into its slot.
 
-    key: of its rows in the table. needed: for each row the positions of the branches it reads. conditions: by lane
-    the positions of branches, and a tree with an entry for each.
+    key: of its rows in the table. needed: for each row the positions of the branches it reads. branches: with its
+    conditions. conditions: the same by lane, the positions of branches and a tree with an entry for each.
     """
 
     plan: Plan
@@ -35,9 +35,10 @@ class Work:
     guidance: float
     scale: float
     needed: tuple[tuple[int, ...], ...]
-    conditions: list[tuple[Lane, tuple[int, ...], Any]]
+    branches: Branches
     init: Tensor | None
     given: dict[str, Tensor]
+    conditions: list[tuple[Lane, tuple[int, ...], Any]] = field(default_factory=list)
 
     @property
     def copies(self) -> int:

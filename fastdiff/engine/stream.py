@@ -1,48 +1,41 @@
 """Continuous batching: requests with a plan, seed, guidance and condition of their own join a running batch at any row
 and leave when they are done.
 
-May import: seats, request, crowd, arguments, branches, guidance, seeds, graphs, backends, compiler, models.denoiser.
+May import: desk, seats, request, crowd, arguments, branches, guidance, graphs, backends, compiler, models.denoiser.
 The row index is per sample, so a request's sample is the one it would have alone, to the rounding that the network's
 batch size makes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import threading
 import time
 import warnings
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.adaptive import AdaptivePlan
-from fastdiff.compiler.brownian import on_path
-from fastdiff.compiler.build import plan as build_plan
-from fastdiff.compiler.guided import muted
-from fastdiff.compiler.plan import Packed, Plan
+from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends, graphs
-from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
-from fastdiff.engine.branches import arrange, refuse_modes
+from fastdiff.engine.arguments import batch_shape, check_alike
+from fastdiff.engine.branches import refuse_modes
 from fastdiff.engine.crowd import Crowd
-from fastdiff.engine.guidance import APG, DynamicThreshold, Rule, reduction
-from fastdiff.engine.request import CANCELLED, DONE, FAILED, RUNNING, Request, Work, needed_by
+from fastdiff.engine.desk import Desk
+from fastdiff.engine.guidance import DynamicThreshold, Rule, reduction
+from fastdiff.engine.request import CANCELLED, DONE, FAILED, RUNNING, Request
 from fastdiff.engine.seats import Left, Seat, Seats
-from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.errors import QueueFull, RequestCancelled
 from fastdiff.models.denoiser import Condition, Denoiser
 
 AHEAD = 2  # rows that the host may have queued on a device before it waits for the oldest
-KEPT_PLANS = 256  # packed, and made from names
 KEPT_LATENCIES = 4096
-
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -123,13 +116,11 @@ class Stream:
                 model, self.shape, slots, self.backend, recorder, memory_format, self._crowd, self._reduces,
                 table_rows, in_order,
             )  # fmt: skip
+        self._desk = Desk(model, self.shape, plan, guide, perturbed, self._reduces, self._seats.capacity)
         self._queue: deque[Request] = deque()
         self._lock, self._turn = threading.Lock(), threading.RLock()
         self._flight: deque[tuple[Any, list[Left]]] = deque()
         self._unclaimed: deque[Request] = deque(maxlen=KEPT_LATENCIES)  # done, and not yet returned by a step
-        self._packed: OrderedDict[Hashable, tuple[Plan, Plan, Packed, Hashable]] = OrderedDict()
-        self._needed: OrderedDict[Hashable, tuple[Plan, tuple[tuple[int, ...], ...]]] = OrderedDict()
-        self._made: OrderedDict[Hashable, Plan] = OrderedDict()
         self._latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self._counts = dict.fromkeys((DONE, FAILED, CANCELLED), 0)
         self._rows = self._used = 0
@@ -160,42 +151,20 @@ class Stream:
         `fd.sample` does for a name and `Sampler.sample` for a plan. noise: "white" or "brownian". Raises ValueError or
         TypeError for what does not fit, QueueFull, and RuntimeError where the stream is closed.
         """
-        opening = opening or ("image" if isinstance(plan, str) else "state")
-        plan = self._plan(plan, names)
-        check_fits(plan, self.model)
-        if isinstance(plan, AdaptivePlan):
-            raise ValueError(
-                f"{plan.solver} chooses its rows while it runs, and a stream has to know them when a request comes; "
-                "run it with fd.Sampler, or take a solver with a grid"
-            )
-        if plan.learns_spread and not self.model.learned_variance:
-            raise ValueError(
-                f"{plan.solver} takes the spread of its noise from the network; wrap one that returns [B, 2C, ...] in "
-                "Denoiser(..., learned_variance=True)"
-            )
-        if noise not in ("white", "brownian"):
-            raise ValueError(
-                f"the noise of a request must be 'white' or 'brownian', got {noise!r}; other noise is a table for a "
-                "whole batch: run it with fd.Sampler"
-            )
-        (value,) = seeds_of(seed if isinstance(seed, Sequence) else [seed], 1).tolist()
-        (weight,) = number_per_sample("guidance", guidance, 1)
-        (scale,) = number_per_sample("perturbed_scale", perturbed_scale, 1)
-        if isinstance(self._reduces and self._reduces.rule, APG) and scale:
-            raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
-        branches = arrange(
-            self.model, 1, cond, uncond, perturbed_cond, guided=weight != 1.0, perturbed=scale != 0.0,
-            guide=self.guide, perturbed_net=self.perturbed, reads_unguided=plan.reads_unguided,
-        )  # fmt: skip
-        images = self._images(plan, init, given or {})
-        plan, packed, key = self._pack(plan, noise == "brownian", "noise" if init is None else opening)
-        needs = id(plan), weight != 1.0, scale != 0.0
-        _, needed = _kept(self._needed, needs, lambda: (plan, needed_by(plan, *needs[1:])))
-        if len(packed.coef) > self._seats.capacity:
-            raise ValueError(
-                f"this plan has {len(packed.coef)} rows, the stream's table {self._seats.capacity}: give the stream "
-                f"table_rows={len(packed.coef)} or more"
-            )
+        made = self._desk.work(
+            plan,
+            names,
+            seed,
+            cond,
+            uncond,
+            guidance,
+            init,
+            opening,
+            noise,
+            perturbed_cond,
+            perturbed_scale,
+            given or {},
+        )
         with self._lock:
             if self._closed:
                 raise RuntimeError("this stream is closed; open another one")
@@ -204,10 +173,7 @@ class Stream:
                     f"{len(self._queue)} requests wait, as many as queue= allows: run the stream (step, result) before "
                     "more are added, or give it a longer queue"
                 )
-            work = Work(
-                plan, packed, key, value, weight, scale, needed, self._crowd.check(branches),
-                images.pop("init", None), images,
-            )  # fmt: skip
+            work = dataclasses.replace(made, conditions=self._crowd.check(made.branches))
             request = Request(work, self._drive, self._withdraw)
             self._queue.append(request)
         return request
@@ -271,44 +237,6 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _plan(self, plan: Plan | str | None, names: Mapping[str, Any]) -> Plan:
-        if isinstance(plan, str):
-            key = (plan, *sorted((name, repr(value)) for name, value in names.items()))
-            return _kept(self._made, key, lambda: build_plan(plan, self.model.schedule, **names))
-        if names:
-            raise TypeError(f"{', '.join(names)} belong to a solver's name; a plan that is made has them already")
-        if plan is None and self.plan is None:
-            raise TypeError("submit needs a plan or the name of a solver: this stream was opened without a plan")
-        return self.plan if plan is None else plan  # type: ignore[return-value]
-
-    def _pack(self, plan: Plan, path: bool, opening: str) -> tuple[Plan, Packed, Hashable]:
-        def make() -> tuple[Plan, Plan, Packed, Hashable]:
-            own = on_path(plan) if path else plan
-            own = muted(own, self._reduces.muted) if self._reduces is not None else own
-            packed = own.pack(self.model.prediction, self.model.sigma_data, opening)
-            digest = hashlib.blake2b(packed.coef.tobytes(), digest_size=16)
-            digest.update(packed.ids.tobytes())
-            return plan, own, packed, (packed.coef.shape, digest.digest())
-
-        # the plan is kept beside its id, so that the id stays its own
-        _, own, packed, key = _kept(self._packed, (id(plan), path, opening), make)
-        return own, packed, key
-
-    def _images(self, plan: Plan, init: Tensor | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if set(given) != set(plan.given):
-            wanted = f"given={{{', '.join(f'{name!r}: tensor' for name in plan.given)}}}" if plan.given else "no given="
-            raise ValueError(f"{plan.solver} takes {wanted}, got {', '.join(sorted(given)) or 'none'}")
-        images = dict(given) | ({} if init is None else {"init": init})
-        for name, image in images.items():
-            if not isinstance(image, Tensor) or not image.is_floating_point():
-                raise TypeError(f"{name} must be a floating-point tensor of shape {tuple(self.shape)}, got {image!r}")
-            if tuple(image.shape) not in (tuple(self.shape), (1, *self.shape)):
-                raise ValueError(f"{name} must have shape {tuple(self.shape)}, got {tuple(image.shape)}")
-            if not bool(image.isfinite().all()):
-                raise ValueError(f"{name} holds inf or nan; give a finite image or state")
-            images[name] = image.detach().reshape(self.shape).to(self.model.device, copy=True)
-        return images
 
     def _admit(self) -> None:
         """Let those that wait join, first come, first served, while there is a slot and room in the table."""
@@ -433,13 +361,3 @@ class Stream:
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
-
-
-def _kept(memo: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V]) -> V:
-    """memo[key], made where it is not there; the least recently used goes."""
-    if key not in memo:
-        memo[key] = make()
-        if len(memo) > KEPT_PLANS:
-            memo.popitem(last=False)
-    memo.move_to_end(key)
-    return memo[key]
