@@ -50,7 +50,7 @@ class Work:
 class Request:
     """A sample on its way. state: "waiting", "running", "done", "failed" or "cancelled". nfe: its evaluations."""
 
-    work: Work
+    work: Work = field(repr=False)
     drive: Callable[[Request], None] = field(repr=False)
     withdraw: Callable[[Request], bool] = field(repr=False)
     state: str = WAITING
