@@ -170,12 +170,32 @@ def show_brownian(line: Line | None) -> str:
     )
 
 
+def show_train_ops(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'shape':<16}{'executor':<10}{'us [p20-p80]':>24}{'kernels us':>24}{'diffusers us':>28}"
+            f"{'compiled us':>28}{'x diff':>8}{'x comp':>8}{'B/el':>10}"
+            f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
+        )
+    case = f"{line['shape']:<16}{line['executor']:<10}"
+    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'us'):>24}{_spread(line, 'emit_us'):>24}{_spread(line, 'diffusers_us'):>28}"
+        f"{_spread(line, 'compiled_us'):>28}{_number(line, 'ratio_diffusers', 1):>8}"
+        f"{_number(line, 'ratio_compiled', 2):>8}{line['bytes_per_element']:>10}{gate}"
+    )
+
+
 _WAYS = ("stream", "batched", "alone")
 LINES: dict[str, Callable[[Line | None], str]] = {
     "ops": show_ops,
     "loop": show_loop,
     "brownian": show_brownian,
     "stream": show_stream,
+    "train-ops": show_train_ops,
 }
 
 _OPS_ABOUT = (
@@ -209,6 +229,15 @@ _STREAM_ABOUT = (
     "Requests of many plans (5 to 30 steps, four samplers), all there at the start: `python bench/run.py stream`. In "
     "one running batch (*stream*), in batches of equal plans in the order they came (*batched*), one by one (*alone*). "
     "ms per image, and seconds until a request's own sample is there: median / 95 %. All three draw the same samples."
+)
+
+
+_TRAIN_ABOUT = (
+    "Noising and loss of a training step, forward and backward, network excluded: `python bench/run.py train-ops`. "
+    "Median µs of the DDPM objective as the trainer calls it, and of its two kernels alone, against the four lines of "
+    "diffusers' training example (`randn_like`, `randint`, `add_noise`, `mse_loss`) and the same formulas under "
+    "`torch.compile`. *B/element*: what our kernels / the operators of the four lines read and write. *error*: of "
+    "input, loss and gradient from float64 / what is allowed."
 )
 
 
@@ -299,11 +328,30 @@ def _stream_table(lines: Sequence[Line]) -> str:
     return _markdown(head, body, 1)
 
 
+def _train_ops_table(lines: Sequence[Line]) -> str:
+    head = ["shape", "kernel", "fastdiff µs", "kernels µs", "diffusers µs", "compiled µs", "× diffusers", "× compiled"]
+    head += ["B/element", "error / allowed"]
+    body = [
+        [
+            line["shape"].replace("x", "×"),
+            line["executor"],
+            *(_spread(line, key) for key in ("us", "emit_us", "diffusers_us", "compiled_us")),
+            _number(line, "ratio_diffusers", 1),
+            _number(line, "ratio_compiled", 2),
+            str(line["bytes_per_element"]),
+            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+        ]
+        for line in lines
+    ]
+    return _markdown(head, body, 2)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "ops": (_OPS_ABOUT, _ops_table),
     "brownian": (_BROWNIAN_ABOUT, _brownian_table),
     "loop": (_LOOP_ABOUT, _loop_table),
     "stream": (_STREAM_ABOUT, _stream_table),
+    "train-ops": (_TRAIN_ABOUT, _train_ops_table),
 }
 
 

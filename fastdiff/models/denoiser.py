@@ -5,6 +5,7 @@ May import: process. The engine calls it; it never samples.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,26 @@ from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
 Condition = Mapping[str, Any] | Tensor | None
+
+
+def ask(net: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """net(*given, **named). Raises TypeError that says what the network takes where the call does not fit it."""
+    try:
+        return net(*given, **named)
+    except TypeError as error:
+        try:
+            takes = inspect.signature(net.forward if isinstance(net, nn.Module) else net)
+        except (TypeError, ValueError):
+            raise error from None
+        try:
+            takes.bind(*given, **named)
+        except TypeError as misfit:
+            names = "".join(f", {name}=..." for name in named)
+            raise TypeError(
+                f"the network takes {takes} and was called with {len(given)} tensors in order{names}: {misfit}. "
+                "It must take the state and the time; what else it takes is given by name in cond={...}"
+            ) from error
+        raise
 
 
 class Denoiser:
@@ -79,7 +100,7 @@ class Denoiser:
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
         clock = time if self.time_dtype == time.dtype else self._as_time(time)
-        output = self.net(x, clock, cond) if isinstance(cond, Tensor) else self.net(x, clock, **(cond or {}))
+        output = ask(self.net, x, clock, cond) if isinstance(cond, Tensor) else ask(self.net, x, clock, **(cond or {}))
         if isinstance(output, tuple | list):
             output = output[0]
         output = getattr(output, "sample", output)
