@@ -35,6 +35,8 @@ COLUMNS = [
     *("ratio_k_diffusion", "ratio_noise", "variance", "path_correlation"),
     *("ratio_torch", "f0_fraction", "f2_fraction"),
     *(f"{k}{s}" for k in ("seconds", "diffusers_seconds") for s in ("", "_p20", "_p80", "_outside")),
+    *(f"{k}_seconds{s}" for k in ("stream", "batched", "alone") for s in ("", "_p20", "_p80")),
+    *(f"{k}_latency{s}" for k in ("stream", "batched", "alone") for s in ("", "_p95")),
     *("repetitions", "others", "took"),
 ]
 
@@ -149,6 +151,22 @@ def show_loop(line: Line | None) -> str:
     )
 
 
+def show_stream(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        head = f"{'network':<14}{'slots':>6}"
+        head += "".join(f"{f'{way} ms/image [p20-p80]':>34}{'latency s':>11}{'p95':>8}" for way in _WAYS)
+        return head + f"{'error':>10}{'allowed':>10}"
+    case = f"{line['network']:<14}{line['batch']:>6}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    for way in _WAYS:
+        latency, late = (float(line[f"{way}_latency{suffix}"]) for suffix in ("", "_p95"))
+        case += f"{_spread(line, f'{way}_seconds', 1e3):>34}{latency:>11.3f}{late:>8.3f}"
+    return case + gate
+
+
 def show_brownian(line: Line | None) -> str:
     """One line on the terminal; None gives the header."""
     if line is None:
@@ -238,11 +256,13 @@ def show_unet(line: Line | None) -> str:
     )
 
 
+_WAYS = ("stream", "batched", "alone")
 LINES: dict[str, Callable[[Line | None], str]] = {
     "ops": show_ops,
     "loop": show_loop,
     "brownian": show_brownian,
     "pipelines": show_pipelines,
+    "stream": show_stream,
     "train-ops": show_train_ops,
     "norm": show_norm,
     "unet": show_unet,
@@ -294,6 +314,12 @@ _PIPELINES_ABOUT = (
     "denoising loop to its end, drawing included. *call*: the whole call in ms, with all that comes before and after "
     "the loop, the picture's decoding left out. *error*: largest difference of the pictures / what is allowed."
 )
+_STREAM_ABOUT = (
+    "Requests of many plans (5 to 30 steps, four samplers), all there at the start: `python bench/run.py stream`. In "
+    "one running batch (*stream*), in batches of equal plans in the order they came (*batched*), one by one (*alone*). "
+    "ms per image, and seconds until a request's own sample is there: median / 95 %. All three draw the same samples."
+)
+
 
 _TRAIN_ABOUT = (
     "Noising and loss of a training step, forward and backward, network excluded: `python bench/run.py train-ops`. "
@@ -439,6 +465,19 @@ def _pipelines_table(lines: Sequence[Line]) -> str:
     return _markdown(head, body, 2)
 
 
+def _stream_table(lines: Sequence[Line]) -> str:
+    head = ["network", "slots"]
+    head += [f"{way} {what}" for way in _WAYS for what in ("ms/image", "latency")]
+    body = []
+    for line in lines:
+        cells = [line["network"], str(line["batch"])]
+        for way in _WAYS:
+            latency, late = (float(line[f"{way}_latency{suffix}"]) for suffix in ("", "_p95"))
+            cells += [_spread(line, f"{way}_seconds", 1e3), f"{_short(latency)} / {_short(late)}"]
+        body.append(cells)
+    return _markdown(head, body, 1)
+
+
 def _train_ops_table(lines: Sequence[Line]) -> str:
     head = ["shape", "kernel", "fastdiff µs", "kernels µs", "diffusers µs", "compiled µs", "× diffusers", "× compiled"]
     head += ["B/element", "error / allowed"]
@@ -462,6 +501,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "brownian": (_BROWNIAN_ABOUT, _brownian_table),
     "loop": (_LOOP_ABOUT, _loop_table),
     "pipelines": (_PIPELINES_ABOUT, _pipelines_table),
+    "stream": (_STREAM_ABOUT, _stream_table),
     "train-ops": (_TRAIN_ABOUT, _train_ops_table),
     "norm": (_NORM_ABOUT, _norm_table),
     "unet": (_UNET_ABOUT, _unet_table),
