@@ -24,7 +24,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import images as pictures
 from fastdiff.models.classifier import FashionClassifier, classify, load_classifier
-from fastdiff.training.data import FASHION_FOLDER, load_idx
+from fastdiff.training.data.idx import FASHION_FOLDER, load_idx
 from fastdiff.training.metrics import class_agreement, fit_gaussian, frechet_distance
 
 CLASSES = 10

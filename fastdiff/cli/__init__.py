@@ -1,4 +1,4 @@
-"""The command line: fastdiff sample | plan | info | verify. Parses, calls the library, prints; holds no maths."""
+"""The command line: fastdiff sample | train | plan | info | verify. Parses, calls the library, prints; no maths."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 import fastdiff as fd
 from fastdiff import images
+from fastdiff.cli.commands import add_command
+from fastdiff.cli.train import add_train
 from fastdiff.compiler import convergence
 from fastdiff.compiler.solvers.from_file import load_file, load_module
 from fastdiff.engine import machine, selfcheck, suite
 from fastdiff.report import page
 
-_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, fd.BackendUnavailable)
+_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, ImportError, fd.BackendUnavailable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,21 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastdiff {fd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_sample(commands)
+    add_train(commands)
     _add_plan(commands)
-    info = _command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
+    info = add_command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
     info.set_defaults(run=_info)
     _add_verify(commands)
-    return parser
-
-
-def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     return parser
 
 
@@ -69,13 +61,15 @@ def _add_table_options(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def _add_sample(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "sample",
-        "draw pictures with the shipped network or a file of the same form",
+        "draw pictures with the shipped network, or with a run of fastdiff train",
         "fastdiff sample --solver dpmpp_2m --steps 20 --class Sneaker --class Bag --count 8 --out samples.png",
     )
-    parser.add_argument("--model", default="fashion", help="'fashion' or a .safetensors file (default fashion)")
+    parser.add_argument(
+        "--model", default="fashion", help="'fashion', the folder of a run or a .safetensors file (default fashion)"
+    )
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
     parser.add_argument(
@@ -100,7 +94,7 @@ def _add_sample(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands, "plan", "print a sampler's table, its NFE and its checks", "fastdiff plan dpmpp_2m --steps 20"
     )
     parser.add_argument("solver", help=f"one of {', '.join(fd.solvers.names())}")
@@ -116,7 +110,7 @@ def _plain_schedules() -> list[str]:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "verify",
         "check tables, noise and executors on this machine, or measure samplers",
@@ -315,7 +309,3 @@ def _verify_all(out: Path) -> int:
     print(f"wrote {out} and {picture}: {len(measured)} samplers")
     print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all keep their laws and their declared order")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
