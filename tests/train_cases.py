@@ -92,7 +92,9 @@ def train_in_process(config: TrainConfig, run: Path, rank: int = 0, world: int =
     trainer.close()
 
 
-def train_together(config: TrainConfig, run: Path, world: int) -> None:
+def train_together(
+    config: TrainConfig, run: Path, world: int, wait: bool = True
+) -> list[multiprocessing.process.BaseProcess]:
     """Train with this many processes, and wait for them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -102,9 +104,12 @@ def train_together(config: TrainConfig, run: Path, world: int) -> None:
     ]
     for process in processes:
         process.start()
+    if not wait:
+        return processes
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * world
+    return processes
 
 
 @contextmanager
