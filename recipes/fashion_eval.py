@@ -25,7 +25,7 @@ import fastdiff as fd
 from fastdiff import images as pictures
 from fastdiff.models.classifier import FashionClassifier, classify, load_classifier
 from fastdiff.training.data.idx import FASHION_FOLDER, load_idx
-from fastdiff.training.metrics import class_agreement, fit_gaussian, frechet_distance
+from fastdiff.training.evaluation.metrics import class_agreement, fit_gaussian, frechet_distance
 
 CLASSES = 10
 WEIGHTS = Path(fd.models.__file__).parent / "weights"

@@ -1,4 +1,4 @@
-"""Several processes: the same run as one, killed at any moment, sharded, resized, restarted by torch's elastic agent."""
+"""Several processes: the same run as one, killed at any moment, sharded, restarted by torch's elastic agent."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_two_processes_are_one(data: Path, tmp_path: Path, how: str, micro_batch
 
 
 def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
-    """Two processes that shard the weights, then one that has them all: the checkpoint is resharded, nothing is lost."""
+    """Two processes that shard the weights, then one that has them all: the checkpoint is resharded."""
     options = {"network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48}
     one = alone(data, tmp_path / "one", **options)
     train_together(tiny(data, parallel="fsdp", **options | {"images": 24}), tmp_path / "two", 2)

@@ -1,4 +1,4 @@
-"""The command line: fastdiff sample | train | plan | info | verify. Parses, calls the library, prints; no maths."""
+"""The command line: sample | train | eval | plan | info | verify. Parses, calls the library, prints; holds no maths."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 import fastdiff as fd
 from fastdiff import images
 from fastdiff.cli.commands import add_command
+from fastdiff.cli.evaluate import add_eval
 from fastdiff.cli.train import add_train
 from fastdiff.compiler import convergence
 from fastdiff.compiler.solvers.from_file import load_file, load_module
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_sample(commands)
     add_train(commands)
+    add_eval(commands)
     _add_plan(commands)
     info = add_command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
     info.set_defaults(run=_info)

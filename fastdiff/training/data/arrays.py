@@ -121,7 +121,7 @@ def read_numpy(path: Path, fit: Fit, classes: int | None) -> Arrays:
     except (EOFError, zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); write or fetch it again") from error
     except ValueError as error:
-        if "allow_pickle" not in str(error):
+        if "allow_pickle" not in str(error) and "Python objects" not in str(error):
             raise
         raise ValueError(
             f"{path} holds Python objects, such as pictures of mixed sizes; expected one array [N, C, H, W]"
