@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | table`; each has --help."""
+"""Benchmarks: `python bench/run.py ops | brownian | loop | train | table`; each has --help."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, ops, table  # noqa: E402
+from bench import brownian, loop, measure, ops, table, train  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
   python bench/run.py brownian --threads 2  noise on a path; needs torchsde and k-diffusion
   python bench/run.py loop --threads 2      whole runs, network included
+  python bench/run.py train --threads 2     whole training steps; needs diffusers
   python bench/run.py table                 README's tables from bench/results.csv"""
 
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
-    lines = {"ops": ops, "brownian": brownian, "loop": loop}[options.command].run(device, options.quick)
+    lines = {"ops": ops, "brownian": brownian, "loop": loop, "train": train}[options.command].run(device, options.quick)
     return _record(lines, facts, options)
 
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ops", "the step alone: the fused row against diffusers and the same row under torch.compile"),
         ("brownian", "a step with Brownian noise against k-diffusion's, and the noise alone"),
         ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
+        ("train", "a whole training step against diffusers' training example's"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from train_cases import (
+from tiny_runs import (
     assert_same,
     forked,
     lines,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from train_cases import ALONE, COUNT, assert_same, lines, one_thread, stored, tiny, weights, write_data
+from tiny_runs import ALONE, COUNT, assert_same, lines, one_thread, stored, tiny, weights, write_data
 
 import fastdiff as fd
 from fastdiff import cli
