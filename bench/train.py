@@ -1,9 +1,9 @@
 """A whole training step: our trainer's against diffusers' unconditional training example's, same network and weights.
 
 Theirs is the loop of that example without what it leaves to its launcher: randn, randint, add_noise, the network,
-mse_loss, backward, clipping at 1, AdamW, EMAModel. Ours is what `fastdiff train` runs for a batch: draws from counters,
-noising from uint8, the network in channels_last, loss, clipping, fused AdamW, average. fp32 on both sides on a CPU, bf16
-on a GPU. A second line is the optimizer and the average alone. Nothing is timed whose gradient is wrong.
+mse_loss, backward, clipping at 1, AdamW, EMAModel. Ours is what `fastdiff train` runs for a batch: draws from
+counters, noising from uint8, the network in channels_last, loss, clipping, fused AdamW, average. fp32 on both sides on
+a CPU, bf16 on a GPU. A second line is the optimizer and the average alone. Nothing is timed whose gradient is wrong.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class TrainConfig:
             if name not in known:
                 raise unknown_name("option of a run", name, known)
         merged: dict[str, Any] = {
-            name: {**getattr(self, name), **value} if isinstance(getattr(self, name), dict) else value
+            name: {**getattr(self, name), **value} if isinstance(value, Mapping) else value
             for name, value in changes.items()
         }
         return replace(self, **merged)

@@ -23,7 +23,7 @@ _PRESETS = {
         images=830_848, batch=128, learning_rate=1e-3, warmup_images=38_400, beta2=0.99, weight_decay=0.01,
         ema_halflife=88_700, math_attention=True, weights_dtype="float16",
     ),
-    # Karras et al. 2022, Table 7, on the DDPM++ of Song et al. 2021: 56 million parameters.
+    # Karras et al. 2022, Table 7, on a DDPM++ (Song et al. 2021) without its extra resampling: 59 million parameters.
     "cifar32": TrainConfig(
         flip=True,
         network={
@@ -35,7 +35,7 @@ _PRESETS = {
         images=200_000_000, batch=512, learning_rate=1e-3, warmup_images=10_000_000, decay="constant",
         ema_halflife=500_000, save_images=2_000_000, log_images=50_000, sample_images=2_000_000,
     ),
-    # Karras et al. 2022, Table 7, on the ADM of Dhariwal & Nichol 2021: 296 million parameters.
+    # Karras et al. 2022, Table 7, on the ADM of Dhariwal & Nichol 2021: 295 million parameters.
     "imagenet64": TrainConfig(
         size=64, flip=True,
         network={
