@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?=
+TEST_PROCESSES ?= $(shell nproc 2> /dev/null | awk '{ print ($$1 > 4) ? 4 : $$1 }')
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -25,7 +26,7 @@ demo: setup
 	$(BIN)/fastdiff sample --out samples.png
 
 test: setup
-	$(RUN) pytest $(PYTEST_FLAGS)
+	$(RUN) pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
 
 setup: $(VENV)/.built
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.engine.machine import cpu_name
+from fastdiff.engine.machine import cpu_isa, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_LOAD = 1.0  # load average at the start above which nothing is recorded; on a GPU, per four cores
@@ -196,7 +196,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         "run": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "device": device.type,
-        "machine": _gpu_name() if device.type == "cuda" else f"{cpu_name()} ({os.cpu_count()} cores)",
+        "machine": _gpu_name() if device.type == "cuda" else f"{cpu_name()} ({os.cpu_count()} cores, {cpu_isa()})",
         "threads": threads,
         "load": round(load(), 2),
         "python": platform.python_version(),

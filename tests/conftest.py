@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Test processes share the cores: torch, imported after this, would start a thread for every core in each of them.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 # Reasons a complete machine may have to skip a test; with --strict-skips any other one is a failure.
 EXPECTED_SKIPS = ("CUDA device", "Fashion-MNIST", "k-diffusion is not installed")

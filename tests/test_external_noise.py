@@ -62,6 +62,8 @@ def test_what_is_no_noise() -> None:
         sampler.sample(SHAPE, noise=lambda i, shape: np.zeros(shape))  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match="noise must be 'white', 'brownian', a FrameNoise, .* got ndarray"):
         sampler.sample(SHAPE, noise=np.zeros((4, *SHAPE)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"noise is the class FrameNoise; give an object of it: FrameNoise\(\.\.\.\)"):
+        sampler.sample(SHAPE, noise=fd.FrameNoise)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise must be 'white', .* got 'pink'"):
         sampler.sample(SHAPE, noise="pink")
 

@@ -237,6 +237,8 @@ class Test_patch:
             K.patch()
         with pytest.raises(TypeError, match="module must be a module"):
             K.patch("k_diffusion.sampling")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"torch has no sample_\* functions"):
+            K.patch(torch)
 
 
 def test_page(theirs: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

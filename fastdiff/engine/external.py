@@ -33,6 +33,8 @@ def fill(
                 f"noise must be 'white', 'brownian', a FrameNoise, a tensor or a function f(id, shape), got {noise!r}"
             )
         return None
+    if isinstance(noise, type):
+        raise TypeError(f"noise is the class {noise.__name__}; give an object of it: {noise.__name__}(...)")
     shape = tensors.state.shape[1:]
     table = into(plan.draws + 1)
     if isinstance(noise, FrameNoise):

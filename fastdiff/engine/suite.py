@@ -30,6 +30,7 @@ Array = NDArray[np.float64]
 
 STEPS = (1, 2, 3, 8)  # the last one is held to the laws too
 RUN_STEPS = 7
+SHOWN = 8  # failures that a summary spells out
 SHAPE = (2, 3, 5, 4)
 ROUNDING = 2e-4  # of the largest element: fp32 rows against float64
 HOMES = (("edm", "karras"), ("rectified_flow", "trailing"), ("vp", "linspace"), ("linear", "trailing"))
@@ -283,7 +284,7 @@ def _engine(plan: Plan, kind: str, executor: str) -> tuple[float, Array]:
 
 
 def summary(outcomes: Mapping[Trial, Outcome]) -> str:
-    """Lines for `fastdiff verify --solver`: how many trials hold, which are refused and why, and each failure."""
+    """Lines for `fastdiff verify --solver`: how many trials hold, which are refused and why, and the first failures."""
     failed = {trial: outcome for trial, outcome in outcomes.items() if not outcome.ok}
     refused: dict[str, list[Trial]] = {}
     for trial, outcome in outcomes.items():
@@ -292,7 +293,9 @@ def summary(outcomes: Mapping[Trial, Outcome]) -> str:
     held = len(outcomes) - len(failed) - sum(map(len, refused.values()))
     lines = [f"  {'FAIL' if failed else 'ok  '} suite: {held} of {len(outcomes)} hold, over {_counted(outcomes)}"]
     lines += [f"       refused on {', '.join(map(_place, them))}: {reason}" for reason, them in refused.items()]
-    lines += [f"       FAIL {_place(trial)}: {outcome.sentence}" for trial, outcome in failed.items()]
+    shown = list(failed.items())[:SHOWN]
+    lines += [f"       FAIL {_place(trial)}: {outcome.sentence}" for trial, outcome in shown]
+    lines += [f"       and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
     return "\n".join(lines)
 
 

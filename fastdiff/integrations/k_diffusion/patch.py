@@ -51,7 +51,7 @@ def patch(module: ModuleType | None = None) -> Patched:
     Call it before threads that sample start: each function is tried on the CPU, for which torch's global CPU generator
     and the module's `torch` are set aside and put back at the end; a sampler that runs in another thread meanwhile
     would draw from the wrong generator. CUDA's generators are not touched. Raises ImportError when there is no module
-    to patch.
+    to patch, ValueError when it has no such functions.
     """
     module = _module(module)
     replaced, left = [], {}
@@ -87,6 +87,8 @@ def unpatch(module: ModuleType | None = None) -> Patched:
 
 def _module(module: ModuleType | None) -> ModuleType:
     if isinstance(module, ModuleType):
+        if not _names(module):
+            raise ValueError(f"patch: {module.__name__} has no sample_* functions; give the module that defines them")
         return module
     if module is not None:
         raise TypeError(f"patch: module must be a module with sample_* functions, got {type(module).__name__}")
