@@ -80,6 +80,7 @@ part sample "$PYTHON" -P -m fastdiff.cli sample --out "$OUT/samples.png"
 rm -f "$OUT/results.csv"
 part bench-ops "$PYTHON" "$bench" ops --device cuda --csv "$OUT/results.csv"
 part bench-brownian "$PYTHON" "$bench" brownian --device cuda --csv "$OUT/results.csv"
+part bench-train-ops "$PYTHON" "$bench" train-ops --device cuda --csv "$OUT/results.csv"
 part bench-loop "$PYTHON" "$bench" loop --device cuda --csv "$OUT/results.csv"
 
 {

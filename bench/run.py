@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | train | table`; each has --help."""
+"""Benchmarks: `python bench/run.py ops | brownian | loop | train | train-ops | table`; each has --help."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, ops, table, train  # noqa: E402
+from bench import brownian, loop, measure, ops, table, train, train_ops  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
   python bench/run.py brownian --threads 2  noise on a path; needs torchsde and k-diffusion
   python bench/run.py loop --threads 2      whole runs, network included
   python bench/run.py train --threads 2     whole training steps; needs diffusers
+  python bench/run.py train-ops --threads 2 noising and loss of a training step
   python bench/run.py table                 README's tables from bench/results.csv"""
 
 
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
-    lines = {"ops": ops, "brownian": brownian, "loop": loop, "train": train}[options.command].run(device, options.quick)
+    benches = {"ops": ops, "brownian": brownian, "loop": loop, "train": train, "train-ops": train_ops}
+    lines = benches[options.command].run(device, options.quick)
     return _record(lines, facts, options)
 
 
@@ -78,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
         ("brownian", "a step with Brownian noise against k-diffusion's, and the noise alone"),
         ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
         ("train", "a whole training step against diffusers' training example's"),
+        (
+            "train-ops",
+            "noising and loss of a training step, forward and backward, against diffusers' add_noise and mse",
+        ),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -167,11 +167,31 @@ def show_train(line: Line | None) -> str:
     )
 
 
+def show_train_ops(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'shape':<16}{'executor':<10}{'us [p20-p80]':>24}{'kernels us':>24}{'diffusers us':>28}"
+            f"{'compiled us':>28}{'x diff':>8}{'x comp':>8}{'B/el':>10}"
+            f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
+        )
+    case = f"{line['shape']:<16}{line['executor']:<10}"
+    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'us'):>24}{_spread(line, 'emit_us'):>24}{_spread(line, 'diffusers_us'):>28}"
+        f"{_spread(line, 'compiled_us'):>28}{_number(line, 'ratio_diffusers', 1):>8}"
+        f"{_number(line, 'ratio_compiled', 2):>8}{line['bytes_per_element']:>10}{gate}"
+    )
+
+
 LINES: dict[str, Callable[[Line | None], str]] = {
     "ops": show_ops,
     "loop": show_loop,
     "brownian": show_brownian,
     "train": show_train,
+    "train-ops": show_train_ops,
 }
 
 _OPS_ABOUT = (
@@ -205,6 +225,15 @@ _BROWNIAN_ABOUT = (
     "first time. *error*: largest relative difference of the states when both are given the same normals / what is "
     "allowed. *variance*: of our increments and their sums, the furthest from 1, over 262,144 numbers. *one path*: "
     "correlation of a seed's whole path in 10 and in 40 steps."
+)
+
+
+_TRAIN_ABOUT = (
+    "Noising and loss of a training step, forward and backward, network excluded: `python bench/run.py train-ops`. "
+    "Median µs of the DDPM objective as the trainer calls it, and of its two kernels alone, against the four lines of "
+    "diffusers' training example (`randn_like`, `randint`, `add_noise`, `mse_loss`) and the same formulas under "
+    "`torch.compile`. *B/element*: what our kernels / the operators of the four lines read and write. *error*: of "
+    "input, loss and gradient from float64 / what is allowed."
 )
 
 
@@ -312,11 +341,30 @@ def _brownian_table(lines: Sequence[Line]) -> str:
     return _markdown(head, body, 3)
 
 
+def _train_ops_table(lines: Sequence[Line]) -> str:
+    head = ["shape", "kernel", "fastdiff µs", "kernels µs", "diffusers µs", "compiled µs", "× diffusers", "× compiled"]
+    head += ["B/element", "error / allowed"]
+    body = [
+        [
+            line["shape"].replace("x", "×"),
+            line["executor"],
+            *(_spread(line, key) for key in ("us", "emit_us", "diffusers_us", "compiled_us")),
+            _number(line, "ratio_diffusers", 1),
+            _number(line, "ratio_compiled", 2),
+            str(line["bytes_per_element"]),
+            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+        ]
+        for line in lines
+    ]
+    return _markdown(head, body, 2)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "ops": (_OPS_ABOUT, _ops_table),
     "brownian": (_BROWNIAN_ABOUT, _brownian_table),
     "loop": (_LOOP_ABOUT, _loop_table),
     "train": (_STEP_ABOUT, _train_table),
+    "train-ops": (_TRAIN_ABOUT, _train_ops_table),
 }
 
 

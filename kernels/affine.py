@@ -48,7 +48,7 @@ def _load_slot(pointers, slot, all_samples, mask, reads):
 
 
 @triton.jit
-def _round(value, dtype: tl.constexpr):
+def round_to(value, dtype: tl.constexpr):
     """fp32 to `dtype`, to nearest even. bf16 by its bits: the interpreter's own cast truncates. NaN stays NaN."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -258,7 +258,7 @@ def affine_kernel(
         if has0:
             out = _store_output(here + local, total0, x, coef + at.OUTPUT, ids + at.DEST, all_samples, mask)
             if model_in_copies > 0:
-                emitted = _round(tl.load(coef + at.EMIT_SCALE) * out, model_in.dtype.element_ty)
+                emitted = round_to(tl.load(coef + at.EMIT_SCALE) * out, model_in.dtype.element_ty)
                 tl.store(model_in + sample + start + local, emitted, mask=mask)
                 for copy in tl.static_range(1, 3):
                     again = where_all(mask, model_in_copies > copy)
@@ -321,7 +321,7 @@ def bind(
         momentum = None
     extended = mix is not None or variance is not None or second
     channels = 1 if state[0].is_contiguous() else state.shape[2]
-    draw, channels = _choose_draw(channels, length, noise is not None, coef.shape[1] > at.NOISE.value, extended)
+    draw, channels = choose_draw(channels, length, noise is not None, coef.shape[1] > at.NOISE.value, extended)
     unit = 4 if length % 4 == 0 else 1
     block, tile = tile_shape(draw, channels, unit, extended)
     tiles = triton.cdiv(length, tile)
@@ -388,7 +388,7 @@ def _block(extended: bool) -> int:
     return BLOCK // 2 if extended else BLOCK  # more tensors at once: half the elements fit the registers
 
 
-def _choose_draw(channels: int, length: int, given: bool, noisy: bool, extended: bool) -> tuple[int, int]:
+def choose_draw(channels: int, length: int, given: bool, noisy: bool, extended: bool) -> tuple[int, int]:
     """Where normals come from, and the channel count the kernel must know: 1 wherever memory order is all it needs."""
     if given:
         return GIVEN.value, 1

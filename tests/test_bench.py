@@ -17,7 +17,7 @@ import fastdiff as fd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import brownian, measure, ops, peers, run, table, train
+from bench import brownian, measure, ops, peers, run, table, train, train_ops
 from bench.measure import Task, Timing
 from fastdiff.training import objectives
 
@@ -321,7 +321,39 @@ def test_brownian_has_a_table_of_its_own() -> None:
     assert "| 41.0 |" in text and "| 0.9991 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian"])
+def test_train_ops_gate() -> None:
+    line = train_ops.gate(train_ops.Step((2, 3, 8, 8), CPU))
+    assert line["gate"] == "green"
+    assert 0 < line["error"] < 1e-6 and 0 < line["diffusers_error"] < 1e-6
+
+
+def test_train_ops_gate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = train_ops.Step((2, 3, 8, 8), CPU)
+    step.objective = fd.training.objectives.get("ddpm", perturbation=0.01)  # an input with another noise in it
+    assert train_ops.gate(step)["gate"] == "red"
+    step = train_ops.Step((2, 3, 8, 8), CPU)
+    step.objective = fd.training.objectives.get("ddpm", weighting={"kind": "min_snr", "gamma": 1e-3})  # other gradients
+    assert train_ops.gate(step)["gate"] == "red"
+
+
+def test_bytes_of_the_operators() -> None:
+    x, y = torch.zeros(10), torch.zeros(10)
+    with train_ops.Traffic() as traffic:
+        z = x + y
+        z.view(2, 5)
+        torch.empty(10)
+        z.mul_(2)
+    assert traffic.bytes == 4 * (30 + 20)
+
+
+def test_train_ops_has_a_table_of_its_own() -> None:
+    line = fact_line(bench="train-ops", solver="", bytes_per_element="16 / 52", ratio_diffusers=4.4)
+    text = table.render([line, fact_line()])
+    assert text.index("| ddim |") < text.index("| 16 / 52 |")
+    assert "| 4.4 |" in text
+
+
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "train-ops"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +367,7 @@ def test_quick_mode_runs_one_tiny_case(
         torch.set_num_threads(threads)
         peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and ("%" in printed or command == "brownian")
+    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "train-ops"))
     assert not results.exists(), "quick figures are not worth keeping"
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from train_cases import Case, fresh
 
 import fastdiff as fd
+from fastdiff.engine import train_ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +117,32 @@ def test_adaptive_steps_in_a_graph_and_in_any_batch(executor: str, solver: str, 
     assert torch.equal(batch, eager) and torch.equal(batch[15], alone[0])
     expected = fd.sample(denoiser("cpu"), (1, 3, 16, 16), seed=[17], **{**draw, "backend": "reference"})
     assert (alone.cpu() - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 9, 7), (320, 4, 4), (1, 260, 300)])
+def test_the_training_ops_agree_with_the_cpu_and_are_captured(executor: str, shape: tuple[int, ...]) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtypes in ((torch.uint8, torch.bfloat16), (torch.float32, torch.float32)):
+            case = Case(shape, 4, layout, *dtypes).tensors()
+            here, there = fresh(case), fresh(case, "cuda")
+            step = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtypes[1]]
+            for op in ("noising", "loss"):
+                for t, on in ((here, "reference"), (there, executor)):
+                    if op == "noising":
+                        train_ops.noise_images(*t.arguments()[:4], executor=on)  # type: ignore[arg-type]
+                    else:
+                        train_ops.loss(t, 0.5, on)
+                assert here.out is not None and there.out is not None
+                torch.testing.assert_close(there.out.cpu(), here.out, rtol=step, atol=step)
+            assert here.partial is not None and there.partial is not None
+            torch.testing.assert_close(there.partial.sum(1).cpu(), here.partial.sum(1), rtol=1e-5, atol=0)
+            eager = fresh(there, "cuda")
+            graph = torch.cuda.CUDAGraph()
+            train_ops.loss(eager, 0.5, executor)
+            with torch.cuda.graph(graph):
+                train_ops.loss(eager, 0.5, executor)
+            assert eager.out is not None and eager.partial is not None
+            eager.out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(eager.out, there.out) and torch.equal(eager.partial, there.partial)

@@ -1,8 +1,4 @@
-"""Objectives against their closed-form optima, and the draws they are made of.
-
-Gaussian data make every optimum linear: with x = p x0 + q z and F* = a x0 + b z, x0 ~ N(0, v), the best F is k x with
-k = (a p v + b q) / (p^2 v + q^2), and what is left of the loss is the variance of F* less k^2 that of x.
-"""
+"""Objectives that regress on image and noise against their closed-form optima, and the draws they are made of."""
 
 from __future__ import annotations
 
@@ -13,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objective_cases import VARIANCE, best, drawn
 from torch import Tensor
 
+from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, train_ops
 from fastdiff.engine import noise as counter_noise
-from fastdiff.engine import train_ops as at
 from fastdiff.models.exact import Gaussian
 from fastdiff.process import predictions, schedules
 from fastdiff.training import objectives
 from fastdiff.training.objectives import Objective, counters, times, weightings
 
-VARIANCE = 0.25
-REGRESSIONS = [name for name in objectives.names() if isinstance(objectives.get(name), objectives.Regression)]
+KINDS = {name: type(objectives.get(name)) for name in objectives.names()}
+REGRESSIONS = [name for name, kind in KINDS.items() if kind is objectives.Regression]
 SCHEDULES = {
     "linear": np.array([0.0, 1.0, 499.0, 999.0]),
     "vp": np.array([1e-3, 0.3, 1.0]),
@@ -31,20 +29,6 @@ SCHEDULES = {
     "edm": np.array([0.002, 0.5, 80.0]),
     "rectified_flow": np.array([1e-3, 0.5, 0.99]),
 }
-
-
-def drawn(objective: Objective, time: np.ndarray) -> objectives.Draw:
-    return objective.at(time, torch.arange(len(time)))
-
-
-def best(draw: objectives.Draw, variance: float = VARIANCE) -> tuple[np.ndarray, np.ndarray]:
-    """k and the least loss of each sample's level, before its weight."""
-    columns = draw.table.double().numpy().T
-    p, q, r, a, b, c = columns[:6]
-    assert not c.any()
-    spread = p**2 * variance + q**2 + r**2
-    k = (a * p * variance + b * q) / spread
-    return k, a**2 * variance + b**2 - k**2 * spread
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -63,7 +47,7 @@ def test_the_best_network_is_the_exact_denoiser(prediction: str, schedule: str) 
         near = 3e-7 * (1 + abs(known.P) + abs(known.Q * k[i]))
         np.testing.assert_allclose(known.P * x + known.Q * k[i] * known.c_in * x, exact, rtol=0, atol=2.5 * near)
         np.testing.assert_allclose(float(draw.model_time[i]), known.time, rtol=1e-6)
-        np.testing.assert_allclose(float(draw.table[i, at.P]), known.c_in * level.alpha, rtol=1e-7)
+        np.testing.assert_allclose(float(draw.table[i, at.INPUT_X0]), known.c_in * level.alpha, rtol=1e-7)
 
 
 def test_closed_forms_of_the_literature() -> None:
@@ -93,8 +77,8 @@ def test_closed_forms_of_the_literature() -> None:
     sigma = np.array([0.01, 0.5, 20.0])
     draw = drawn(edm, sigma)
     x = draw.table.double().numpy()
-    np.testing.assert_allclose(x[:, at.P] ** 2 * 0.25 + x[:, at.Q] ** 2, 1.0, rtol=1e-6)  # unit input
-    np.testing.assert_allclose(x[:, at.A] ** 2 * 0.25 + x[:, at.B] ** 2, 1.0, rtol=1e-6)  # and target
+    np.testing.assert_allclose(x[:, at.INPUT_X0] ** 2 * 0.25 + x[:, at.INPUT_Z] ** 2, 1.0, rtol=1e-6)  # unit input
+    np.testing.assert_allclose(x[:, at.TARGET_X0] ** 2 * 0.25 + x[:, at.TARGET_Z] ** 2, 1.0, rtol=1e-6)  # and target
     np.testing.assert_allclose(best(draw)[0], 0.0, atol=1e-7)  # data of variance sigma_data^2: F = 0 is best
     np.testing.assert_allclose(draw.model_time, np.log(sigma) / 4, rtol=1e-6)
 
@@ -109,8 +93,8 @@ def expected(objective: Objective, x0: Tensor, draw: objectives.Draw) -> tuple[n
             counter_noise.normal(int(draw.key[b]), image.size, number, 3).astype(np.float64).reshape(image.shape)
             for number in (0, 1)
         )
-        x[b] = row[at.P] * image + row[at.Q] * z + row[at.R] * y
-        target[b] = row[at.A] * image + row[at.B] * z + row[at.C] * y
+        x[b] = row[at.INPUT_X0] * image + row[at.INPUT_Z] * z + row[at.INPUT_Y] * y
+        target[b] = row[at.TARGET_X0] * image + row[at.TARGET_Z] * z + row[at.TARGET_Y] * y
     return x, target
 
 
@@ -174,15 +158,29 @@ def test_a_draw_depends_on_its_seed_and_step_alone() -> None:
     together = objective.draw(seeds, 5)
     for i, seed in enumerate(seeds):
         alone = objective.draw(seed.reshape(1), 5)
-        for name in ("key", "time", "model_time", "table", "weight", "dropped"):
+        for name in ("key", "time", "model_time", "table", "weight", "importance", "dropped"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
     assert len({*together.key.tolist(), *objective.draw(seeds, 6).key.tolist()}) == 8
     assert not torch.equal(objective.draw(seeds, 2**40).key, objective.draw(seeds, 2**40 + 2**33).key)
 
 
+def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, step = np.array([5, -(2**63), 2**62 + 1]), 2**33 + 9
+    key = counters.keys(seeds, step)
+    for seed, one in zip(seeds.tolist(), key.tolist(), strict=True):
+        words = counter_noise.philox(seed, step, 0xFFFFFFFF, at.STREAM_TRAINING)  # the step in the element's place
+        assert one % 2**64 == int(words[0]) | int(words[1]) << 32
+    numbers = counters.uniforms(key)
+    words = counter_noise.philox(int(key[1]), 0, 3, at.STREAM_TRAINING)
+    assert numbers[1, 2] == ((int(words[0]) + int(words[1]) * 2**32) // 2**12 + 0.5) / 2**52
+    monkeypatch.setattr(train_ops.backends, "probe", lambda: {"cpp": backends.Backend(False, ())})
+    np.testing.assert_array_equal(counters.keys(seeds, step), key)
+    np.testing.assert_array_equal(counters.uniforms(key), numbers)
+
+
 def test_uniforms_are_uniform_and_apart() -> None:
     key = counters.keys(np.arange(20000, dtype=np.int64), 1)
-    numbers = np.concatenate([counters.uniforms(key, counters.LEVEL), counters.uniforms(key, counters.CHANCES)], axis=1)
+    numbers = counters.uniforms(key)
     assert ((numbers > 0) & (numbers < 1)).all()
     for column in numbers.T:
         gap = np.abs(np.sort(column) - (np.arange(len(column)) + 0.5) / len(column)).max()
@@ -256,8 +254,9 @@ def test_min_snr_is_the_papers() -> None:
 def test_perturbation_and_shared_times() -> None:
     time = np.array([0.0, 30.0, 500.0])
     plain, perturbed = (drawn(objectives.get("ddpm", perturbation=g), time).table for g in (0.0, 0.1))
-    torch.testing.assert_close(perturbed[:, at.R], 0.1 * plain[:, at.Q])
-    assert torch.equal(perturbed[:, [at.P, at.Q, at.A, at.B, at.C]], plain[:, [at.P, at.Q, at.A, at.B, at.C]])
+    torch.testing.assert_close(perturbed[:, at.INPUT_Y], 0.1 * plain[:, at.INPUT_Z])
+    kept = [at.INPUT_X0, at.INPUT_Z, at.TARGET_X0, at.TARGET_Z, at.TARGET_Y]
+    assert torch.equal(perturbed[:, kept], plain[:, kept])
     shared = drawn(objectives.get("ddpm", schedule=schedules.time_shared(schedules.linear())), time)
     assert shared.model_time.tolist() == [0.0, 20.0, 500.0]
     assert torch.equal(shared.table, plain)

@@ -3,11 +3,13 @@
 #include "noise.h"
 #include "step.h"
 #include "sums.h"
+#include "train_step.h"
 
 namespace fastdiff::cpu {
 
 const Executor avx512_executor = {
     Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
+    pixels<Avx512>, noised<Avx512>, squares<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

@@ -4,6 +4,7 @@
 
 #include "../guide.h"
 #include "../philox.h"
+#include "../train.h"
 
 namespace fastdiff::cpu {
 
@@ -66,6 +67,27 @@ struct Part {
   float* momentum;         // null: not read; rule kApg writes it
 };
 
+// A run of consecutive elements of one sample in a training step, every pointer at its first element.
+struct Lesson {
+  Blend by;
+  int64_t count;
+  const float* x0;  // null: not read
+  const float* z;   // null: not drawn
+  const float* y;
+  int32_t model_dtype;
+  const void* model_out;  // of the loss
+  float scale;            // of the gradient
+  void* out;              // null: not wanted
+};
+
+// Where a run of images is read: units of `channels` elements from `first` on, rows of `width` units.
+struct Pixels {
+  const void* images;  // the sample's first element
+  int32_t dtype;
+  bool flip;
+  int64_t first, units, channels, width;
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -77,6 +99,11 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // Images as fp32 in [-1, 1], mirrored where asked, into to[0 .. units * channels).
+  void (*pixels)(const Pixels&, float* to);
+  void (*noised)(const Lesson&);
+  // The sum of squared errors, and the gradient.
+  double (*squares)(const Lesson&);
 };
 
 constexpr int64_t kFillSlack = 128;

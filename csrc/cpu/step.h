@@ -14,27 +14,6 @@
 namespace fastdiff::cpu {
 namespace {
 
-template <class L, bool kPartial>
-FASTDIFF_INLINE void emit(void* const* to, int32_t dtype, int64_t at, int64_t n, const typename L::F (&v)[L::kUnroll]) {
-  constexpr int w = L::kWidth;
-  for (int copy = 0; copy < kMaxBranches && to[copy]; ++copy) {
-    for (int u = 0; u < L::kUnroll; ++u) {
-      const int left = clip(n - u * w, w);
-      if (dtype == kFloat32) {
-        store<L, kPartial>(static_cast<float*>(to[copy]) + at + u * w, v[u], left);
-        continue;
-      }
-      const typename L::H h = dtype == kFloat16 ? L::to_half(v[u]) : L::to_bfloat(v[u]);
-      uint16_t* cell = static_cast<uint16_t*>(to[copy]) + at + u * w;
-      if (kPartial) {
-        L::store16(cell, h, left);
-      } else {
-        L::store16(cell, h);
-      }
-    }
-  }
-}
-
 // One group of kUnroll registers' worth of elements. The tests on the row are the same for every group, so they
 // predict; what they guard is unrolled. All loads come before the stores: outputs may overwrite inputs.
 // kExtras: what a plain guided step has none of (see Stretch::extras), kept out of its instructions.
@@ -138,7 +117,8 @@ FASTDIFF_INLINE void group(const Stretch& s, int64_t at, int64_t n, typename L::
   if (s.emit[0]) {
     F scaled[unroll];
     for (int u = 0; u < unroll; ++u) scaled[u] = L::set(row.emit_scale) * out[0][u];
-    emit<L, kPartial>(s.emit, s.model_in_dtype, at, n, scaled);
+    for (int copy = 0; copy < kMaxBranches && s.emit[copy]; ++copy)
+      store_model<L, kPartial>(s.emit[copy], s.model_in_dtype, at, n, scaled);
   }
 }
 

@@ -8,33 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.layout import STREAM_TRAINING
+from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
-
-_Z, _Y = 0, 1  # noise ids
 
 
 def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor) -> None:
-    """x_in = P x0 + Q z + R y of every sample; see `fastdiff.engine.train_ops.noise_images`."""
+    """x_in of every sample; see `fastdiff.engine.train_ops.noise_images`."""
     for b, (p, q, r, _, _, _, flip, _) in enumerate(table.tolist()):
         out[b] = _combine(_image(images[b], flip), int(key[b]), p, q, r).to(out.dtype)
 
 
 def loss(
     images: Tensor,
-    model_out: Tensor,
     table: Tensor,
-    weight: Tensor,
     key: Tensor,
-    error: Tensor,
     gradient: Tensor | None,
+    model_out: Tensor,
+    weight: Tensor,
+    partial: Tensor,
     *,
     factor: float,
 ) -> None:
-    """The error and gradient of every sample; see `fastdiff.engine.train_ops.loss`."""
+    """The sum of squares and the gradient of every sample; see `fastdiff.engine.train_ops.loss`."""
+    partial.zero_()
     for b, (_, _, _, a, by, c, flip, _) in enumerate(table.tolist()):
         rest = model_out[b].float() - _combine(_image(images[b], flip), int(key[b]), a, by, c)
-        error[b] = rest.double().square().mean()
+        partial[b, 0] = rest.double().square().sum()
         if gradient is not None:
             gradient[b] = ((weight[b] * factor) * rest).to(gradient.dtype)
 
@@ -49,9 +48,9 @@ def _combine(x0: Tensor, key: int, image: float, first: float, second: float) ->
     """image x0 + first z + second y, as fused multiply-adds; a factor of 0 reads and draws nothing."""
     total = torch.zeros_like(x0)
     if first:
-        total = first * _normal(x0, key, _Z)
+        total = first * _normal(x0, key, at.NOISE_Z)
     if second:
-        total = _fma(second, _normal(x0, key, _Y), total)
+        total = _fma(second, _normal(x0, key, at.NOISE_Y), total)
     return _fma(image, x0, total) if image else total
 
 
@@ -61,5 +60,5 @@ def _fma(a: float, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _normal(like: Tensor, key: int, number: int) -> Tensor:
-    values = counter_noise.normal(key, like.numel(), number, STREAM_TRAINING)
+    values = counter_noise.normal(key, like.numel(), number, at.STREAM_TRAINING)
     return torch.from_numpy(values).to(like.device).view(like.shape)

@@ -1,71 +1,93 @@
 """The two ops of a training step: noising images, and the squared error with its gradient, noise drawn again.
 
-May import: backends, checks, the reference, fastdiff.kernels and the compiled extension (through engine.native).
+May import: the table's layout, backends, checks, the reference, fastdiff.kernels and the compiled extension (through
+engine.native).
 One row of scalars per sample, with x0 the image, z and y unit normals named by the sample's key:
-    x_in = P x0 + Q z + R y        F* = A x0 + B z + C y        error = mean over elements of (F - F*)^2
+    x_in = INPUT_X0 x0 + INPUT_Z z + INPUT_Y y,  F* = TARGET_X0 x0 + TARGET_Z z + TARGET_Y y,  error = mean (F - F*)^2
 so eps, x0, v, score, flow and edm targets at any level, input perturbation and interpolants are tables, not kernels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference_train
+from fastdiff.engine import noise as counter_noise
 from fastdiff.engine.checks import MODEL_DTYPES, channels_of
+from fastdiff.engine.ops import on_device
 
-COLUMNS = 8
-P, Q, R, A, B, C, FLIP = range(COLUMNS - 1)  # FLIP: mirror the image's last axis where not 0; the last is unused
 IMAGE_DTYPES = (torch.uint8, *MODEL_DTYPES)
 
 _library = torch.library.Library("fastdiff", "FRAGMENT")
+_library.define("noise_images(Tensor images, Tensor table, Tensor key, Tensor(a!) out, *, str executor) -> ()")
 _library.define(
-    "noise_images(Tensor images, Tensor table, Tensor key, Tensor(a!) out, *, str executor) -> ()",
+    "loss(Tensor images, Tensor table, Tensor key, Tensor(a!)? gradient, Tensor model_out, Tensor weight, "
+    "Tensor(b!) partial, *, float factor, str executor) -> ()"
 )
-_library.define(
-    "loss(Tensor images, Tensor model_out, Tensor table, Tensor weight, Tensor key, Tensor(a!) error, "
-    "Tensor(b!)? gradient, *, float factor, str executor) -> ()",
-)
+
+
+@dataclass
+class TrainTensors:
+    """What an op reads and writes; B samples of shape S, all images in one memory format, contiguous or channels_last.
+
+    images: [B, *S] uint8 (0 .. 255 become -1 .. 1), fp32, fp16 or bf16. table: fp32 [B, 8], the columns of
+    compiler.layout: what a factor of 0 stands before is neither read nor drawn; FLIP not 0 mirrors the image's rows.
+    key: int64 [B], the seed of the sample's noises. out: [B, *S] fp32, fp16 or bf16, written: x_in, or the gradient
+    factor weight (F - F*), which may be None.
+    Of the loss only: model_out: F, like out. weight: fp32 [B]. partial: fp32 [B, 64], written: sums of (F - F*)^2 over
+    parts of the sample that its size alone decides, then zeros.
+    """
+
+    images: Tensor
+    table: Tensor
+    key: Tensor
+    out: Tensor | None
+    model_out: Tensor | None = None
+    weight: Tensor | None = None
+    partial: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of the loss's schema; the first four are those of noise_images."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
-    """Write the network's input x_in into `out`.
+    """Write the network's input x_in into `out`; the tensors are those of `TrainTensors`.
 
-    images: [B, *S] uint8 (0 .. 255 become -1 .. 1), fp32, fp16 or bf16. table: fp32 [B, 8], the columns above.
-    key: int64 [B]. out: [B, *S] fp32, fp16 or bf16, in the memory format of images, contiguous or channels_last.
     Deterministic; capturable on executors "triton" and "cuda". Raises ValueError, TypeError, BackendUnavailable.
     """
     torch.ops.fastdiff.noise_images(images, table, key, out, executor=executor)
 
 
-def loss(
-    images: Tensor,
-    model_out: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    key: Tensor,
-    error: Tensor,
-    gradient: Tensor | None,
-    *,
-    factor: float,
-    executor: str,
-) -> None:
-    """Write each sample's mean squared error, and gradient = factor weight (F - F*), drawing the noise again.
-
-    images, table, key: what noise_images was given. model_out: F, [B, *S] fp32, fp16 or bf16, in the memory format of
-    images. weight, error: fp32 [B]. gradient: like model_out, or None. Otherwise as noise_images.
-    """
-    torch.ops.fastdiff.loss(images, model_out, table, weight, key, error, gradient, factor=factor, executor=executor)
+def loss(tensors: TrainTensors, factor: float, executor: str) -> None:
+    """Write each sample's sums of squares and its gradient, drawing the noise again. Otherwise as noise_images."""
+    torch.ops.fastdiff.loss(*tensors.arguments(), factor=factor, executor=executor)
 
 
 def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The network's input, in a new tensor of this dtype and the memory format of images."""
-    images = _dense(images)
-    out = torch.empty_like(images, dtype=dtype, memory_format=torch.preserve_format)
+    images = images if channels_of(images) else images.contiguous()
+    out = torch.empty_like(images, dtype=dtype)
     noise_images(images, table, key, out, executor=backends.choose(images.device))
     return out
+
+
+def philox_blocks(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """`noise.philox_block` of counters [n, 4] and keys [n, 2], by the extension where there is one: the same words."""
+    if not backends.probe()["cpp"].ok:
+        return counter_noise.philox_block(counter, key)
+    from fastdiff.engine import native
+
+    words = np.empty_like(counter)
+    native.load().fastdiff_philox_blocks(len(counter), counter.ctypes.data, key.ctypes.data, words.ctypes.data)
+    return words
 
 
 def squared_error(
@@ -85,25 +107,18 @@ class _SquaredError(torch.autograd.Function):
         ctx: Any, model_out: Tensor, weight: Tensor, images: Tensor, table: Tensor, key: Tensor
     ) -> tuple[Tensor, Tensor]:
         output, images = _alike(model_out.detach(), images)
-        error = torch.empty(len(output), dtype=torch.float32, device=output.device)
         gradient = torch.empty_like(output) if model_out.requires_grad else None
+        partial = torch.empty(len(output), at.PARTS, device=output.device)
         share = 2.0 / max(output.numel(), 1)
         # a half's range ends near 6e-8, which is where the share of one element may lie: it waits for the loss scale
         factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
-        loss(
-            images,
-            output,
-            table,
-            weight.detach(),
-            key,
-            error,
-            gradient,
-            factor=factor,
-            executor=backends.choose(output.device),
-        )
+        weight = weight.detach()
+        tensors = TrainTensors(images, table, key, gradient, output, weight, partial)
+        loss(tensors, factor, backends.choose(output.device))
+        error = partial.sum(1) * (len(output) / output.numel())
         ctx.save_for_backward(gradient, error)
         ctx.mark_non_differentiable(error)
-        return (weight.detach() * error).mean(), error
+        return torch.dot(weight, error) / len(error), error
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,10 +132,6 @@ class _SquaredError(torch.autograd.Function):
         return gradient, by_weight, None, None, None
 
 
-def _dense(images: Tensor) -> Tensor:
-    return images if channels_of(images) else images.contiguous()
-
-
 def _alike(model_out: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the memory format of the model's output: images are fewer bytes to move, and noise knows no format."""
     if model_out.shape != images.shape:
@@ -128,24 +139,14 @@ def _alike(model_out: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
             f"loss: the network returned {tuple(model_out.shape)} for images of {tuple(images.shape)}; expected the "
             "same shape. A network that predicts its variance too needs the objective 'hybrid'"
         )
-    model_out = _dense(model_out)
-    if model_out.is_contiguous():
-        return model_out, images.contiguous()
-    return model_out, images.contiguous(memory_format=torch.channels_last)
+    if channels_of(model_out) > 1:
+        return model_out, images.contiguous(memory_format=torch.channels_last)
+    return model_out.contiguous(), images.contiguous()
 
 
-def check(
-    op: str,
-    images: Tensor,
-    table: Tensor,
-    key: Tensor,
-    like: tuple[tuple[str, Tensor], ...],
-    scalars: dict[str, Tensor],
-) -> None:
-    """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout the op reads.
-
-    like: the images of the model's dtype, by name; scalars: fp32 [B], by name.
-    """
+def check(op: str, t: TrainTensors) -> None:
+    """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout of `TrainTensors`."""
+    images = t.images
     if images.dim() < 2 or images.numel() == 0:
         raise ValueError(f"{op}: images must be [batch, *shape] with elements, got {tuple(images.shape)}")
     if images.dtype not in IMAGE_DTYPES:
@@ -154,64 +155,65 @@ def check(
     if channels == 0:
         raise ValueError(f"{op}: images must be contiguous or channels_last, got strides {images.stride()}")
     wanted = torch.contiguous_format if channels == 1 else torch.channels_last
-    for name, tensor in like:
-        if tensor.dtype not in MODEL_DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, float16 or bfloat16")
-        if tensor.shape != images.shape:
-            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, the images {tuple(images.shape)}")
-        if not tensor.is_contiguous(memory_format=wanted):
-            raise ValueError(f"{op}: {name} must be {wanted} like the images, got strides {tensor.stride()}")
-    numbers = {"table": (table, torch.float32, (batch, COLUMNS)), "key": (key, torch.int64, (batch,))}
-    numbers |= {name: (tensor, torch.float32, (batch,)) for name, tensor in scalars.items()}
-    for name, (tensor, dtype, shape) in numbers.items():
+    model = t.out if t.model_out is None else t.model_out
+    assert model is not None
+    if model.dtype not in MODEL_DTYPES:
+        raise TypeError(f"{op}: the model's tensor has dtype {model.dtype}, expected float32, float16 or bfloat16")
+    numbers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "table": (torch.float32, (batch, at.TRAIN_COLUMNS)),
+        "key": (torch.int64, (batch,)),
+        "weight": (torch.float32, (batch,)),
+        "partial": (torch.float32, (batch, at.PARTS)),
+    }
+    for field in fields(t):
+        name, tensor = field.name, getattr(t, field.name)
+        if tensor is None or tensor is images:
+            continue
+        dtype, shape = numbers.get(name, (model.dtype, tuple(images.shape)))
+        layout = torch.contiguous_format if name in numbers else wanted
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}; cast it first")
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}, contiguous")
-    for name, tensor in (*like, *((name, entry[0]) for name, entry in numbers.items())):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_contiguous(memory_format=layout):
+            raise ValueError(f"{op}: {name} must be {layout}, got strides {tensor.stride()} for shape {shape}")
         if tensor.device != images.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the images on {images.device}; move one of them")
 
 
-def _check_noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor) -> None:
-    check("noise_images", images, table, key, (("out", out),), {})
+def _run(op: str, t: TrainTensors, factor: float, executor: str) -> None:
+    check(op, t)
+    backends.require(executor, t.images.device)
+    if executor in ("cpp", "cuda"):
+        from fastdiff.engine import native
 
+        native.train(op, t, factor, executor)
+    elif executor == "triton":
+        from fastdiff.kernels import train as kernels
 
-def _check_loss(
-    images: Tensor,
-    model_out: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    key: Tensor,
-    error: Tensor,
-    gradient: Tensor | None,
-) -> None:
-    like = (("model_out", model_out), *((("gradient", gradient),) if gradient is not None else ()))
-    check("loss", images, table, key, like, {"weight": weight, "error": error})
-    if gradient is not None and gradient.dtype != model_out.dtype:
-        raise TypeError(f"loss: gradient has dtype {gradient.dtype}, the model's output {model_out.dtype}")
+        on_device(kernels.bind(*t.arguments(), factor=factor), t.images.device)()
+    elif t.model_out is None:
+        reference_train.noise_images(*t.arguments()[:4])  # type: ignore[arg-type]
+    else:
+        reference_train.loss(*t.arguments(), factor=factor)  # type: ignore[arg-type]
 
 
 def _noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
-    _check_noise_images(images, table, key, out)
-    backends.require(executor, images.device)
-    reference_train.noise_images(images, table, key, out)
+    _run("noise_images", TrainTensors(images, table, key, out), 0.0, executor)
 
 
 def _loss(*tensors: Any, factor: float, executor: str) -> None:
-    _check_loss(*tensors)
-    backends.require(executor, tensors[0].device)
-    reference_train.loss(*tensors, factor=factor)
+    _run("loss", TrainTensors(*tensors), factor, executor)
 
 
 def _fake_noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
-    _check_noise_images(images, table, key, out)
+    check("noise_images", TrainTensors(images, table, key, out))
 
 
 def _fake_loss(*tensors: Any, factor: float, executor: str) -> None:
-    _check_loss(*tensors)
+    check("loss", TrainTensors(*tensors))
 
 
-for _name, _run, _fake in (("noise_images", _noise_images, _fake_noise_images), ("loss", _loss, _fake_loss)):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+for _name, _op, _fake in (("noise_images", _noise_images, _fake_noise_images), ("loss", _loss, _fake_loss)):
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)

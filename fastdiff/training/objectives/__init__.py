@@ -17,21 +17,34 @@ import numpy as np
 from fastdiff.errors import unknown_name
 from fastdiff.process import schedules
 
-from . import times, weightings
+from . import pairing, times, weightings
 from .base import Draw, Loss, Network, Objective
+from .classifier import Classifier
+from .interpolants import Interpolant
 from .log_variance import WithLogVariance
-from .regression import Regression
+from .regression import Regression, SquaredError
+from .score_matching import Implicit, explicit_score_matching
+from .variational import Bound, Hybrid, bound
 
 __all__ = [
+    "Bound",
+    "Classifier",
     "Draw",
+    "Hybrid",
+    "Implicit",
+    "Interpolant",
     "Loss",
     "Network",
     "Objective",
     "Regression",
+    "SquaredError",
     "WithLogVariance",
+    "bound",
+    "explicit_score_matching",
     "from_dict",
     "get",
     "names",
+    "pairing",
     "times",
     "weightings",
 ]
@@ -46,7 +59,22 @@ _KNOWN: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     "v": (Regression, {"prediction": "v", "schedule": "cosine"}),  # Salimans & Ho 2022
     "min_snr": (Regression, {"weighting": "min_snr"}),  # Hang et al. 2023
     "edm": (Regression, {"prediction": "edm", "schedule": "edm", "times": "lognormal"}),  # Karras et al. 2022
+    "elbo": (Regression, {"weighting": "elbo"}),  # Ho et al. 2020, eq. 5
+    "hybrid": (Hybrid, {"schedule": "cosine"}),  # Nichol & Dhariwal 2021
     "flow": (Regression, {"prediction": "flow", "schedule": "rectified_flow"}),  # Liu et al. 2023
+    "iadb": (
+        Regression,
+        {"prediction": "flow", "schedule": "rectified_flow"},
+    ),  # Heitz et al. 2023: alpha = 1 - t, D = -F
+    "cfm": (Interpolant, {"sigma_min": 1e-4}),  # Lipman et al. 2023
+    "transport_cfm": (Interpolant, {"pairing": "transport"}),  # Pooladian et al. 2023; Tong et al. 2024
+    "vp_flow": (Interpolant, {"path": "trigonometric"}),  # Albergo & Vanden-Eijnden 2023
+    "interpolant": (  # Albergo et al. 2023
+        Interpolant,
+        {"gamma": 1.0, "times": times.Uniform(low=1e-3, high=1 - 1e-3)},
+    ),
+    "implicit": (Implicit, {}),  # Hyvarinen 2005; Song et al. 2019
+    "classifier": (Classifier, {}),  # Dhariwal & Nichol 2021
     "dsm": (  # Vincent 2011: one level
         Regression,
         {"prediction": "score", "schedule": "edm", "times": times.Discrete((_LEVEL,))},

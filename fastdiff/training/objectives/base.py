@@ -1,6 +1,6 @@
 """What every objective is: a frozen description that turns images and a network into a loss.
 
-May import: process, engine (train_ops), models.denoiser.
+May import: process, the table's layout, models.denoiser.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastdiff.compiler import layout as at
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
 from . import counters, times
 
+Array = NDArray[np.float64]
 Network = Callable[[Tensor, Tensor, Condition], Any]
 
 
@@ -28,8 +30,8 @@ class Draw:
     """All that is random in a step, on one device: the same numbers for a sample in any batch and any process.
 
     key: int64 [B], names the sample's noises. time: float64 [B], on the schedule's clock. model_time: fp32 [B], what
-    the network is shown. table: fp32 [B, 8], the columns of engine.train_ops. weight: fp32 [B], of the squared error, with
-    what importance sampling of the times asks for. dropped: bool [B], whose label is left out.
+    the network is shown. table: fp32 [B, 8], the columns of engine.train_ops. weight: fp32 [B], of the squared error,
+    times importance: fp32 [B], 1 unless the times are importance-sampled. dropped: bool [B], whose label is left out.
     """
 
     key: Tensor
@@ -37,6 +39,7 @@ class Draw:
     model_time: Tensor
     table: Tensor
     weight: Tensor
+    importance: Tensor
     dropped: Tensor
 
     def to(self, device: torch.device) -> Draw:
@@ -97,6 +100,11 @@ class Objective:
         """Whether the network returns [B, 2C, ...]: its prediction, and what it says of the variance."""
         return False
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `evaluate` waits for nothing on the host, so that a CUDA graph can hold it."""
+        return True
+
     def loss(
         self,
         network: Network,
@@ -120,19 +128,54 @@ class Objective:
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
         key = counters.keys(seeds.cpu().numpy(), int(step))
-        time = np.asarray(self.times.at(counters.uniforms(key, counters.LEVEL)[:, 0], self.schedule), dtype=np.float64)
-        chance = counters.uniforms(key, counters.CHANCES)
+        uniform = counters.uniforms(key)
+        time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
+        chance = uniform[:, 2:]
         drawn = self.at(time, key=torch.from_numpy(key), mirrored=chance[:, 0] < 0.5 * self.flip)
         return replace(drawn, dropped=torch.from_numpy(chance[:, 1] < self.drop_label))
 
-    def at(self, time: NDArray[np.float64], key: Tensor, mirrored: NDArray[np.bool_] | None = None) -> Draw:
+    def at(self, time: Array, key: Tensor, mirrored: NDArray[np.bool_] | None = None) -> Draw:
         """The draw with these times [B] on the schedule's clock and these keys, nothing dropped."""
-        raise NotImplementedError
+        table, shown, weight = self.columns(time)
+        if mirrored is not None:
+            table[:, at.FLIP] = mirrored
+        importance = self.times.importance(time, self.schedule) * np.ones_like(time)
+        return Draw(
+            key=key,
+            time=torch.from_numpy(time),
+            model_time=torch.from_numpy(np.asarray(shown, dtype=np.float32)),
+            table=torch.from_numpy(table.astype(np.float32)),
+            weight=torch.from_numpy((weight * importance).astype(np.float32)),
+            importance=torch.from_numpy(importance.astype(np.float32)),
+            dropped=torch.zeros(len(time), dtype=torch.bool),
+        )
+
+    def columns(self, time: Array) -> tuple[Array, Array, Array]:
+        """Of these times, in float64: the rows of the table [B, 8], what the network is shown [B], the weights [B]."""
+        schedule = self.schedule
+        alpha, sigma = (np.asarray(scale(time), dtype=np.float64) for scale in (schedule.alpha, schedule.sigma))
+        table = np.zeros((len(time), at.TRAIN_COLUMNS))
+        answer = predictions.targets(self.prediction, alpha, sigma, self.sigma_data)
+        table[:, at.TARGET_X0], table[:, at.TARGET_Z] = answer
+        if self.prediction == "edm":
+            spread = predictions.SIGMA_DATA if self.sigma_data is None else self.sigma_data
+            c_in, shown = 1 / np.hypot(sigma, spread * alpha), np.log(sigma / alpha) / 4
+        else:
+            c_in, shown = np.ones_like(time), schedule.model_time(time)
+        table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
+        return table, shown, np.ones_like(time)
+
+    def observe(self, time: Tensor, loss: Tensor) -> None:
+        """Tell the distribution of times what was lost where; only "loss_second_moment" listens.
+
+        time: draw.time. loss: weight / importance * per_sample. Of all processes, in one order: they then go on alike.
+        """
+        self.times.observe(time.cpu().numpy(), loss.detach().double().cpu().numpy(), self.schedule)
 
     def evaluate(
         self, network: Network, x0: Tensor, cond: Condition, draw: Draw, *, dtype: torch.dtype = torch.float32
     ) -> Loss:
-        """The loss of a draw on x0's device: no host sync, so a CUDA graph can hold it."""
+        """The loss of a draw that is on x0's device."""
         raise NotImplementedError
 
     def denoiser(self, net: nn.Module | Callable[..., Any], **known: Any) -> Denoiser:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,9 +30,23 @@ class Times:
         """The times at quantiles u in (0, 1), [B] float64."""
         raise NotImplementedError
 
+    def importance(self, time: Array, schedule: Schedule) -> Array | float:
+        """What multiplies the loss at these times, so that its mean is that of the distribution that was asked for."""
+        return 1.0
+
+    def observe(self, time: Array, loss: Array, schedule: Schedule) -> None:
+        """Hear of the losses at these times, [B] each."""
+
+    def state(self) -> dict[str, Any]:
+        """What was heard, as JSON values, for a checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` said."""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, for `get`."""
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}}
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,68 @@ class LogitNormal(Times):
         return time if schedule.steps is None else np.rint(time)
 
 
-_CLASSES: dict[str, type[Times]] = {kind.name: kind for kind in (Uniform, Discrete, LogNormal, LogitNormal)}
+@dataclass(frozen=True)
+class LossSecondMoment(Times):
+    """Steps of a discrete schedule as often as their loss is large (Nichol & Dhariwal 2021, eq. 18).
+
+    p_t is proportional to sqrt(E[L_t^2]) over the last `history` losses of each step, mixed with `floor` of a uniform
+    distribution; the loss is divided by T p_t. Uniform until every step has its history. What was heard is not part of
+    to_dict: `state` and `restore` are for checkpoints, and every process must hear the same.
+    """
+
+    history: int = 10
+    floor: float = 0.001
+    name: ClassVar[str] = "loss_second_moment"
+    _heard: dict[str, NDArray[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.history < 1 or not 0 < self.floor <= 1:
+            raise ValueError(
+                f"loss_second_moment: history must be at least 1 and floor within (0, 1], got {self.history!r} and "
+                f"{self.floor!r}"
+            )
+
+    def at(self, u: Array, schedule: Schedule) -> Array:
+        chance = self.chances(schedule)
+        return np.minimum(np.searchsorted(np.cumsum(chance), u, side="right"), len(chance) - 1).astype(np.float64)
+
+    def importance(self, time: Array, schedule: Schedule) -> Array:
+        chance = self.chances(schedule)
+        return 1 / (len(chance) * chance[time.astype(np.int64)])
+
+    def observe(self, time: Array, loss: Array, schedule: Schedule) -> None:
+        losses, counts = self._memory(schedule)
+        for index, value in zip(time.astype(np.int64), loss, strict=True):
+            losses[index, counts[index] % self.history] = value
+            counts[index] += 1
+
+    def chances(self, schedule: Schedule) -> Array:
+        """The probability of every step, [T]."""
+        losses, counts = self._memory(schedule)
+        total = len(counts)
+        if (counts < self.history).any():
+            return np.full(total, 1 / total)
+        size = np.sqrt(np.square(losses).mean(1))
+        return (1 - self.floor) * size / size.sum() + self.floor / total
+
+    def state(self) -> dict[str, Any]:
+        return {key: value.tolist() for key, value in self._heard.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._heard.update({key: np.array(value) for key, value in state.items()})
+
+    def _memory(self, schedule: Schedule) -> tuple[NDArray[Any], NDArray[Any]]:
+        if schedule.steps is None:
+            raise ValueError(f"loss_second_moment counts the steps of a discrete schedule, and {schedule!r} has none")
+        if not self._heard:
+            self._heard["losses"] = np.zeros((schedule.steps, self.history))
+            self._heard["counts"] = np.zeros(schedule.steps, dtype=np.int64)
+        return self._heard["losses"], self._heard["counts"]
+
+
+_CLASSES: dict[str, type[Times]] = {
+    kind.name: kind for kind in (Uniform, Discrete, LogNormal, LogitNormal, LossSecondMoment)
+}
 
 
 def names() -> list[str]:
@@ -130,7 +205,7 @@ def get(times: str | Mapping[str, Any] | Times) -> Times:
     try:
         return _CLASSES[name](**options)
     except TypeError as error:
-        known = ", ".join(entry.name for entry in fields(_CLASSES[name]))
+        known = ", ".join(entry.name for entry in fields(_CLASSES[name]) if entry.init)
         raise ValueError(f"Time distribution {name}: {error}. Its options: {known}.") from None
 
 
