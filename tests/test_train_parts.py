@@ -50,7 +50,7 @@ def test_the_ramp_makes_the_halflife_a_share_of_the_past() -> None:
 
 
 def test_a_power_average_is_the_integral_of_its_profile() -> None:
-    """Karras et al. 2024, eq. 1: the past weighs t^gamma (gamma + 1) / T^(gamma + 1); of values t/T it is (g+1)/(g+2)."""
+    """Karras et al. 2024, eq. 1: the past weighs t^gamma, up to a constant; of values t/T it is (gamma+1)/(gamma+2)."""
     net, width = Weight(), 0.1
     gamma = gamma_of_width(width)
     assert math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) == pytest.approx(width, rel=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tiny_runs import (
     assert_same,
+    die_once,
     forked,
     lines,
     one_thread,
@@ -24,6 +23,7 @@ from tiny_runs import (
     weights,
     write_data,
 )
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastdiff.training.trainer import Trainer
 
@@ -47,10 +47,22 @@ def alone(data: Path, run: Path, **changes: object) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize(("how", "micro_batch"), [("ddp", None), ("ddp", 2), ("fsdp", 2)])
-def test_two_processes_are_one(data: Path, tmp_path: Path, how: str, micro_batch: int | None) -> None:
-    """Loss, gradient and moments of two processes are those of one, to rounding, and so is their checkpoint."""
-    options = {"network": PLAIN, "images": 24, "log_images": 8, "epsilon": 1e-3}
+@pytest.mark.parametrize(
+    ("how", "micro_batch", "objective"), [("ddp", None, "edm"), ("fsdp", 2, "edm"), ("ddp", 2, "ddpm")]
+)
+def test_two_processes_are_one(
+    data: Path, tmp_path: Path, how: str, micro_batch: int | None, objective: str
+) -> None:  # fmt: skip
+    """Loss, gradient and moments of two processes are those of one, to rounding, and so is their checkpoint.
+
+    With "ddpm" the times follow the loss, so each process must have heard the other's.
+    """
+    options = {"network": PLAIN, "images": 24, "log_images": 8, "epsilon": 1e-3, "objective": objective}
+    if objective == "ddpm":
+        options["objective_options"] = {
+            "times": {"name": "loss_second_moment", "history": 1},
+            "schedule": {"name": "linear", "options": {"steps": 3}},
+        }
     one = alone(data, tmp_path / "one", **options)
     train_together(tiny(data, parallel=how, micro_batch=micro_batch, **options), tmp_path / "two", 2)
     two = stored(tmp_path / "two", one)
@@ -92,21 +104,6 @@ def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> Non
     resumed.train()
     assert_same(weights(resumed), weights(whole))
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
-
-
-def die_once(config: object, run: Path) -> int:
-    """A process of torchrun, the second of which is killed in the first round."""
-
-    def die(trainer: Trainer, batch: object, outcome: object) -> None:
-        first_round = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first_round and trainer.ranks.rank == 1 and trainer.progress.images == 40:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    trainer = Trainer(config, run, resume="auto")
-    trainer.train(die)
-    images = trainer.progress.images
-    trainer.close()
-    return images
 
 
 def test_a_process_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_fp16_resumes_with_its_loss_scale(data: Path, tmp_path: Path) -> None:
     assert_same(weights(resumed), weights(whole))
 
 
+def test_times_that_follow_the_loss_resume_with_what_they_heard(data: Path, tmp_path: Path) -> None:
+    options = {
+        "times": {"name": "loss_second_moment", "history": 1},
+        "schedule": {"name": "linear", "options": {"steps": 4}},
+    }
+    config = tiny(data, objective="ddpm").change(objective_options=options)
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Killed):
+        killed = Trainer(config, tmp_path / "run")
+        killed.train(kill_after(80))
+    killed.checkpoints.finish()
+    resumed = Trainer(config, tmp_path / "run", resume="auto")
+    heard = resumed.objective.times.state()
+    assert resumed.progress.images == 72 and sum(heard["counts"]) == 72 and min(heard["counts"]) > 0
+    assert not np.allclose(resumed.objective.times.chances(resumed.objective.schedule), 0.25)
+    resumed.train()
+    assert_same(weights(resumed), weights(whole))
+    assert resumed.objective.times.state() == whole.objective.times.state()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     def press(trainer: Trainer, batch: object, outcome: object) -> None:
@@ -299,6 +320,7 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
         (["--preset", "fashion32", "--data", "x", "--precision", "fp8"], "Unknown precision 'fp8'"),
         (["--preset", "fashion32", "--data", "x", "--network", "wide"], "--network must be NAME=VALUE"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective", "ddmp"], "Did you mean 'ddpm'"),
+        (["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier"], "this trainer builds denoisers"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective-options", "p=1"], "Unknown option of objective"),
         (["--preset", "fashion32", "--data", "set.npz", "--network", "widths=[3]"], "unknown entries ['widths']"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,21 @@ def train_in_process(config: TrainConfig, run: Path, rank: int = 0, world: int =
     trainer = Trainer(config, run, resume="auto")
     trainer.train()
     trainer.close()
+
+
+def die_once(config: TrainConfig, run: Path) -> int:
+    """A process of torchrun, the second of which is killed in the first round."""
+
+    def die(trainer: Trainer, batch: object, outcome: object) -> None:
+        first_round = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first_round and trainer.ranks.rank == 1 and trainer.progress.images == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = Trainer(config, run, resume="auto")
+    trainer.train(die)
+    images = trainer.progress.images
+    trainer.close()
+    return images
 
 
 def train_together(

@@ -30,7 +30,8 @@ PROGRESS = "progress.json"
 class Progress:
     """How far a run is. images: seen so far; step: batches; skips: those left out, their gradient not finite.
 
-    updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale.
+    updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
+    times: that of a distribution of times that follows the loss.
     """
 
     images: int = 0
@@ -39,6 +40,7 @@ class Progress:
     updates: int = 0
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+PATIENCE = 2.0  # seconds
 
 
 class Interrupts:
-    """Within the block the first signal sets `name`; a second Ctrl-C interrupts at once, as without this."""
+    """Within the block the first signal sets `name`; a second Ctrl-C, seconds later, interrupts at once.
+
+    Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun.
+    """
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name, self._since = "", 0.0
 
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere signals do what they do.
@@ -27,6 +33,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.name and number == signal.SIGINT and now - self._since > PATIENCE:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if not self.name:
+            self.name, self._since = signal.Signals(number).name, now

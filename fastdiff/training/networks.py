@@ -55,11 +55,17 @@ def _is_pixels(source: Source) -> bool:
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """The objective of a filled configuration."""
+    """The objective of a filled configuration. Raises: ValueError for one that trains no denoiser."""
     options = dict(config.objective_options)
     if config.classes and config.drop_label > 0:
         options |= {"drop_label": config.drop_label, "null_label": config.classes}
-    return objectives.get(config.objective, flip=config.flip, **options)
+    objective = objectives.get(config.objective, flip=config.flip, **options)
+    if isinstance(objective, objectives.Classifier):
+        raise ValueError(
+            f"objective {config.objective!r} trains a classifier, and this trainer builds denoisers; call its loss in "
+            "a loop of your own"
+        )
+    return objective
 
 
 def build_network(config: TrainConfig, objective: Objective) -> UNet:

@@ -40,6 +40,14 @@ class Ranks:
         """The sum of a number over all processes."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor on the CPU of every process, in the order of the processes."""
+        if self.group is None:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(found, tensor, self.group)
+        return found
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.group is not None:

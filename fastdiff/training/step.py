@@ -18,7 +18,8 @@ from .checkpoint import Progress
 from .config import TrainConfig
 from .data.loader import Batch
 from .ema import Ema
-from .objectives import Objective
+from .objectives import Loss, Objective
+from .objectives.times import Times
 from .ranks import Ranks, synchronise
 
 AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +66,7 @@ class Step:
         self.optimizer, self.ema, self.ranks = optimizer, ema, ranks
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+        self._listens = type(objective.times).observe is not Times.observe
         share = config.batch // ranks.world
         self.micro = min(share, config.micro_batch or share)
 
@@ -78,16 +80,24 @@ class Step:
             loss = self.objective.loss(self.call, part.pictures, part.labels, part.seeds, 0, dtype=self.dtype)
             # Every micro-batch counts by its samples, so that their number does not change the gradient.
             self.scaler.scale(loss.mean * (len(part.seeds) / len(batch.seeds))).backward()
-            losses.append((loss.mean.detach() * len(part.seeds), loss.per_sample, loss.level))
+            losses.append(loss)
         self.scaler.unscale_(self.optimizer)
         norm = float(optimizers.clip(self.parameters, self.config.clip_norm))
-        mean = float(torch.stack([total for total, _, _ in losses]).sum()) / len(batch.seeds)
+        means = [
+            loss.mean.detach() * (len(part.seeds) / len(batch.seeds)) for loss, part in zip(losses, parts, strict=True)
+        ]
+        mean = float(torch.stack(means).sum())
         taken = math.isfinite(norm)
         if taken or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        samples, levels = (torch.cat([entry[i] for entry in losses]) for i in (1, 2))
+        if taken and self._listens:
+            self._observe(losses)
+            progress.times = self.objective.times.state()
+        samples, levels = (
+            torch.cat(parts) for parts in zip(*((loss.per_sample, loss.level) for loss in losses), strict=True)
+        )
         return self.count(Outcome(mean, norm, rate, taken, samples, levels), progress)
 
     def prepare(self, progress: Progress) -> float:
@@ -109,6 +119,20 @@ class Step:
             progress.skips += 1  # with fp16 a finite loss that overflows backwards only lowers the scale
         progress.scaler = self.scaler.state_dict()
         return outcome
+
+    def restore(self, progress: Progress) -> None:
+        """Take up what a checkpoint says beside its tensors."""
+        optimizers.set_steps(self.optimizer, progress.updates)
+        self.scaler.load_state_dict(progress.scaler)
+        if progress.times:
+            self.objective.times.restore(progress.times)
+
+    def _observe(self, losses: list[Loss]) -> None:
+        """Tell the distribution of times every loss of the batch, in the order of the samples, in every process."""
+        times = torch.cat([loss.draw.time for loss in losses]).double()
+        lost = torch.cat([loss.weight / loss.draw.importance * loss.per_sample for loss in losses]).double()
+        found = self.ranks.gather(torch.stack([times, lost]).cpu())
+        self.objective.observe(*torch.cat(found, dim=1))
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Any:
         """The network in the precision and memory format of the run."""

@@ -68,8 +68,7 @@ class Trainer:
         self.progress = Progress()
         if found is not None:
             self.progress = self.checkpoints.load(self.tensors(), found)
-            optimizer.set_steps(self.optimizer, self.progress.updates)
-            self.step.scaler.load_state_dict(self.progress.scaler)
+            self.step.restore(self.progress)
         if self.ranks.first:
             self.config.save(run / "config.json")
 
@@ -168,8 +167,8 @@ class Trainer:
         wrapped = spread(self.net, self.ranks, config.parallel, config.precision, blocks(self.net))
         self.optimizer = optimizer.build(self.net, config, capturable=config.graph)
         self.ema = Ema(self.net, config.ema_halflife, config.ema_rampup, config.ema_profiles)
-        if config.graph and (device.type != "cuda" or self.ranks.world > 1):
-            raise ValueError("graph=true needs one process on a GPU; leave it out")
+        if config.graph and (device.type != "cuda" or self.ranks.world > 1 or not self.objective.capturable):
+            raise ValueError("graph=true needs one process on a GPU and an objective that asks the host nothing")
         kind = GraphedStep if config.graph else Step
         self.step = kind(
             config, self.net, wrapped, self.objective, self.optimizer, self.ema, self.ranks
@@ -246,6 +245,8 @@ class Trainer:
             skips=self.progress.skips, unreadable_files=len(self.source.faults.reasons),
             seconds=self.progress.seconds,
         )  # fmt: skip
+        for name, why in self.source.faults.take():
+            self.records.say(f"fastdiff: warning: skipped {name}: {why}")
         self.records.show(
             loss=f"{loss:.4f}", images_s=f"{rate:.0f}", memory=f"{used / 2**30:.2f} GiB", mfu=f"{100 * mfu:.0f}%"
         )

@@ -24,6 +24,7 @@ class Faults:
     def __init__(self, size: int) -> None:
         self.size = size
         self.reasons: dict[str, str] = {}
+        self._told = 0
         self._lock = threading.Lock()
 
     def record(self, name: str, error: Exception) -> None:
@@ -38,6 +39,12 @@ class Faults:
                     f"{len(self.reasons)} of {self.size} files cannot be read, at most {MAX_FAULTS:.1%} may be. "
                     f"The first: {first}. Remove or replace them."
                 )
+
+    def take(self) -> list[tuple[str, str]]:
+        """Names and reasons since the last call."""
+        found = list(self.reasons.items())[self._told :]
+        self._told += len(found)
+        return found
 
 
 class Source(ABC):
