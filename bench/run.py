@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, norm, ops, pipelines, stream, table, train_ops, unet  # noqa: E402
+from bench import brownian, loop, measure, norm, ops, pipelines, stream, table, train, train_ops, unet  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
@@ -22,6 +22,7 @@ EPILOG = """examples:
   python bench/run.py loop --threads 2      whole runs, network included
   python bench/run.py pipelines --threads 2 diffusers' pipelines before and after accelerate; needs transformers
   python bench/run.py stream --threads 2    requests of many plans: one running batch, batches, one by one
+  python bench/run.py train --threads 2     whole training steps; needs diffusers
   python bench/run.py train-ops --threads 2 noising and loss of a training step
   python bench/run.py norm --threads 2      group normalisation on the UNets' shapes
   python bench/run.py unet --threads 2      a UNet's forward pass against diffusers'
@@ -41,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(table.heading(facts))
     benches = {
         "ops": ops, "brownian": brownian, "loop": loop, "pipelines": pipelines, "train-ops": train_ops, "norm": norm,
-        "unet": unet, "stream": stream,
+        "unet": unet, "stream": stream, "train": train,
     }  # fmt: skip
-    with torch.set_grad_enabled(options.command == "train-ops"):
+    with torch.set_grad_enabled(options.command in ("train", "train-ops")):
         return _record(benches[options.command].run(device, options.quick), facts, options)
 
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
         ("pipelines", "diffusers' pipelines with tiny components, before and after accelerate"),
         ("stream", "requests of many plans in one running batch, in batches of equal plans, and one by one"),
+        ("train", "a whole training step against diffusers' training example's"),
         (
             "train-ops",
             "noising and loss of a training step, forward and backward, against diffusers' add_noise and mse",

@@ -202,6 +202,23 @@ def show_pipelines(line: Line | None) -> str:
     )
 
 
+def show_train(line: Line | None) -> str:
+    """One line on the terminal; None gives the header."""
+    if line is None:
+        return (
+            f"{'network':<14}{'part':<18}{'batch':>5}{'ms/image [p20-p80]':>28}{'diffusers':>28}{'ratio':>7}"
+            f"{'images/s':>10}{'MB/image':>10}{'error':>10}{'allowed':>10}"
+        )
+    case = f"{line['network']:<14}{line['solver']:<18}{line['batch']:>5}"
+    gate = f"{line['error']:>10.1e}{line['tolerance']:>10.1e}"
+    if line["gate"] == "red":
+        return f"{case}WRONG: no figure {gate}"
+    return (
+        f"{case}{_spread(line, 'seconds', 1e3):>28}{_spread(line, 'diffusers_seconds', 1e3):>28}"
+        f"{line['ratio_diffusers']:>7.2f}{_rate(line):>10}{_megabytes(line):>10}{gate}"
+    )
+
+
 def show_train_ops(line: Line | None) -> str:
     """One line on the terminal; None gives the header."""
     if line is None:
@@ -263,6 +280,7 @@ LINES: dict[str, Callable[[Line | None], str]] = {
     "brownian": show_brownian,
     "pipelines": show_pipelines,
     "stream": show_stream,
+    "train": show_train,
     "train-ops": show_train_ops,
     "norm": show_norm,
     "unet": show_unet,
@@ -286,6 +304,12 @@ _LOOP_ABOUT = (
     "Whole runs of 20 steps, network included: `python bench/run.py loop`. Median ms per image. *outside*: share of "
     "the time not spent in the network; the rest is the network's, and no sampler makes that faster. *tiny*: three "
     "3x3 convolutions of 16 channels."
+)
+_STEP_ABOUT = (
+    "Whole training steps, network included: `python bench/run.py train`. Median ms per image of the trainer's step "
+    "and of diffusers' unconditional training example's, same network, weights and precision, with AdamW and an "
+    "average; then the optimizer and the average alone. *MB/image*: what the forward pass keeps for the backward "
+    "pass. *error*: of the gradient, of its largest entry / what is allowed."
 )
 _BROWNIAN_ABOUT = (
     "Brownian noise: `python bench/run.py brownian`. Median µs of a whole step of `dpmpp_2m_sde`, network excluded, "
@@ -379,6 +403,36 @@ def _loop_table(lines: Sequence[Line]) -> str:
             ]
         )
     return _markdown(head, body, 2)
+
+
+def _train_table(lines: Sequence[Line]) -> str:
+    head = ["network", "part", "batch", "fastdiff", "diffusers", "ratio", "images/s", "MB/image", "error / allowed"]
+    body = [
+        [
+            line["network"],
+            line["solver"],
+            str(line["batch"]),
+            _spread(line, "seconds", 1e3),
+            _spread(line, "diffusers_seconds", 1e3),
+            _number(line, "ratio_diffusers", 2),
+            _rate(line),
+            _megabytes(line),
+            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+        ]
+        for line in lines
+        if line["gate"] != "red"
+    ]
+    return _markdown(head, body, 2)
+
+
+def _rate(line: Line) -> str:
+    return f"{1 / float(line['seconds']):,.1f}" if line["solver"] == "step" else "–"
+
+
+def _megabytes(line: Line) -> str:
+    if line["solver"] != "step":
+        return "–"
+    return f"{float(line['bytes_per_element']) * float(line['elements']) / float(line['batch']) / 1e6:.1f}"
 
 
 def _brownian_table(lines: Sequence[Line]) -> str:
@@ -502,6 +556,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], str]]] = {
     "loop": (_LOOP_ABOUT, _loop_table),
     "pipelines": (_PIPELINES_ABOUT, _pipelines_table),
     "stream": (_STREAM_ABOUT, _stream_table),
+    "train": (_STEP_ABOUT, _train_table),
     "train-ops": (_TRAIN_ABOUT, _train_ops_table),
     "norm": (_NORM_ABOUT, _norm_table),
     "unet": (_UNET_ABOUT, _unet_table),

@@ -17,8 +17,9 @@ import fastdiff as fd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import brownian, measure, ops, peers, run, stream, table, train_ops
+from bench import brownian, measure, ops, peers, run, stream, table, train, train_ops
 from bench.measure import Task, Timing
+from fastdiff.training import objectives
 
 pytest.importorskip("diffusers")
 
@@ -412,3 +413,15 @@ def test_a_busy_machine_records_nothing(
     assert not results.exists()
     assert run.main([*command, "--force"]) == 0
     assert results.exists()
+
+
+def test_the_train_step_is_held_against_diffusers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate compares gradients for the same draw; a schedule that is slightly another one turns it red."""
+    assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 0
+    assert "optimizer + EMA" in capsys.readouterr().out
+    cosine = objectives.get("ddpm", schedule="cosine")
+    monkeypatch.setattr(train.objectives, "get", lambda name: cosine)
+    assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 1
+    assert "WRONG: no figure" in capsys.readouterr().out

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models": {"process", "engine.ops", "engine.norm"},
     "engine": {"process", "compiler", "models.denoiser", "files"},
     "report": {"process", "compiler", "files"},
-    "training": {"process", "compiler", "engine", "models"},
+    "training": {"process", "compiler", "engine", "models", "files", "images"},
     "integrations": {"process", "compiler", "engine", "models"},
 }
 NATIVE_USERS = {
