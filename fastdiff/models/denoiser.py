@@ -100,7 +100,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
-        clock = time if self.time_dtype == time.dtype else self._as_time(time)
+        clock = time if self.time_dtype == time.dtype else self.as_time(time)
         output = ask(self.net, x, clock, cond) if isinstance(cond, Tensor) else ask(self.net, x, clock, **(cond or {}))
         if isinstance(output, tuple | list):
             output = output[0]
@@ -154,5 +154,6 @@ class Denoiser:
             learned_variance=self.learned_variance,
         )
 
-    def _as_time(self, time: Tensor) -> Tensor:
+    def as_time(self, time: Tensor) -> Tensor:
+        """Times as the network is shown them."""
         return (time if self.time_dtype.is_floating_point else time.round()).to(self.time_dtype)
