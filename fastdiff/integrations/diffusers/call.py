@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.engine import torch_normals
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.integrations.diffusers.asking import Asked, Asking
 from fastdiff.integrations.diffusers.desk import Desk, Needs
@@ -264,7 +265,7 @@ class Loop:
             source = self._generator if draw.by_generator else None
             alone = source is None or (isinstance(source, torch.Generator) and source.device.type == noise.device.type)
             if alone and draw.dtype == torch.float32 and noise.shape == self._shape:
-                noise.normal_(generator=source)
+                torch_normals.fill(noise, source)
                 continue
             from diffusers.utils.torch_utils import randn_tensor
 
