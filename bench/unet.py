@@ -8,6 +8,7 @@ copy rates measured in the same run.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,9 +169,8 @@ def _networks(config: UNetConfig, device: torch.device) -> tuple[nn.Module, UNet
     """diffusers' network and ours with the same random weights."""
     from diffusers import UNet2DModel
 
-    fields = dataclasses.asdict(config)
-    for ours in ("time_scale", "patch_size"):
-        del fields[ours]
+    known = inspect.signature(UNet2DModel).parameters  # the fields that are only ours are at their defaults
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name in known}
     torch.manual_seed(0)
     peer = UNet2DModel(**fields).eval().requires_grad_(False).to(device)
     return peer, UNet.from_diffusers(peer).requires_grad_(False)

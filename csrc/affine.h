@@ -51,7 +51,7 @@ struct AffineArgs {
 
 namespace fastdiff {
 
-enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 
 enum Error : int {
   kOk = 0,

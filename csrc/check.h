@@ -6,6 +6,7 @@
 #include "affine.h"
 #include "guide.h"
 #include "norm.h"
+#include "train.h"
 
 namespace fastdiff {
 
@@ -33,6 +34,16 @@ inline Error check(const GuideArgs& args) {
     return kBadShape;
   if (args.model_out_dtype < kFloat32 || args.model_out_dtype > kBFloat16) return kBadDtype;
   return args.rule < kPlain || args.rule > kCfgZero ? kBadRule : kOk;
+}
+
+// `loss`: of the loss, else of the noising.
+inline Error check(const TrainArgs& args, bool loss) {
+  if (!args.images || !args.table || !args.key) return kNullPointer;
+  if (loss ? !args.model_out || !args.weight || !args.partial : !args.out) return kNullPointer;
+  if (args.B < 1 || args.N < 1 || args.channels < 1 || args.width < 1 || args.N % (args.channels * args.width) != 0)
+    return kBadShape;
+  if (args.image_dtype < kFloat32 || args.image_dtype > kUInt8) return kBadDtype;
+  return args.model_dtype < kFloat32 || args.model_dtype > kBFloat16 ? kBadDtype : kOk;
 }
 
 inline Error check(const NormArgs& args) {

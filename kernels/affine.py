@@ -309,7 +309,7 @@ def bind(
         momentum = None
     extended = mix is not None or variance is not None or second
     channels = 1 if state[0].is_contiguous() else state.shape[2]
-    draw, channels = _choose_draw(channels, length, noise is not None, coef.shape[1] > at.NOISE.value, extended)
+    draw, channels = choose_draw(channels, length, noise is not None, coef.shape[1] > at.NOISE.value, extended)
     unit = 4 if length % 4 == 0 else 1
     block, tile = tile_shape(draw, channels, unit, extended)
     tiles = triton.cdiv(length, tile)
@@ -376,7 +376,7 @@ def _block(extended: bool) -> int:
     return BLOCK // 2 if extended else BLOCK  # more tensors at once: half the elements fit the registers
 
 
-def _choose_draw(channels: int, length: int, given: bool, noisy: bool, extended: bool) -> tuple[int, int]:
+def choose_draw(channels: int, length: int, given: bool, noisy: bool, extended: bool) -> tuple[int, int]:
     """Where normals come from, and the channel count the kernel must know: 1 wherever memory order is all it needs."""
     if given:
         return GIVEN.value, 1

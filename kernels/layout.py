@@ -1,4 +1,4 @@
-"""Columns of a packed plan and of the guide op's tensors; fastdiff/compiler/layout.py is the other copy.
+"""Columns of a packed plan and of the tensors of the other ops; fastdiff/compiler/layout.py is the other copy.
 
 May import: Triton.
 """
@@ -64,3 +64,16 @@ PERCENTILE: tl.constexpr = tl.constexpr(4)
 CEILING: tl.constexpr = tl.constexpr(5)
 PARTS: tl.constexpr = tl.constexpr(64)
 SUMS: tl.constexpr = tl.constexpr(8)
+
+# the training ops
+INPUT_X0: tl.constexpr = tl.constexpr(0)
+INPUT_Z: tl.constexpr = tl.constexpr(1)
+INPUT_Y: tl.constexpr = tl.constexpr(2)
+TARGET_X0: tl.constexpr = tl.constexpr(3)
+TARGET_Z: tl.constexpr = tl.constexpr(4)
+TARGET_Y: tl.constexpr = tl.constexpr(5)
+FLIP: tl.constexpr = tl.constexpr(6)
+TRAIN_COLUMNS: tl.constexpr = tl.constexpr(8)
+NOISE_Z: tl.constexpr = tl.constexpr(0)
+NOISE_Y: tl.constexpr = tl.constexpr(1)
+STREAM_TRAINING: tl.constexpr = tl.constexpr(3)

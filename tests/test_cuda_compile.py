@@ -21,6 +21,7 @@ MOST_REGISTERS = {
     r"affine_step_kernel.*ELb1EEE": 128,
     r"guide_kernel": 40,
     r"threshold_kernel": 64,
+    r"train_kernel": 64,  # four blocks of 256
 }
 # The 16-byte accesses (loads, stores) of each kernel for aligned tensors. A step loads x, the network's output, its
 # second branch and five slots, for three sets of outputs, which it stores; extras load the third branch and M too.
@@ -31,6 +32,8 @@ WIDE_ACCESSES = {
     r"guide_kernel.*RuleE2E": (4, 1),  # Fc, Fu, x, M; M
     r"guide_kernel.*RuleE3E": (2, 0),  # Fc, Fu
     r"threshold_kernel": (5, 0),  # Fc, Fu, Fp, x, M
+    r"train_kernel.*ELb0EEE": (1, 1),  # images of fp32; x_in
+    r"train_kernel.*ELb1EEE": (2, 1),  # images and F; the gradient
 }
 
 

@@ -24,7 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Specialisation(NamedTuple):
     """What the launcher compiles for: the model's dtypes, where normals come from, the shape of a sample, and extras.
 
-    Of the guide op, `kernel` is its rule or "quantile".
+    Of the guide op, `kernel` is its rule or "quantile"; of the training ops "noising" or "loss", model_in the images'.
     """
 
     path: str
@@ -75,6 +75,19 @@ GUIDES = [
     for kernel in (*RULES, "quantile", "apg quantile")
     for extras in ((("mix",), ("mix", "perturbed")) if kernel in ("rescale", "apg quantile") else (("mix",),))
 ]
+TRAINING = [
+    Specialisation(path, dtype, images, (), kernel)
+    for path in ("contiguous", "contiguous, odd", "3 channels last", "16 channels last", "channels last, odd", "long")
+    for dtype in ("float32", "bfloat16")
+    for images in ("uint8", "float32")
+    for kernel in ("noising", "loss")
+]
+USUAL_TRAINING = [
+    one
+    for one in TRAINING
+    if one.path in ("contiguous", "contiguous, odd", "3 channels last")
+    and (one.model_out, one.model_in) in (("bfloat16", "uint8"), ("float32", "float32"))
+]
 # loads of each branch, loads of a fp32 register or of M, and stores of M, per vector
 GUIDE_ACCESSES = {
     "plain": (0, 0, 0),
@@ -95,13 +108,22 @@ def uses_e(coef: torch.Tensor) -> bool:
 
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
     """Launch each specialisation on a stand-in driver and describe the kernel that a GPU would have got."""
-    from fastdiff.kernels import affine, guide
+    from fastdiff.kernels import affine, guide, train
 
-    kernels = ((affine, "affine_kernel"), (guide, "guide_kernel"), (guide, "quantile_kernel"))
+    kernels = (
+        (affine, "affine_kernel"),
+        (guide, "guide_kernel"),
+        (guide, "quantile_kernel"),
+        (train, "train_kernel"),
+    )
     compiled = Compiled(architecture, kernels)
     reports = []
     for specialisation in wanted:
         t = tensors(specialisation)
+        if specialisation.kernel in ("noising", "loss"):
+            train.bind(**t, factor=1.0)()
+            reports.append(report(*compiled.last["train_kernel"]))
+            continue
         branches = t["model_out"], t["unguided"], t["perturbed"]
         if specialisation.kernel == "row":
             affine.bind(**t, second=uses_e(t["coef"]))(*branches)
@@ -125,7 +147,7 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
 
 
 def tensors(specialisation: Specialisation) -> dict[str, Any]:
-    layout, shape, given = PATHS[specialisation.path]
+    layout, shape, noise_given = PATHS[specialisation.path]
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     batch, terms, extras = 2, 1, specialisation.extras
 
@@ -135,6 +157,15 @@ def tensors(specialisation: Specialisation) -> dict[str, Any]:
     def integers(dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(batch, dtype=dtype)
 
+    if specialisation.kernel in ("noising", "loss"):
+        given: dict[str, Any] = {
+            "images": images(batch, specialisation.model_in),
+            "table": torch.zeros(batch, at.TRAIN_COLUMNS),
+            "key": integers(torch.int64),
+            "out": images(batch, specialisation.model_out),
+        }
+        taught = {"weight": torch.zeros(batch), "partial": torch.zeros(batch, at.PARTS)}
+        return given | ({**taught, "model_out": given["out"].clone()} if specialisation.kernel == "loss" else {})
     coef = torch.zeros(7, at.COEF_FIXED + at.NOISE_STRIDE * terms)
     coef[3, at.OUTPUT + at.OUTPUT_STRIDE + at.OUT_E] = float("second" in extras)
     return {
@@ -147,7 +178,7 @@ def tensors(specialisation: Specialisation) -> dict[str, Any]:
         "row": integers(torch.int32),
         "seed": integers(torch.int64),
         "guidance": torch.zeros(batch),
-        "noise": images(4 * batch).unflatten(0, (4, batch)) if given else None,
+        "noise": images(4 * batch).unflatten(0, (4, batch)) if noise_given else None,
         "denoised": images(batch),
         "status": integers(torch.int32),
         "ticket": integers(torch.int32),
@@ -178,7 +209,10 @@ def assert_good(specialisation: Specialisation, report: dict[str, Any]) -> None:
     if specialisation.path.endswith(", odd"):
         assert not any(".v" in name for name in bulk)
         return
-    expected = row_accesses(specialisation) if specialisation.kernel == "row" else guide_accesses(specialisation)
+    if specialisation.kernel in ("noising", "loss"):
+        expected = train_accesses(specialisation)
+    else:
+        expected = row_accesses(specialisation) if specialisation.kernel == "row" else guide_accesses(specialisation)
     assert bulk == Counter({name: vectors * count for name, count in expected.items() if count})
     if specialisation.kernel != "row":
         return
@@ -205,6 +239,15 @@ def guide_accesses(specialisation: Specialisation) -> Counter[str]:
     branches = 2 + ("perturbed" in specialisation.extras)
     expected = Counter({"ld.global.v4.b32": registers, "st.global.v4.b32": stores})
     expected["ld.global.v4.b32" if specialisation.model_out == "float32" else "ld.global.v2.b32"] += branch * branches
+    return expected
+
+
+def train_accesses(specialisation: Specialisation) -> Counter[str]:
+    """F read, x_in or the gradient written, and images of fp32; of bytes 4 at a time, and mirrored ones singly."""
+    wide = "v4" if specialisation.model_out == "float32" else "v2"
+    expected = Counter({f"st.global.{wide}.b32": 1, f"ld.global.{wide}.b32": int(specialisation.kernel == "loss")})
+    mirrored_wide = specialisation.path == "16 channels last"
+    expected["ld.global.v4.b32"] += (specialisation.model_in == "float32") * (1 + mirrored_wide)
     return expected
 
 
@@ -236,14 +279,15 @@ def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_guide_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, fewer(architecture, GUIDES), capsys)
+def test_guide_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    training = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
+    check(architecture, [*fewer(architecture, GUIDES), *training], capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_pair_of_model_dtypes(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, [*EVERY, *EXTENDED, *GUIDES], capsys)
+    check(architecture, [*EVERY, *EXTENDED, *GUIDES, *TRAINING], capsys)
 
 
 def fewer(architecture: int, wanted: list[Specialisation]) -> list[Specialisation]:

@@ -43,5 +43,25 @@ FASTDIFF_INLINE void load_model(const void* p, int32_t dtype, int64_t at, int64_
   }
 }
 
+// `count` registers into a tensor of the model's dtype.
+template <class L, bool kPartial, int count>
+FASTDIFF_INLINE void store_model(void* p, int32_t dtype, int64_t at, int64_t n, const typename L::F (&f)[count]) {
+  constexpr int w = L::kWidth;
+  for (int u = 0; u < count; ++u) {
+    const int left = clip(n - u * w, w);
+    if (dtype == kFloat32) {
+      store<L, kPartial>(static_cast<float*>(p) + at + u * w, f[u], left);
+      continue;
+    }
+    const typename L::H h = dtype == kFloat16 ? L::to_half(f[u]) : L::to_bfloat(f[u]);
+    uint16_t* cell = static_cast<uint16_t*>(p) + at + u * w;
+    if (kPartial) {
+      L::store16(cell, h, left);
+    } else {
+      L::store16(cell, h);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastdiff::cpu

@@ -10,30 +10,11 @@
 #include "../check.h"
 #include "../export.h"
 #include "../scalar.h"
+#include "blocks.h"
 #include "plan_row.h"
 
 namespace fastdiff::cpu {
 namespace {
-
-// Drawing a normal takes about as long as this many plain elements held in cache.
-constexpr int64_t kNormalCost = 6;
-constexpr uintptr_t kLine = 64;
-
-// How a sample is cut: blocks of whole pixels, so that a block of channels_last noise is complete in itself.
-struct Cut {
-  int64_t channels, plane, block, blocks;
-
-  explicit Cut(const AffineArgs& args)
-      : channels(args.channels), plane(args.N / args.channels), block(kBlock) {
-    if (channels > 1) {
-      // A multiple of 64 pixels keeps blocks of few channels whole registers long; 4 is what a counter needs.
-      const int64_t unit = channels < 16 ? 64 : 4;
-      const int64_t units = kBlock / (unit * channels);
-      block = unit * channels * (units > 0 ? units : 1);
-    }
-    blocks = (args.N + block - 1) / block;
-  }
-};
 
 // Per-thread storage for the noise of a block, grown once.
 struct Scratch {
@@ -41,10 +22,6 @@ struct Scratch {
   std::vector<float> normals;
   std::vector<const float*> z;
 
-  // Where noise begins: on a cache line, or every load of a full register would touch two.
-  float* aligned() {
-    return normals.data() + (-reinterpret_cast<uintptr_t>(normals.data()) % kLine) / sizeof(float);
-  }
 };
 
 Scratch& scratch() {
@@ -106,7 +83,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
   s.model_out_dtype = args.model_out_dtype;
   s.model_in_dtype = args.model_in_dtype;
   const int64_t out_width = width_of(args.model_out_dtype), in_width = width_of(args.model_in_dtype);
-  const int64_t noise_stride = (cut.block + kFillSlack + 15) & ~int64_t{15};
+  const int64_t noise_stride = cut.stride();
 
   for (int64_t index = begin; index < end; ++index) {
     const int64_t b = index / cut.blocks, first = index % cut.blocks * cut.block;
@@ -136,6 +113,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    s.copy = row.copy >= 0 ? cell(args.state, row.copy) : nullptr;
     if (row.reads_x && call.apart.x) s.x = call.apart.x + first;
     if (call.apart.next) s.out[0] = call.apart.next + first;
     const auto branch = [&](const void* base) { return locate(base, out_width, b, args, first); };
@@ -158,14 +136,9 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
         own.z[static_cast<size_t>(t)] = args.noise + (term.id * args.B + b) * args.N + first;
         continue;
       }
-      float* z = own.aligned() + t * noise_stride;
+      float* z = aligned(own.normals) + t * noise_stride;
       own.z[static_cast<size_t>(t)] = z;
-      if (cut.channels > 1) {
-        const Patch patch{first / cut.channels, s.count / cut.channels, cut.channels, cut.plane};
-        call.executor.normals_channels_last(z, key, term.id, term.stream, patch);
-      } else {
-        call.executor.normals(z, key, term.id, term.stream, first, s.count);
-      }
+      cut.draw(call.executor, z, key, term.id, term.stream, first, s.count);
     }
     s.z = own.z.data();
 
@@ -210,7 +183,7 @@ Error affine_step(const AffineArgs& args, const Apart& apart = {}) {
   int64_t work = 0, decoded = -1;
   if (const Error error = survey(args, work, decoded); error != kOk) return error;
   if (work > 0) {
-    const Call call{args, apart, executor(), Cut(args)};
+    const Call call{args, apart, executor(), Cut(args.N, args.channels)};
     const int64_t blocks = args.B * call.cut.blocks;
     if (work < 2 * kGrain) {
       run_blocks(call, 0, blocks, decoded);
@@ -278,11 +251,13 @@ FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint
   }
 }
 
-// One block of any counter and key: for known-answer vectors.
-FASTDIFF_EXPORT void fastdiff_philox_block(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
-  uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};
-  philox<Scalar>(c, PhiloxKey{key[0], key[1]});
-  for (int w = 0; w < 4; ++w) words[w] = static_cast<uint32_t>(c[0][w]);
+// n blocks, each of its own counter (four words) and key (two): for what is drawn on the host, and known answers.
+FASTDIFF_EXPORT void fastdiff_philox_blocks(int64_t n, const uint32_t* counter, const uint32_t* key, uint32_t* words) {
+  for (int64_t i = 0; i < n; ++i, counter += 4, key += 2, words += 4) {
+    uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};
+    philox<Scalar>(c, PhiloxKey{key[0], key[1]});
+    for (int w = 0; w < 4; ++w) words[w] = static_cast<uint32_t>(c[0][w]);
+  }
 }
 
 // Normals of elements first .. first + n of a sample; first is a multiple of 4.

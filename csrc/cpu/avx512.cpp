@@ -4,11 +4,14 @@
 #include "norm.h"
 #include "step.h"
 #include "sums.h"
+#include "train_step.h"
 
 namespace fastdiff::cpu {
 
 const Executor avx512_executor = {
     Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
+    torch_normals_avx2,
+    pixels<Avx512>, noised<Avx512>, squares<Avx512>,
     norm_sums<Avx512>, norm_map<Avx512>,
 };
 

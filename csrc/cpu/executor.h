@@ -3,8 +3,10 @@
 #pragma once
 
 #include "../guide.h"
+#include "../mersenne.h"
 #include "../norm.h"
 #include "../philox.h"
+#include "../train.h"
 
 namespace fastdiff::cpu {
 
@@ -21,7 +23,7 @@ struct Row {
   float p, q, spread_log, spread_slope, emit_scale, emit_time;
   const float* coef;  // the row itself
   int outputs, slots, terms;
-  int64_t x;  // registers
+  int64_t x, copy;  // registers; copy: receives D as it is, or -1
   int64_t to[kMaxOutputs], from[kMaxSlots];
   float k[kMaxOutputs], d[kMaxOutputs], b[kMaxOutputs], e[kMaxOutputs];
   float a[kMaxSlots][kMaxOutputs];
@@ -45,6 +47,7 @@ struct Stretch {
   const float* slot[kMaxSlots];
   const float* const* z;           // one pointer per term
   float* out[kMaxOutputs];
+  float* copy;                     // null: no output is D as it is
   float* denoised;                 // null: not wanted
   void* emit[kMaxBranches];                   // null: not wanted
 };
@@ -65,6 +68,27 @@ struct Part {
   const void* unguided;    // null: not read
   const void* perturbed;   // null: not read
   float* momentum;         // null: not read; rule kApg writes it
+};
+
+// A run of consecutive elements of one sample in a training step, every pointer at its first element.
+struct Lesson {
+  Blend by;
+  int64_t count;
+  const float* x0;  // null: not read
+  const float* z;   // null: not drawn
+  const float* y;
+  int32_t model_dtype;
+  const void* model_out;  // of the loss
+  float scale;            // of the gradient
+  void* out;              // null: not wanted
+};
+
+// Where a run of images is read: units of `channels` elements from `first` on, rows of `width` units.
+struct Pixels {
+  const void* images;  // the sample's first element
+  int32_t dtype;
+  bool flip;
+  int64_t first, units, channels, width;
 };
 
 // Pixels first .. first + count of sample b for the norm op.
@@ -91,6 +115,13 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // n >= 16 normals of torch's generator, whose state is moved on; z null: nothing else.
+  void (*torch_normals)(GeneratorBytes&, float* z, int64_t n);
+  // Images as fp32 in [-1, 1], mirrored where asked, into to[0 .. units * channels).
+  void (*pixels)(const Pixels&, float* to);
+  void (*noised)(const Lesson&);
+  // The sum of squared errors, and the gradient.
+  double (*squares)(const Lesson&);
   // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
@@ -99,6 +130,9 @@ struct Executor {
 constexpr int64_t kFillSlack = 128;
 // Elements worked on at a time: noise of a block stays in the first-level cache.
 constexpr int64_t kBlock = 1024;
+
+// In groups of eight and eight, for which wider registers have no use.
+void torch_normals_avx2(GeneratorBytes&, float* z, int64_t n);
 
 extern const Executor scalar_executor;
 extern const Executor avx2_executor;

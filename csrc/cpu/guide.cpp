@@ -1,13 +1,11 @@
 // guide on the CPU: parts of samples, threads, and the ranking that dynamic thresholding needs.
 // Thresholding writes and ranks |D| of a sample on one thread: N floats of scratch, and about 10 ns an element.
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "../check.h"
 #include "../export.h"
-#include "executor.h"
+#include "parallel.h"
 
 namespace fastdiff::cpu {
 namespace {
@@ -83,18 +81,6 @@ void rank(const Call& call, int64_t b) {
   if (wanted.fraction > 0.0f)
     quantile += wanted.fraction * (*std::min_element(place + 1, sizes.end(), below) - quantile);
   solve_threshold(quantile, args.settings, mix);
-}
-
-template <class Body>
-Error in_parallel(int64_t tasks, int64_t work, const Body& body) {
-  if (work < 2 * kGrain) {
-    body(0, tasks);
-    return kOk;
-  }
-  const auto run = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
-  const int64_t grain = std::max<int64_t>(tasks * kGrain / work, 1);
-  const auto code = torch_parallel_for(0, tasks, grain, run, const_cast<Body*>(&body));
-  return code == AOTI_TORCH_SUCCESS ? kOk : kThreads;
 }
 
 Error guide(const GuideArgs& args) {

@@ -5,30 +5,13 @@
 // Everything of a row is read from device memory, so a captured launch replays for any row of any table.
 #include "../check.h"
 #include "../export.h"
-#include "../normal.h"
-#include "../scalar.h"
-#include "quad.h"
+#include "draw.h"
 
 namespace fastdiff {
 namespace {
 
-constexpr int kThreads = 256;
 // Blocks to a multiprocessor: 768 threads with up to 7 loads of 16 bytes each in flight; with extras 512 with up to 9.
 constexpr int kResident = 3, kResidentWithExtras = 2;
-constexpr int kTile = 4 * kThreads;
-
-// Where a thread's normals come from.
-enum Source : int {
-  kInOrder,   // memory order is element order: one counter is one thread's four elements
-  kStaged,    // channels_last: the block draws whole counters and deals them out through shared memory
-  kGathered,  // channels_last with more than kTile / 4 channels: every element draws its own counter
-};
-
-// How a sample is cut: tiles of whole pixels when it is channels_last.
-struct Cut {
-  int64_t plane;
-  int tiles, channels, tile, pixels, blocks;
-};
 
 // A row in shared memory, with this sample's scalars, and what of it this block needs to know.
 struct Row {
@@ -49,48 +32,6 @@ constexpr unsigned kReadsPerturbed = 1u << 11, kReadsMomentum = 1u << 12, kReads
 
 __device__ __forceinline__ float weight(const Row& row, int o, int column) {
   return row.coef[kOutput + kOutputStride * o + column];
-}
-
-// The four normals of elements at .. at + 3 in memory order.
-template <Source kSource>
-__device__ __forceinline__ Quad draw(const Cut& cut, PhiloxKey key, uint32_t id, uint32_t stream, int64_t at,
-                                     int tile, float* staged) {
-  asm volatile("" : "+r"(key.k0), "+r"(key.k1));  // likewise for the twenty round keys
-  Quad z;
-  if (kSource == kInOrder) {
-    normals<Scalar>(static_cast<uint64_t>(at) >> 2, id, stream, key, z.v);
-  } else if (kSource == kGathered) {
-#pragma unroll 1
-    for (int e = 0; e < 4; ++e) {
-      const int64_t element = (at + e) % cut.channels * cut.plane + (at + e) / cut.channels;
-      float n[4];
-      normals<Scalar>(static_cast<uint64_t>(element) >> 2, id, stream, key, n);
-      const int word = static_cast<int>(element & 3);
-      staged[4 * threadIdx.x + e] = word == 0 ? n[0] : word == 1 ? n[1] : word == 2 ? n[2] : n[3];
-    }
-    const float4 all = reinterpret_cast<const float4*>(staged)[threadIdx.x];
-    z.v[0] = all.x, z.v[1] = all.y, z.v[2] = all.z, z.v[3] = all.w;
-  } else {
-    // A channel's run of pixels may start inside a counter's four elements; it then touches one counter more.
-    const int each = cut.pixels / 4 + (cut.plane % 4 != 0);
-    __syncthreads();
-    for (int unit = threadIdx.x; unit < each * cut.channels; unit += kThreads) {
-      const int c = unit % cut.channels;
-      const int64_t first = c * cut.plane + int64_t{tile} * cut.pixels;
-      const int64_t q = (first >> 2) + unit / cut.channels;
-      float n[4];
-      normals<Scalar>(static_cast<uint64_t>(q), id, stream, key, n);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int64_t pixel = 4 * q + w - first;
-        if (pixel >= 0 && pixel < cut.pixels) staged[pixel * cut.channels + c] = n[w];
-      }
-    }
-    __syncthreads();
-    const float4 all = reinterpret_cast<const float4*>(staged)[threadIdx.x];
-    z.v[0] = all.x, z.v[1] = all.y, z.v[2] = all.z, z.v[3] = all.w;
-  }
-  return z;
 }
 
 // What the network gave for four elements, and the momentum.
@@ -253,7 +194,7 @@ template <bool kVector, Source kSource, bool kExtras>
 __global__ void __launch_bounds__(kThreads, kExtras ? kResidentWithExtras : kResident)
     affine_step_kernel(const __grid_constant__ AffineArgs args, const __grid_constant__ Cut cut) {
   __shared__ Row row;
-  __shared__ alignas(16) float staged[kSource == kInOrder ? 4 : kTile];
+  __shared__ alignas(16) float staged[kStagedFloats<kSource>];
   const int64_t b = blockIdx.x / cut.blocks;
   const int block = blockIdx.x % cut.blocks;
   const int64_t i = args.row[b];
@@ -344,17 +285,9 @@ int affine_step(const AffineArgs& args, cudaStream_t stream) {
   if (const Error error = check(args); error != kOk) return error;
   if (!args.ticket || !args.model_out) return kNullPointer;
   if (args.B == 0 || args.N == 0) return kOk;
-  Cut cut{args.N / args.channels, 0, static_cast<int>(args.channels), kTile, 0, 0};
   if (args.B > INT32_MAX || args.R > INT32_MAX || args.channels > INT32_MAX || args.N / 4 > INT32_MAX) return kBadShape;
-  Source source = kInOrder;
-  if (args.channels > kTile / 4) {
-    source = kGathered;
-  } else if (args.channels > 1) {
-    source = kStaged;
-    cut.pixels = kTile / cut.channels & ~3;
-    cut.tile = cut.pixels * cut.channels;
-  }
-  cut.tiles = static_cast<int>((args.N + cut.tile - 1) / cut.tile);
+  const Cut cut = cut_into_tiles(args.N, args.channels);
+  const Source source = source_of(args.channels);
   const bool vector = aligned({args.state, args.model_out, args.unguided, args.perturbed, args.variance, args.momentum,
                                args.model_in, args.noise, args.denoised},
                               args.N);

@@ -1,7 +1,7 @@
 """The compiled extension: finding it, its argument block, and the hot path of executors "cpp" and "cuda".
 
-May import: errors. The extension is a shared object of C functions called through ctypes: a step is one call with a
-pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
+May import: checks, errors. The extension is a shared object of C functions called through ctypes: a step is one call
+with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastdiff.engine.checks import channels_of
 from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from fastdiff.engine.guide import GuideTensors
     from fastdiff.engine.norm_checks import Inputs
     from fastdiff.engine.ops import StepTensors
+    from fastdiff.engine.train_ops import TrainTensors
 
 _FIX = (
     "install a C++17 compiler (g++ or clang++) and reinstall fastdiff from source: "
     "pip install -e . --no-build-isolation"
 )
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BRANCHES = ("model_out", "unguided", "perturbed")
 _POINTERS = (
     "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
@@ -35,6 +37,7 @@ _POINTERS = (
 _GUIDE_POINTERS = (
     "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
 )  # fmt: skip
+_TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
 )  # fmt: skip
@@ -65,6 +68,18 @@ class GuideArgs(ctypes.Structure):
     )
 
 
+class TrainArgs(ctypes.Structure):
+    """Mirror of struct TrainArgs in csrc/train.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _TRAIN_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "N", "width", "channels")]
+        + [(name, ctypes.c_int32) for name in ("image_dtype", "model_dtype")]
+        + [("factor", ctypes.c_float)]
+        + [("reserved", ctypes.c_int32)]
+    )
+
+
 class NormArgs(ctypes.Structure):
     """Mirror of struct NormArgs in csrc/norm.h, which says what each field is."""
 
@@ -86,10 +101,13 @@ def load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = (library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_norm_args_size)
+        sizes = (
+            library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size,
+            library.fastdiff_norm_args_size,
+        )  # fmt: skip
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    for size, block in zip(sizes, (AffineArgs, GuideArgs, NormArgs), strict=True):
+    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs), strict=True):
         size.restype = ctypes.c_int64
         if size() == ctypes.sizeof(block):
             continue
@@ -99,11 +117,12 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_affine_step_apart_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 5]
-    for call in (library.fastdiff_affine_step_cpu, library.fastdiff_guide_cpu, library.fastdiff_norm_cpu):
-        call.argtypes = [ctypes.c_void_p]
-    if hasattr(library, "fastdiff_affine_step_cuda"):
-        for call in (library.fastdiff_affine_step_cuda, library.fastdiff_guide_cuda):
-            call.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
+        getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
+        if hasattr(library, f"fastdiff_{op}_cuda"):
+            getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
 
 
@@ -241,6 +260,24 @@ def _bind(
         setattr(args, name, given.data_ptr())
 
     return step
+
+
+def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
+    """Run "noise_images" or "loss" once on checked tensors; capturable on "cuda"."""
+    args = TrainArgs(factor=factor, channels=channels_of(tensors.images))
+    for name in _TRAIN_POINTERS:
+        tensor = getattr(tensors, name)
+        setattr(args, name, None if tensor is None else tensor.data_ptr())
+    args.B, args.N, args.width = len(tensors.images), tensors.images[0].numel(), tensors.images.shape[-1]
+    model = tensors.out if tensors.model_out is None else tensors.model_out
+    assert model is not None
+    args.image_dtype, args.model_dtype = _DTYPES[tensors.images.dtype], _DTYPES[model.dtype]
+    library = load()
+    run: Callable[[int], int] = getattr(library, f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
+    if executor == "cuda":
+        run = _on_current_stream(run, tensors.images.device)
+    if code := run(ctypes.addressof(args)):
+        raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:

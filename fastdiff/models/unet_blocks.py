@@ -188,8 +188,7 @@ class Upsample(nn.Module):
 
 def build_attention(config: UNetConfig, channels: int) -> Attention:
     """Attention of a down or up level."""
-    head_dim = config.attention_head_dim or channels
-    return Attention(channels, head_dim, config.norm_num_groups, config.norm_eps)
+    return Attention(channels, config.head_dim(channels), config.norm_num_groups, config.norm_eps)
 
 
 class DownLevel(nn.Module):
@@ -232,7 +231,7 @@ class MidLevel(nn.Module):
         groups = config.attn_norm_num_groups
         if groups is None and config.resnet_time_scale_shift == "default":
             groups = config.norm_num_groups
-        head_dim = config.attention_head_dim or channels
+        head_dim = config.head_dim(channels)
         self.resnets = nn.ModuleList(ResBlock(config, channels, channels, scale=scale) for _ in range(2))
         self.attentions = nn.ModuleList()
         if config.add_attention:

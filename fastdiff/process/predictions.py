@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import unknown_name
 from .clocks import Level, Schedule
@@ -81,6 +82,36 @@ def convert(value: Any, x: Any, level: Level, source: str, target: str) -> Any:
     return p * x + q * value
 
 
+def targets(
+    kind: str, alpha: ArrayLike, sigma: ArrayLike, sigma_data: float | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(a, b) with F = a x0 + b n: what a network of this kind is trained to answer about x = alpha x0 + sigma n.
+
+    kind, sigma_data: as in `coefficients`. alpha, sigma: one shape, which a and b have too.
+    Raises ValueError for an unknown kind and where F is not finite.
+    """
+    alpha, sigma = np.asarray(alpha, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    if kind not in names():
+        raise unknown_name("prediction", kind, names())
+    if (kind == "edm" and not (alpha * sigma > 0).all()) or (kind == "score" and not (sigma > 0).all()):
+        raise ValueError(
+            f"A {kind!r} network has no finite target at {'sigma = 0' if (sigma <= 0).any() else 'alpha = 0'}. "
+            "Draw times away from that end of the schedule."
+        )
+    if kind == "edm":
+        scale = SIGMA_DATA if sigma_data is None else sigma_data
+        spread = np.hypot(sigma, scale * alpha)
+        return sigma / (scale * spread), -scale * alpha / spread
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    return {
+        "eps": (zero, one),
+        "x0": (one, zero),
+        "v": (-sigma, alpha),
+        "score": (zero, -1 / np.where(sigma > 0, sigma, 1)),
+        "flow": (-one, one),
+    }[kind]
+
+
 def _combination(level: Level, source: str, target: str) -> tuple[float, float]:
     """(p, q) with target = p x + q source: Cramer's rule in the basis (x0, n)."""
     if source == target:
@@ -123,6 +154,8 @@ def _own_level(level: Level, schedule: Schedule) -> tuple[Level, float]:
 def _model_time(level: Level, schedule: Schedule) -> float:
     if level.sigma == 0:
         return schedule.time_range[0]
+    if schedule.open_top and level.time > schedule.time_range[1]:
+        return level.time
     has_time = not math.isnan(level.time)
     return float(schedule.model_time(level.time if has_time else schedule.time_from_rho(level.rho, clip=True)))
 

@@ -1,0 +1,219 @@
+"""The two ops of a training step: noising images, and the squared error with its gradient, noise drawn again.
+
+May import: the table's layout, backends, checks, the reference, fastdiff.kernels and the compiled extension (through
+engine.native).
+One row of scalars per sample, with x0 the image, z and y unit normals named by the sample's key:
+    x_in = INPUT_X0 x0 + INPUT_Z z + INPUT_Y y,  F* = TARGET_X0 x0 + TARGET_Z z + TARGET_Y y,  error = mean (F - F*)^2
+so eps, x0, v, score, flow and edm targets at any level, input perturbation and interpolants are tables, not kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, reference_train
+from fastdiff.engine import noise as counter_noise
+from fastdiff.engine.checks import MODEL_DTYPES, channels_of
+from fastdiff.engine.ops import on_device
+
+IMAGE_DTYPES = (torch.uint8, *MODEL_DTYPES)
+
+_library = torch.library.Library("fastdiff", "FRAGMENT")
+_library.define("noise_images(Tensor images, Tensor table, Tensor key, Tensor(a!) out, *, str executor) -> ()")
+_library.define(
+    "loss(Tensor images, Tensor table, Tensor key, Tensor(a!)? gradient, Tensor model_out, Tensor weight, "
+    "Tensor(b!) partial, *, float factor, str executor) -> ()"
+)
+
+
+@dataclass
+class TrainTensors:
+    """What an op reads and writes; B samples of shape S, all images in one memory format, contiguous or channels_last.
+
+    images: [B, *S] uint8 (0 .. 255 become -1 .. 1), fp32, fp16 or bf16. table: fp32 [B, 8], the columns of
+    compiler.layout: what a factor of 0 stands before is neither read nor drawn; FLIP not 0 mirrors the image's rows.
+    key: int64 [B], the seed of the sample's noises. out: [B, *S] fp32, fp16 or bf16, written: x_in, or the gradient
+    factor weight (F - F*), which may be None.
+    Of the loss only: model_out: F, like out. weight: fp32 [B]. partial: fp32 [B, 64], written: sums of (F - F*)^2 over
+    parts of the sample that its size alone decides, then zeros.
+    """
+
+    images: Tensor
+    table: Tensor
+    key: Tensor
+    out: Tensor | None
+    model_out: Tensor | None = None
+    weight: Tensor | None = None
+    partial: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of the loss's schema; the first four are those of noise_images."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
+    """Write the network's input x_in into `out`; the tensors are those of `TrainTensors`.
+
+    Deterministic; capturable on executors "triton" and "cuda". Raises ValueError, TypeError, BackendUnavailable.
+    """
+    torch.ops.fastdiff.noise_images(images, table, key, out, executor=executor)
+
+
+def loss(tensors: TrainTensors, factor: float, executor: str) -> None:
+    """Write each sample's sums of squares and its gradient, drawing the noise again. Otherwise as noise_images."""
+    torch.ops.fastdiff.loss(*tensors.arguments(), factor=factor, executor=executor)
+
+
+def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The network's input, in a new tensor of this dtype and the memory format of images."""
+    images = images if channels_of(images) else images.contiguous()
+    out = torch.empty_like(images, dtype=dtype)
+    noise_images(images, table, key, out, executor=backends.choose(images.device))
+    return out
+
+
+def philox_blocks(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """`noise.philox_block` of counters [n, 4] and keys [n, 2], by the extension where there is one: the same words."""
+    if not backends.probe()["cpp"].ok:
+        return counter_noise.philox_block(counter, key)
+    from fastdiff.engine import native
+
+    words = np.empty_like(counter)
+    native.load().fastdiff_philox_blocks(len(counter), counter.ctypes.data, key.ctypes.data, words.ctypes.data)
+    return words
+
+
+def squared_error(
+    model_out: Tensor, weight: Tensor, images: Tensor, table: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mean_b(weight_b error_b), differentiable in model_out and weight, and error [B], which is not.
+
+    The gradient is found in the same pass; neither noise nor target is kept. Not twice differentiable.
+    """
+    mean, error = _SquaredError.apply(model_out, weight, images, table, key)
+    return mean, error
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, model_out: Tensor, weight: Tensor, images: Tensor, table: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        output, images = _alike(model_out.detach(), images)
+        gradient = torch.empty_like(output) if model_out.requires_grad else None
+        partial = torch.empty(len(output), at.PARTS, device=output.device)
+        share = 2.0 / max(output.numel(), 1)
+        # a half's range ends near 6e-8, which is where the share of one element may lie: it waits for the loss scale
+        factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
+        weight = weight.detach()
+        tensors = TrainTensors(images, table, key, gradient, output, weight, partial)
+        loss(tensors, factor, backends.choose(output.device))
+        error = partial.sum(1) * (len(output) / output.numel())
+        ctx.save_for_backward(gradient, error)
+        ctx.mark_non_differentiable(error)
+        return torch.dot(weight, error) / len(error), error
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_mean: Tensor, by_error: Tensor) -> tuple[Tensor | None, ...]:
+        del by_error
+        gradient, error = ctx.saved_tensors
+        by_weight = by_mean * error / len(error) if ctx.needs_input_grad[1] else None
+        if gradient is not None and (ctx.share != 1.0 or by_mean.is_cuda or float(by_mean) != 1.0):
+            scale = (by_mean.float() * ctx.share).reshape(1)
+            gradient = torch.mul(gradient, scale, out=torch.empty_like(gradient))  # in fp32, rounded once
+        return gradient, by_weight, None, None, None
+
+
+def _alike(model_out: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the memory format of the model's output: images are fewer bytes to move, and noise knows no format."""
+    if model_out.shape != images.shape:
+        raise ValueError(
+            f"loss: the network returned {tuple(model_out.shape)} for images of {tuple(images.shape)}; expected the "
+            "same shape. A network that predicts its variance too needs the objective 'hybrid'"
+        )
+    if channels_of(model_out) > 1:
+        return model_out, images.contiguous(memory_format=torch.channels_last)
+    return model_out.contiguous(), images.contiguous()
+
+
+def check(op: str, t: TrainTensors) -> None:
+    """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout of `TrainTensors`."""
+    images = t.images
+    if images.dim() < 2 or images.numel() == 0:
+        raise ValueError(f"{op}: images must be [batch, *shape] with elements, got {tuple(images.shape)}")
+    if images.dtype not in IMAGE_DTYPES:
+        raise TypeError(f"{op}: images have dtype {images.dtype}, expected uint8, float32, float16 or bfloat16")
+    channels, batch = channels_of(images), len(images)
+    if channels == 0:
+        raise ValueError(f"{op}: images must be contiguous or channels_last, got strides {images.stride()}")
+    wanted = torch.contiguous_format if channels == 1 else torch.channels_last
+    model = t.out if t.model_out is None else t.model_out
+    assert model is not None
+    if model.dtype not in MODEL_DTYPES:
+        raise TypeError(f"{op}: the model's tensor has dtype {model.dtype}, expected float32, float16 or bfloat16")
+    numbers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "table": (torch.float32, (batch, at.TRAIN_COLUMNS)),
+        "key": (torch.int64, (batch,)),
+        "weight": (torch.float32, (batch,)),
+        "partial": (torch.float32, (batch, at.PARTS)),
+    }
+    for field in fields(t):
+        name, tensor = field.name, getattr(t, field.name)
+        if tensor is None or tensor is images:
+            continue
+        dtype, shape = numbers.get(name, (model.dtype, tuple(images.shape)))
+        layout = torch.contiguous_format if name in numbers else wanted
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}; cast it first")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_contiguous(memory_format=layout):
+            raise ValueError(f"{op}: {name} must be {layout}, got strides {tensor.stride()} for shape {shape}")
+        if tensor.device != images.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the images on {images.device}; move one of them")
+
+
+def _run(op: str, t: TrainTensors, factor: float, executor: str) -> None:
+    check(op, t)
+    backends.require(executor, t.images.device)
+    if executor in ("cpp", "cuda"):
+        from fastdiff.engine import native
+
+        native.train(op, t, factor, executor)
+    elif executor == "triton":
+        from fastdiff.kernels import train as kernels
+
+        on_device(kernels.bind(*t.arguments(), factor=factor), t.images.device)()
+    elif t.model_out is None:
+        reference_train.noise_images(*t.arguments()[:4])  # type: ignore[arg-type]
+    else:
+        reference_train.loss(*t.arguments(), factor=factor)  # type: ignore[arg-type]
+
+
+def _noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
+    _run("noise_images", TrainTensors(images, table, key, out), 0.0, executor)
+
+
+def _loss(*tensors: Any, factor: float, executor: str) -> None:
+    _run("loss", TrainTensors(*tensors), factor, executor)
+
+
+def _fake_noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
+    check("noise_images", TrainTensors(images, table, key, out))
+
+
+def _fake_loss(*tensors: Any, factor: float, executor: str) -> None:
+    check("loss", TrainTensors(*tensors))
+
+
+for _name, _op, _fake in (("noise_images", _noise_images, _fake_noise_images), ("loss", _loss, _fake_loss)):
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)
