@@ -242,7 +242,15 @@ def test_steps_that_are_no_number_can_be_left_out(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
 
 
-@pytest.mark.parametrize("change", [{"micro_batch": 3}, {"recompute": True}, {"channels_last": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"micro_batch": 3},
+        {"recompute": True},
+        {"channels_last": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_how_it_is_computed_changes_only_rounding(data: Path, tmp_path: Path, change: dict[str, object]) -> None:
     runs = []
     for name, config in (("a", tiny(data)), ("b", tiny(data, **change))):

@@ -67,7 +67,7 @@ class Previews:
         for first in range(0, count, loader.batch):
             batch = loader.read(first)
             part = self.objective.loss(_plain(net), batch.pictures, batch.labels, batch.seeds, 0)
-            total += float(part.mean) * min(loader.batch, count - first)
+            total += float(part.mean.detach()) * min(loader.batch, count - first)
         return total / count
 
     def sample(self, images: int) -> Path | None:
