@@ -30,7 +30,8 @@ test: setup
 
 setup: $(VENV)/.built
 
-# k-diffusion comes without what it asks for: the tests read its sampling.py, the rest of it wants torchvision.
+# Peers come without what they ask for: the tests read k-diffusion's sampling.py, whose other files want torchvision,
+# and of torchcfm its networks and paths, which need no more than torch; flow_matching needs torch and torchdiffeq.
 # torch goes first and alone, pinned: asked for by another package, pip would fetch the newest CUDA build of several GB.
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes the first time"
@@ -43,7 +44,7 @@ else
 endif
 	$(PIP) install $(PINS) 'setuptools>=64' wheel ninja numpy
 	FASTDIFF_NO_EXTENSION=1 $(PIP) install $(PINS) --no-build-isolation -e '.[dev]'
-	$(PIP) install $(PINS) --no-deps k-diffusion
+	$(PIP) install $(PINS) --no-deps k-diffusion flow_matching torchcfm
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(shell find csrc -type f)

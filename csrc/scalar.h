@@ -56,6 +56,11 @@ struct Scalar {
   FASTDIFF_LANE I shift_left(I v) { return static_cast<I>(static_cast<uint32_t>(v) << n); }
   template <int n>
   FASTDIFF_LANE I shift_right(I v) { return v >> n; }
+  template <int n>
+  FASTDIFF_LANE I shift_right_unsigned(I v) { return static_cast<I>(static_cast<uint32_t>(v) >> n); }
+  FASTDIFF_LANE I bit_and(I a, I b) { return a & b; }
+  FASTDIFF_LANE I bit_xor(I a, I b) { return a ^ b; }
+  FASTDIFF_LANE I truncate(F v) { return static_cast<I>(v); }
   FASTDIFF_LANE F to_float(I v) { return static_cast<F>(v); }
   FASTDIFF_LANE F to_float_unsigned(I v) { return static_cast<F>(static_cast<uint32_t>(v)); }
   FASTDIFF_LANE F select_odd(I k, F odd, F even) { return (k & 1) ? odd : even; }

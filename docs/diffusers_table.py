@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import statistics
 import time
 import warnings
@@ -65,9 +66,11 @@ def difference(ours: list[Any], theirs: list[Any]) -> float:
     return worst
 
 
-def microseconds(scheduler: Any, timesteps: dict[str, Any], options: dict[str, Any]) -> list[float]:
-    """The time of each step of one run but the first and last quarter: the arguments are the same in every step."""
+def microseconds(scheduler: Any, timesteps: dict[str, Any], options: dict[str, Any]) -> tuple[float, list[float]]:
+    """The time of `set_timesteps`, and of each step of one run but its first and last quarter, on the same tensors."""
+    begin = time.perf_counter()
     set_timesteps(scheduler, timesteps)
+    setting = (time.perf_counter() - begin) * 1e6
     known = inspect.signature(scheduler.step).parameters
     times = list(scheduler.timesteps)[: -1 if type(scheduler).__name__ in LISTS_THE_END else None]
     x, raw = torch.randn(TIMED), torch.randn(TIMED)
@@ -78,7 +81,7 @@ def microseconds(scheduler: Any, timesteps: dict[str, Any], options: dict[str, A
         begin = time.perf_counter()
         scheduler.step(raw, at, x, return_dict=False, **options, **extra)
         taken.append((time.perf_counter() - begin) * 1e6)
-    return taken[len(taken) // 4 : 3 * len(taken) // 4] or taken
+    return setting, taken[len(taken) // 4 : 3 * len(taken) // 4] or taken
 
 
 def set_timesteps(scheduler: Any, timesteps: dict[str, Any]) -> None:
@@ -106,11 +109,15 @@ def line(name: str, kind: Any, case: Case, timed: bool) -> str:
     speed = "not measured"
     if timed:
         both: tuple[list[float], list[float]] = ([], [])
+        settings: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
-            for taken, scheduler in zip(both, (original, twin), strict=True):
-                taken += microseconds(scheduler, timesteps, options)
-        theirs_us, ours_us = map(statistics.median, both)
-        speed = f"{theirs_us / ours_us:.1f} ({theirs_us:.1f} / {ours_us:.1f} µs)"
+            for taken, set_up, scheduler in zip(both, settings, (original, twin), strict=True):
+                setting, steps = microseconds(scheduler, timesteps, options)
+                set_up.append(setting)
+                taken += steps
+        (theirs_us, ours_us), (before, after) = map(statistics.median, both), map(statistics.median, settings)
+        repaid = math.ceil((after - before) / (theirs_us - ours_us)) if ours_us < theirs_us else "no"
+        speed = f"{theirs_us / ours_us:.1f} ({theirs_us:.1f} / {ours_us:.1f} µs), {repaid}"
     return f"| {name} | {shown} | yes | {off:.0e} | {speed} |"
 
 
@@ -121,7 +128,8 @@ def table(only: list[str], timed: bool) -> str:
     head = [
         f"diffusers {diffusers.__version__}, {STEPS} steps, float32. Largest difference: over all steps and fields of "
         f"the output, relative. Speed: `step` at {'×'.join(map(str, TIMED))}, original / fast, medians of runs in turn"
-        + (f", {torch.get_num_threads()} threads." if timed else "; filled by `--speed`."),
+        ", and after how many steps a repeated `set_timesteps`, which looks the table up, is repaid"
+        + (f"; {torch.get_num_threads()} threads." if timed else "; filled by `--speed`."),
         "",
         "| Scheduler | Configuration | Works | Largest difference | Speed |",
         "|---|---|---|---|---|",

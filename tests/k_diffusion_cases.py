@@ -61,6 +61,38 @@ class Net(nn.Module):
         return out if cond is None else out + 0.1 * cond[:, None, None, None].to(x.dtype)
 
 
+def wrappers(external: Any, net: nn.Module) -> dict[str, nn.Module]:
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000) ** 2, 0)
+
+    class Diffusion:  # what OpenAIDenoiser asks of guided-diffusion's object
+        def __init__(self) -> None:
+            self.alphas_cumprod = alphas_cumprod.numpy()
+
+        def _scale_timesteps(self, t: Tensor) -> Tensor:
+            return t
+
+    class CompVis(nn.Module):  # what CompVisDenoiser asks of latent diffusion's model
+        def __init__(self) -> None:
+            super().__init__()
+            self.alphas_cumprod = alphas_cumprod
+            self.net = net
+
+        def apply_model(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+            return self.net(x, t, cond=cond)
+
+    both = lambda x, t, **kw: torch.cat([net(x, t, **kw), net(x, t)], 1)  # noqa: E731
+    learned = type("Learned", (nn.Module,), {"forward": lambda self, x, t, **kw: both(x, t, **kw)})()
+    return {
+        "eps": external.DiscreteEpsDDPMDenoiser(net, alphas_cumprod, quantize=False),
+        "eps_quantized": external.DiscreteEpsDDPMDenoiser(net, alphas_cumprod, quantize=True),
+        "v": external.DiscreteVDDPMDenoiser(net, alphas_cumprod, quantize=False),
+        "openai": external.OpenAIDenoiser(learned, Diffusion()),
+        "v_diffusion": external.VDenoiser(net),
+        "compvis": external.CompVisDenoiser(CompVis()),
+        "compvis_v": external.CompVisVDenoiser(CompVis()),
+    }
+
+
 def model(x: Tensor, sigma: Tensor, scale: float = 1.0, **_: Any) -> Tensor:
     """A denoiser bent enough that a wrong weight shows."""
     s = sigma.view(-1, *[1] * (x.ndim - 1))

@@ -11,7 +11,7 @@ from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.convergence import slope, variance_error
 from fastdiff.process.schedules import Schedule
 
-FLOW_ONLY = ("flow_euler", "flow_heun", "flow_sde", "overshoot", "iadb", "interpolant")
+FLOW_ONLY = ("flow_euler", "flow_heun", "flow_midpoint", "flow_sde", "overshoot", "iadb", "interpolant")
 NEEDS_SIGNAL = (
     "reverse_diffusion",
     "langevin_pc",
@@ -230,6 +230,7 @@ CASES = [
     Case("cold", {}, 0, limit=-1.0),
     Case("ddim_inverse", {}, 1),
     Case("flow_heun", {}, 2, two),
+    Case("flow_midpoint", {}, 3, two),  # of the variance; of order 2 in the states, which the variance does not see
     Case("flow_sde", {}, 1),
     Case("flow_sde", {"eta": 0.5}, 1),
     Case("flow_sde", {"flavor": "diffusers"}, 0, limit=-0.5),

@@ -633,18 +633,96 @@ def test_threads() -> None:
         thread.join()
     assert not wrong, wrong[:3]
 
-    counting = ready("UniPCMultistep")
-    counting.step(X, counting.timesteps[0], X)
-    caught: list[Exception] = []
+    counting, alone = ready("UniPCMultistep"), ready("UniPCMultistep")
+    caught: list[str] = []
 
-    def step() -> None:
+    def step(i: int) -> None:
         try:
-            counting.step(X, counting.timesteps[1], X)
+            counting.step(X, counting.timesteps[i], X)
         except RuntimeError as error:
-            caught.append(error)
+            caught.append(str(error))
 
-    thread = threading.Thread(target=step)
-    thread.start()
-    thread.join()
-    assert len(caught) == 1 and "two threads" in str(caught[0]) and "deepcopy" in str(caught[0])
-    counting.step(X, counting.timesteps[1], X)
+    def elsewhere(i: int) -> None:
+        thread = threading.Thread(target=step, args=(i,))
+        thread.start()
+        thread.join()
+
+    step(0)
+    elsewhere(0)  # a run of its own
+    elsewhere(3)
+    assert len(caught) == 2 and all("two threads" in each and "deepcopy" in each for each in caught)
+    elsewhere(1)  # the same run, carried on, as a server does that streams from a pool of threads
+    elsewhere(2)
+    for t in alone.timesteps[:3]:
+        alone.step(X, t, X)
+    ours, theirs = (s.step(X, s.timesteps[3], X).prev_sample for s in (counting, alone))
+    assert len(caught) == 2 and torch.equal(ours, theirs)
+
+
+def test_before_set_timesteps_a_step_is_the_originals() -> None:
+    """No schedule was asked for: the thousand training steps are not compiled, and errors are the original's own."""
+    original, twin = (kind() for kind in (diffusers.DDPMScheduler, fast(diffusers.DDPMScheduler)))
+    compiled = len(table._tables)
+    outputs = [s.step(X, 700, X, generator=torch.Generator().manual_seed(1)).prev_sample for s in (original, twin)]
+    assert torch.equal(*outputs) and len(table._tables) == compiled
+    with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
+        fast(diffusers.UniPCMultistepScheduler)().step(X, 700, X)
+
+
+def test_a_step_taken_twice() -> None:
+    """As diffusers' Cosmos pipelines do: a step for its estimate, the index put back, and the step itself."""
+    original, twin = both("EDMEuler", {}, 6)
+    ends = []
+    for scheduler in (original, twin):
+        x = X * 80
+        for t in scheduler.timesteps:
+            estimate = scheduler.step(0.3 * X, t, x, return_dict=False)[1]
+            scheduler._step_index -= 1
+            x = scheduler.step(0.1 * estimate.tanh(), t, x, return_dict=False)[0]
+        ends.append(x)
+    assert loops.difference(ends[1], ends[0]) < 1e-6
+
+
+class FromFast(fast(diffusers.EulerDiscreteScheduler)):  # type: ignore[misc]
+    """Not made by `fast`: the caller's own class over a fast one."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+        (x,) = super().step(model_output, timestep, sample, return_dict=False)[:1]
+        return (2.0 * x,)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
+def test_a_subclass_of_a_fast_class(how: Any) -> None:
+    original, mine = both("EulerDiscrete", {}, 5)[0], FromFast()
+    mine.set_timesteps(5)
+    x = mine.step(X, mine.timesteps[0], X)[0]
+    theirs = original.step(X, original.timesteps[0], X).prev_sample
+    assert loops.difference(x, 2.0 * theirs) < 1e-6
+    other = how(mine)
+    assert type(other) is FromFast and other.step_index == 1
+    again = [s.step(X, s.timesteps[1], x)[0] for s in (mine, other)]
+    assert torch.equal(*again)
+    with pytest.raises(TypeError, match="FromFast is made from a fast class.*of EulerDiscreteScheduler itself"):
+        fast(FromFast)
+
+
+def test_no_steps() -> None:
+    scheduler = fast(diffusers.EulerDiscreteScheduler)()
+    with pytest.raises(ValueError, match="has no timesteps"):
+        scheduler.set_timesteps(0)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a generator", "the global one"])
+def test_large_samples_draw_torchs_bits(given: bool) -> None:
+    """Beyond the size where our own generator takes over: the same numbers, the same state after."""
+    shape = (1, 4, 48, 48)
+    results = []
+    for scheduler in both("EulerAncestralDiscrete", {}, 4):
+        torch.manual_seed(8)
+        source = torch.Generator().manual_seed(8) if given else None
+        x = 14.0 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for t in scheduler.timesteps:
+            x = scheduler.step(loops.tiny(x, t.expand(1)), t, x, generator=source).prev_sample
+        results.append((x, source.get_state() if source else torch.get_rng_state()))
+    assert loops.difference(results[1][0], results[0][0]) < 1e-6
+    assert torch.equal(results[0][1], results[1][1])

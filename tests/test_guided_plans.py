@@ -105,8 +105,8 @@ def test_cfg_pp_of_dpmpp_2m_and_where_comfyuis_differs(backend: str) -> None:
 
 # samplers that rebuild their state from registers guidance does not move, or extrapolate through what it moved
 TURNS_ROUND = {
-    "deis", "dpm_2", "dpm_2_ancestral", "dpm_fast", "dpmsolver", "flow_heun", "ghvb", "gradient_estimation", "hb",
-    "heunpp2", "ipndm", "ipndm_v", "lms", "pndm", "euler_maruyama",
+    "deis", "dpm_2", "dpm_2_ancestral", "dpm_fast", "dpmsolver", "flow_heun", "flow_midpoint", "ghvb",
+    "gradient_estimation", "hb", "heunpp2", "ipndm", "ipndm_v", "lms", "pndm", "euler_maruyama",
 }  # fmt: skip
 DROPS = {"consistency", "lcm", "sa_solver", "unipc"}
 ADAPTIVE = {"dpm_adaptive", "rk45"}

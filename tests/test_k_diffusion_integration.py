@@ -28,6 +28,7 @@ from k_diffusion_cases import (
     run,
     sigmas_of,
     start,
+    wrappers,
 )
 from torch import Tensor, nn
 
@@ -203,29 +204,8 @@ def test_half_precision(
     assert apart(ours.float(), exact) < apart(rounded.float(), exact) + step
 
 
-def wrappers(external: Any, net: nn.Module) -> dict[str, nn.Module]:
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000) ** 2, 0)
-
-    class Diffusion:  # what OpenAIDenoiser asks of guided-diffusion's object
-        def __init__(self) -> None:
-            self.alphas_cumprod = alphas_cumprod.numpy()
-
-        def _scale_timesteps(self, t: Tensor) -> Tensor:
-            return t
-
-    both = lambda x, t, **kw: torch.cat([net(x, t, **kw), net(x, t)], 1)  # noqa: E731
-    learned = type("Learned", (nn.Module,), {"forward": lambda self, x, t, **kw: both(x, t, **kw)})()
-    return {
-        "eps": external.DiscreteEpsDDPMDenoiser(net, alphas_cumprod, quantize=False),
-        "eps_quantized": external.DiscreteEpsDDPMDenoiser(net, alphas_cumprod, quantize=True),
-        "v": external.DiscreteVDDPMDenoiser(net, alphas_cumprod, quantize=False),
-        "openai": external.OpenAIDenoiser(learned, Diffusion()),
-        "v_diffusion": external.VDenoiser(net),
-    }
-
-
 @pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("kind", ["eps", "eps_quantized", "v", "openai", "v_diffusion"])
+@pytest.mark.parametrize("kind", ["eps", "eps_quantized", "v", "openai", "v_diffusion", "compvis", "compvis_v"])
 def test_wrappers(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     """k-diffusion's wrappers as they are, with extra_args that reach the network.
 
@@ -237,8 +217,8 @@ def test_wrappers(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None
     levels = levels_of(name, 8)
     ends = [run(getattr(lib, name), wrapper, start(), *levels, extra_args=extra)[0] for lib in (K, theirs)]
     assert apart(*ends) < TOLERANCE
-    unconditional, _ = run(getattr(K, name), wrapper, start(), *levels)
-    assert apart(ends[0], unconditional) > 1e-3
+    other, _ = run(getattr(K, name), wrapper, start(), *levels, extra_args={"cond": torch.zeros(2)})
+    assert apart(ends[0], other) > 1e-3
 
 
 class CFGDenoiser(nn.Module):

@@ -156,6 +156,82 @@ class Test_patch:
         assert K.unpatch(copy).replaced == report.replaced
         assert copy.sample_euler is sparing
 
+    def test_functions_that_look_inside_the_model(self, theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As ComfyUI's: another sampler where the model's schedule is a flow's. Such models keep the program's own."""
+        copy = k_diffusion_modules.copy_of("sampling", monkeypatch, as_name="comfy.k_diffusion.sampling")
+
+        class CONST:
+            """ComfyUI's name for x = (1 - sigma) x0 + sigma n."""
+
+        class Flow(CONST):
+            pass
+
+        def ancestral(
+            model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None,
+            eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Any = None,
+        ) -> Tensor:  # fmt: skip
+            if isinstance(model.inner_model.inner_model.model_sampling, CONST):
+                return x.clone().fill_(eta)
+            g = torch.Generator().manual_seed((extra_args or {}).get("seed", 0) + 1)
+            noise_sampler = noise_sampler or (lambda *_: torch.randn(x.shape, generator=g))
+            options = (extra_args, callback, disable, eta, s_noise, noise_sampler)
+            return theirs.sample_euler_ancestral(model, x, sigmas, *options)
+
+        def sde(
+            model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None,
+            eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Any = None, solver_type: str = "midpoint",
+        ) -> Tensor:  # fmt: skip
+            flow = isinstance(model.inner_model.model_patcher.get_model_object("model_sampling"), CONST)
+            options = (extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type)
+            return x.clone().fill_(eta) if flow else theirs.sample_dpmpp_2m_sde(model, x, sigmas, *options)
+
+        def curious(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None,
+                    disable: Any = None) -> Tensor:  # fmt: skip
+            return x * model.inner_model.inner_model.model_sampling.percent_to_sigma(0.1)
+
+        def seeded(x: Tensor, seed: int | None = None) -> Any:
+            generator = torch.Generator().manual_seed((seed or 0) + 1)
+            return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator)
+
+        own = {"sample_euler_ancestral": ancestral, "sample_dpmpp_2m_sde": sde, "sample_dpmpp_2m": curious}
+        for name, function in own.items():
+            monkeypatch.setattr(copy, name, function)
+        copy.default_noise_sampler = seeded
+        report = K.patch(copy)
+        assert {"sample_euler_ancestral", "sample_dpmpp_2m_sde"} <= set(report.replaced)
+        assert "has no attribute 'percent_to_sigma'" in report.left["sample_dpmpp_2m"]
+
+        class Guider:
+            """KSamplerX0Inpaint around CFGGuider around BaseModel, as far as a sampler sees them."""
+
+            def __init__(self, sampling: Any) -> None:
+                self.inner_model = self.model_patcher = self
+                self.model_sampling = sampling
+                self.sigmas: list[float] = []
+
+            def get_model_object(self, name: str) -> Any:
+                return getattr(self, name)
+
+            def __call__(
+                self, x: Tensor, sigma: Tensor, denoise_mask: Any = None, model_options: Any = None, seed: Any = None
+            ) -> Tensor:
+                assert model_options == {"transformer_options": {}} and seed == 7
+                self.sigmas.append(float(sigma[0]))
+                return model(x, sigma)
+
+        extra = {"denoise_mask": None, "model_options": {"transformer_options": {}}, "seed": 7}
+        for name in ("sample_euler_ancestral", "sample_dpmpp_2m_sde"):
+            plain, flow = Guider(object()), Guider(Flow())
+            ours, state = run(getattr(copy, name), plain, start(), sigmas_of(6), extra_args=extra)
+            expected, their_state = run(own[name], Guider(object()), start(), sigmas_of(6), extra_args=extra)
+            assert apart(ours, expected) < TOLERANCE and torch.equal(state, their_state)
+            assert not torch.equal(ours, expected), "it is not their code that ran"
+            assert plain.sigmas == sigmas_of(6)[:-1].tolist()
+            assert (run(getattr(copy, name), flow, start(), sigmas_of(6), eta=0.25)[0] == 0.25).all()
+            with pytest.raises(AttributeError, match="inner_model"):  # theirs' own error
+                getattr(copy, name)(model, start(), sigmas_of(6), disable=True)
+        assert set(K.unpatch(copy).replaced) == set(report.replaced)
+
     def test_what_no_table_covers_runs_as_before(self, theirs: Any) -> None:
         original = theirs.sample_euler
         x = start().double()

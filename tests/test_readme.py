@@ -14,6 +14,7 @@ import pytest
 from fastdiff import cli
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+NETWORKS = ("edm", "guided_diffusion", "score_sde", "flow_matching")  # a page in docs/ for each project
 
 
 def blocks(language: str) -> list[tuple[int, str]]:
@@ -46,6 +47,20 @@ def test_python_blocks_run_in_order(tmp_path):
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "midpoint_2s, 19 model evaluations, grid karras: ok" in done.stdout
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_page_of_a_project(name):
+    """Its Python runs as it stands, before and after differ by a few lines, and the tests it names are there."""
+    page = (README.parent / "docs" / f"{name}.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)), {})
+    diffs = re.findall(r"```diff\n(.*?)```", page, re.S)
+    assert diffs and all(diff.count("\n") <= 4 for diff in diffs)
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named, files = re.findall(r"-k (\w+)", page), re.findall(r"tests/(test_\w+\.py)", page)
+    assert named or files
+    assert [words for words in named if not re.search(rf"def test_\w*{words}", tests)] == []
+    assert [file for file in files if not Path(__file__).with_name(file).exists()] == []
 
 
 FEATURES = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README.read_text())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fastdiff.process import schedules
+from fastdiff.process import predictions, schedules
 from fastdiff.process.clocks import CLEAN, DiscreteSchedule, Level, Schedule
 
 EVERY: list[Callable[[], Schedule]] = [
@@ -19,6 +19,7 @@ EVERY: list[Callable[[], Schedule]] = [
     schedules.cosine,
     schedules.ou,
     schedules.vp,
+    schedules.sub_vp,
     schedules.ve,
     schedules.edm,
     schedules.rectified_flow,
@@ -155,6 +156,32 @@ def test_closed_forms_of_the_continuous_schedules() -> None:
     assert schedules.edm().time_range == (0.002, 80)
 
 
+def test_sub_vp_has_the_signal_of_vp_and_less_noise() -> None:
+    """Song et al. 2021, eq. 29: alpha = exp(-B/2), sigma = 1 - exp(-B), where B(t) = 19.9 t^2/2 + 0.1 t."""
+    vp, sub = schedules.vp(), schedules.sub_vp()
+    t = np.linspace(1e-5, 1, 101)
+    np.testing.assert_allclose(sub.alpha(t), vp.alpha(t), rtol=1e-13)
+    np.testing.assert_allclose(sub.sigma(t), vp.sigma(t) ** 2, rtol=1e-13)
+    np.testing.assert_allclose(sub.sigma(t), -np.expm1(-(9.95 * t + 0.1) * t), rtol=1e-13)
+    np.testing.assert_allclose(sub.diffusion(t) ** 2, vp.diffusion(t) ** 2 * -np.expm1(-2 * (9.95 * t + 0.1) * t))
+    np.testing.assert_array_equal(sub.drift(t), vp.drift(t))
+    assert [float(scale) for scale in sub.scales(np.inf)] == [0.0, 1.0] and sub.level(0.0) == CLEAN
+
+
+def test_edm_levels_above_the_top_keep_their_own_time() -> None:
+    """Churn leads above sigma_max, and a network is shown sigma there as anywhere else."""
+    schedule = schedules.edm(0.002, 80.0)
+    assert schedule.level_from_rho(113.0, clip=True) == Level(1.0, 113.0, 113.0)
+    with pytest.raises(ValueError, match="outside"):
+        schedule.level_from_rho(113.0)
+    shared = schedules.time_shared(schedule, below=4.0, parts=2)
+    for process, rho, time in ((schedule, 113.0, 113.0), (shared, 113.0, 113.0), (shared, 3.0, 2.001)):
+        fold = predictions.coefficients("x0", process.level_from_rho(rho, clip=True), process)
+        assert fold.time == pytest.approx(time, rel=1e-15)
+    churned = schedules.vp().level_from_rho(1e4, clip=True)
+    assert predictions.coefficients("x0", churned, schedules.vp()).time == 1.0
+
+
 def test_vp_is_the_limit_of_linear() -> None:
     """beta(t)/T per step is the linear schedule with ends beta_min/T and (beta_min + beta_d)/T, up to O(1/T)."""
     vp = schedules.vp()
@@ -172,7 +199,8 @@ def test_coordinates_follow_the_kind(make: Callable[[], Schedule]) -> None:
     schedule = make()
     t = np.append(interior(schedule), schedule.time_range)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    constraint = {"vp": np.hypot(alpha, sigma), "ve": alpha, "flow": alpha + sigma}[schedule.kind]
+    constraint = {"vp": np.hypot(alpha, sigma), "ve": alpha, "flow": alpha + sigma, "sub_vp": alpha**2 + sigma}
+    constraint = constraint[schedule.kind]
     np.testing.assert_allclose(constraint, 1, rtol=1e-14)
     inside = alpha > 0
     np.testing.assert_allclose((sigma / np.where(inside, alpha, 1))[inside], schedule.rho(t)[inside], rtol=1e-13)
@@ -225,7 +253,7 @@ def test_interpolated_time_equals_diffusers() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [schedules.ou, schedules.vp, schedules.ve, schedules.edm, schedules.rectified_flow],
+    [schedules.ou, schedules.vp, schedules.sub_vp, schedules.ve, schedules.edm, schedules.rectified_flow],
     ids=lambda f: f.__name__,
 )
 def test_sde_moves_the_marginals(make: Callable[[], Schedule]) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.unet import WEIGHTS_NAME, UNet, read_metadata
+from fastdiff.models.unet import WEIGHTS_NAME, UNet
 from fastdiff.models.unet_config import UNetConfig
+from fastdiff.models.weight_files import read_metadata
 
 DDPM_CIFAR: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 2,

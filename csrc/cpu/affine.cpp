@@ -113,6 +113,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
     for (int o = 0; o < row.outputs; ++o) s.out[o] = cell(args.state, row.to[o]);
+    s.copy = row.copy >= 0 ? cell(args.state, row.copy) : nullptr;
     if (row.reads_x && call.apart.x) s.x = call.apart.x + first;
     if (call.apart.next) s.out[0] = call.apart.next + first;
     const auto branch = [&](const void* base) { return locate(base, out_width, b, args, first); };

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "../guide.h"
+#include "../mersenne.h"
+#include "../norm.h"
 #include "../philox.h"
 #include "../train.h"
 
@@ -21,7 +23,7 @@ struct Row {
   float p, q, spread_log, spread_slope, emit_scale, emit_time;
   const float* coef;  // the row itself
   int outputs, slots, terms;
-  int64_t x;  // registers
+  int64_t x, copy;  // registers; copy: receives D as it is, or -1
   int64_t to[kMaxOutputs], from[kMaxSlots];
   float k[kMaxOutputs], d[kMaxOutputs], b[kMaxOutputs], e[kMaxOutputs];
   float a[kMaxSlots][kMaxOutputs];
@@ -45,6 +47,7 @@ struct Stretch {
   const float* slot[kMaxSlots];
   const float* const* z;           // one pointer per term
   float* out[kMaxOutputs];
+  float* copy;                     // null: no output is D as it is
   float* denoised;                 // null: not wanted
   void* emit[kMaxBranches];                   // null: not wanted
 };
@@ -88,6 +91,19 @@ struct Pixels {
   int64_t first, units, channels, width;
 };
 
+// Pixels first .. first + count of sample b for the norm op.
+struct NormPatch {
+  const NormArgs* args;
+  int64_t b, first, count;
+};
+
+// y = (u - middle) factor + constant of every channel, then SiLU.
+struct NormMap {
+  const float *factor, *middle, *constant;
+  void* to;
+  bool from_total, act;
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -99,16 +115,24 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // n >= 16 normals of torch's generator, whose state is moved on; z null: nothing else.
+  void (*torch_normals)(GeneratorBytes&, float* z, int64_t n);
   // Images as fp32 in [-1, 1], mirrored where asked, into to[0 .. units * channels).
   void (*pixels)(const Pixels&, float* to);
   void (*noised)(const Lesson&);
   // The sum of squared errors, and the gradient.
   double (*squares)(const Lesson&);
+  // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
+  void (*norm_sums)(const NormPatch&, double* sums);
+  void (*norm_map)(const NormPatch&, const NormMap&);
 };
 
 constexpr int64_t kFillSlack = 128;
 // Elements worked on at a time: noise of a block stays in the first-level cache.
 constexpr int64_t kBlock = 1024;
+
+// In groups of eight and eight, for which wider registers have no use.
+void torch_normals_avx2(GeneratorBytes&, float* z, int64_t n);
 
 extern const Executor scalar_executor;
 extern const Executor avx2_executor;

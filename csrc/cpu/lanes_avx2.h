@@ -35,6 +35,11 @@ struct Avx2 {
   FASTDIFF_LANE I shift_left(I v) { return _mm256_slli_epi32(v, n); }
   template <int n>
   FASTDIFF_LANE I shift_right(I v) { return _mm256_srai_epi32(v, n); }
+  template <int n>
+  FASTDIFF_LANE I shift_right_unsigned(I v) { return _mm256_srli_epi32(v, n); }
+  FASTDIFF_LANE I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  FASTDIFF_LANE I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
+  FASTDIFF_LANE I truncate(F v) { return _mm256_cvttps_epi32(v); }
   FASTDIFF_LANE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   // Both halves convert exactly and the product is exact, so the one rounding is that of the conversion.
   FASTDIFF_LANE F to_float_unsigned(I v) {

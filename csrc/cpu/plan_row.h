@@ -79,7 +79,23 @@ struct Decoder {
     }
     row.terms = static_cast<int>(terms.size());
     row.term = terms.data();
+    row.copy = -1;
+    if (const int last = row.outputs - 1; last > 0 && is_copy(last)) {
+      row.copy = row.to[last];
+      row.outputs = last;
+    }
     return kOk;
+  }
+
+ private:
+  // Whether output o is D and nothing else, as the record is that multistep solvers keep.
+  bool is_copy(int o) const {
+    if (row.k[o] != 0.0f || row.d[o] != 0.0f || row.b[o] != 1.0f || row.e[o] != 0.0f) return false;
+    for (int j = 0; j < row.slots; ++j)
+      if (row.a[j][o] != 0.0f) return false;
+    for (const Term& term : terms)
+      if (term.weight[o] != 0.0f) return false;
+    return true;
   }
 };
 

@@ -1,15 +1,19 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
+#include "torch_normal.h"
 #include "train_step.h"
 
 namespace fastdiff::cpu {
 
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+    torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
+    norm_sums<Plain>, norm_map<Plain>,
 };
 
 }  // namespace fastdiff::cpu

@@ -112,14 +112,29 @@ FASTDIFF_INLINE void group(const Stretch& s, int64_t at, int64_t n, typename L::
       store<L, kPartial>(s.out[o] + at + u * w, out[o][u], clip(n - u * w, w));
     }
   }
-  if (s.denoised)
-    for (int u = 0; u < unroll; ++u) store<L, kPartial>(s.denoised + at + u * w, d[u], clip(n - u * w, w));
+  float* const estimates[] = {s.denoised, s.copy};
+  for (float* to : estimates)
+    if (to)
+      for (int u = 0; u < unroll; ++u) store<L, kPartial>(to + at + u * w, d[u], clip(n - u * w, w));
   if (s.emit[0]) {
     F scaled[unroll];
     for (int u = 0; u < unroll; ++u) scaled[u] = L::set(row.emit_scale) * out[0][u];
     for (int copy = 0; copy < kMaxBranches && s.emit[copy]; ++copy)
       store_model<L, kPartial>(s.emit[copy], s.model_in_dtype, at, n, scaled);
   }
+}
+
+template <class L>
+bool any_nan(const typename L::F (&watch)[L::kUnroll]) {
+  typename L::F sum = watch[0];
+  for (int u = 1; u < L::kUnroll; ++u) sum = sum + watch[u];
+  return L::any_nan(sum);
+}
+
+// The last elements, fewer than fill a group.
+template <class L, int kOutputs, bool kExtras>
+__attribute__((noinline)) void tail(const Stretch& s, int64_t at, typename L::F (&watch)[L::kUnroll]) {
+  group<L, kOutputs, kExtras, true>(s, at, s.count - at, watch);
 }
 
 template <class L, int kOutputs, bool kExtras>
@@ -129,18 +144,100 @@ bool run(const Stretch& s) {
   for (int u = 0; u < L::kUnroll; ++u) watch[u] = L::set(0.0f);
   int64_t at = 0;
   for (; at + size <= s.count; at += size) group<L, kOutputs, kExtras, false>(s, at, size, watch);
-  if (at < s.count) group<L, kOutputs, kExtras, true>(s, at, s.count - at, watch);
-  typename L::F sum = watch[0];
-  for (int u = 1; u < L::kUnroll; ++u) sum = sum + watch[u];
-  return L::any_nan(sum);
+  if (at < s.count) tail<L, kOutputs, kExtras>(s, at, watch);
+  return any_nan<L>(watch);
+}
+
+// Rows as most are (see `plain`), a register at a time. What depends on the row alone is fixed before the loop, whose
+// stores would otherwise have it read again: half the instructions of `run`, which tells where memory is near.
+// kShifts: some output counts from a multiple of x.
+template <class L, int kOutputs, int kSlots, bool kShifts, bool kNoise>
+bool run_plain(const Stretch& s) {
+  using F = typename L::F;
+  constexpr int w = L::kWidth;
+  const Row& row = *s.row;
+  const F p = L::set(s.by.p), q = L::set(s.by.q), lo = L::set(s.by.lo), hi = L::set(s.by.hi), zero = L::set(0.0f);
+  F k[kOutputs], shift[kOutputs], b[kOutputs], c[kOutputs], a[kSlots + 1][kOutputs];
+  const float* slot[kSlots + 1];
+  float* out[kOutputs];
+  for (int o = 0; o < kOutputs; ++o) {
+    out[o] = s.out[o];
+    k[o] = L::set(row.k[o]);
+    shift[o] = L::set(row.d[o]);
+    b[o] = L::set(row.b[o]);
+    c[o] = L::set(kNoise ? row.term[0].weight[o] : 0.0f);
+  }
+  for (int j = 0; j < kSlots; ++j) {
+    slot[j] = s.slot[j];
+    for (int o = 0; o < kOutputs; ++o) a[j][o] = L::set(row.a[j][o]);
+  }
+  const float *x = s.x, *model = static_cast<const float*>(s.conditional), *z = kNoise ? s.z[0] : nullptr;
+  float *denoised = s.denoised, *copy = s.copy;
+  const bool clamps = s.clamps;
+  const int64_t count = s.count;
+  F watch[L::kUnroll];
+  for (F& each : watch) each = zero;
+  int64_t at = 0;
+  for (; at + w <= count; at += w) {
+    const F xs = L::load(x + at), f = L::load(model + at), noise = kNoise ? L::load(z + at) : zero;
+    F r[kSlots + 1], made[kOutputs];
+    for (int j = 0; j < kSlots; ++j) r[j] = L::load(slot[j] + at);
+    watch[0] = L::fma(f, zero, watch[0]);
+    F d = denoise<L>(xs, f, p, q);
+    if (clamps) d = L::clamp(d, lo, hi);
+    for (int o = 0; o < kOutputs; ++o) {
+      const F base = kShifts ? shift[o] * xs : zero;
+      made[o] = L::fma(b[o], kShifts ? d - base : d, k[o] * xs);
+      for (int j = 0; j < kSlots; ++j) made[o] = L::fma(a[j][o], kShifts ? r[j] - base : r[j], made[o]);
+      if (kNoise) made[o] = L::fma(c[o], noise, made[o]);
+      if (kShifts) made[o] = made[o] + base;
+    }
+    for (int o = 0; o < kOutputs; ++o) L::store(out[o] + at, made[o]);
+    if (denoised) L::store(denoised + at, d);
+    if (copy) L::store(copy + at, d);
+  }
+  if (at < count) tail<L, kOutputs, false>(s, at, watch);
+  return any_nan<L>(watch);
+}
+
+// Whether `run_plain` has this: fp32 output of one branch, no next model input, few of everything.
+inline bool plain(const Stretch& s) {
+  const Row& row = *s.row;
+  return row.reads_model && row.reads_x && s.model_out_dtype == kFloat32 && !s.extras && !s.unguided && !s.emit[0] &&
+         row.outputs <= 2 && row.slots <= 3 && row.terms <= 1;
+}
+
+template <class L, int kOutputs, int kSlots>
+bool choose_plain(const Stretch& s) {
+  bool shifts = false;
+  for (int o = 0; o < kOutputs; ++o) shifts |= s.row->d[o] != 0.0f;
+  if (s.row->terms)
+    return shifts ? run_plain<L, kOutputs, kSlots, true, true>(s) : run_plain<L, kOutputs, kSlots, false, true>(s);
+  return shifts ? run_plain<L, kOutputs, kSlots, true, false>(s) : run_plain<L, kOutputs, kSlots, false, false>(s);
+}
+
+template <class L, int kOutputs>
+bool step_of(const Stretch& s) {
+  if (s.extras) return run<L, kOutputs, true>(s);
+  if constexpr (kOutputs <= 2) {
+    if (plain(s)) {
+      switch (s.row->slots) {
+        case 0: return choose_plain<L, kOutputs, 0>(s);
+        case 1: return choose_plain<L, kOutputs, 1>(s);
+        case 2: return choose_plain<L, kOutputs, 2>(s);
+        default: return choose_plain<L, kOutputs, 3>(s);
+      }
+    }
+  }
+  return run<L, kOutputs, false>(s);
 }
 
 template <class L>
 bool step(const Stretch& s) {
   switch (s.row->outputs) {
-    case 1: return s.extras ? run<L, 1, true>(s) : run<L, 1, false>(s);
-    case 2: return s.extras ? run<L, 2, true>(s) : run<L, 2, false>(s);
-    default: return s.extras ? run<L, 3, true>(s) : run<L, 3, false>(s);
+    case 1: return step_of<L, 1>(s);
+    case 2: return step_of<L, 2>(s);
+    default: return step_of<L, 3>(s);
   }
 }
 

@@ -22,6 +22,8 @@ from fastdiff.cli.train import add_train
 from fastdiff.compiler import convergence
 from fastdiff.compiler.solvers.from_file import load_file, load_module
 from fastdiff.engine import machine, selfcheck, suite
+from fastdiff.models.unet_nodes import cost
+from fastdiff.models.unet_presets import PRESETS, config_of
 from fastdiff.report import page
 
 _FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, ImportError, fd.BackendUnavailable)
@@ -48,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_eval(commands)
     _add_plan(commands)
-    info = add_command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
-    info.set_defaults(run=_info)
+    _add_info(commands)
     _add_verify(commands)
     return parser
 
@@ -127,6 +128,21 @@ def _add_verify(commands: Any) -> None:
     chosen.add_argument("--all", action="store_true", help="write the table and the plot of all samplers")
     parser.add_argument("--out", type=Path, help="with --all: a .md file, the plot goes beside it (default solvers.md)")
     parser.set_defaults(run=_verify)
+
+
+def _add_info(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "info",
+        "version, machine, and each backend: ok, or why not; or what a UNet costs",
+        "fastdiff info --unet ddpm-cifar10 --batch 1",
+    )
+    parser.add_argument(
+        "--unet", metavar="NAME", help=f"one of {', '.join(PRESETS)}, a config.json or a .safetensors file"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images in a forward pass (default 1)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.set_defaults(run=_info)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -248,8 +264,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    del arguments
-    print(machine.describe())
+    if arguments.unet is None:
+        print(machine.describe())
+        return 0
+    config = config_of(arguments.unet)
+    print(f"{arguments.unet}, batch {arguments.batch}, {arguments.dtype}: kernels of one forward pass, bytes it moves")
+    for name, fast in (("fast", True), ("plain", False)):
+        found = cost(config, arguments.batch, getattr(torch, arguments.dtype), fast=fast)
+        parts = ", ".join(f"{count} {kernel}" for kernel, count in found.kernels.most_common())
+        print(f"{name:<6} {found.nodes:>5} kernels  {found.bytes / 1e6:>9,.1f} MB  {parts}")
+        for block, reason in found.fallbacks.items():
+            print(f"       {block} runs as it is: it {reason}")
     return 0
 
 

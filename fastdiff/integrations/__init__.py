@@ -1,1 +1,1 @@
-"""Other people's programs, faster: each module takes the place of one library's samplers."""
+"""Other people's programs, faster: their samplers replaced, their networks wrapped; one module for each project."""

@@ -12,7 +12,8 @@ import torch
 
 from fastdiff.errors import unknown_name
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.unet import UNet, read_metadata
+from fastdiff.models.unet import UNet
+from fastdiff.models.weight_files import read_metadata
 from fastdiff.process import schedules
 
 SHIPPED = ("fashion",)

@@ -7,16 +7,21 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel
+from . import guided_diffusion_names
+from .class_labels import check_labels
+from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel, normalised
 from .unet_config import UNetConfig
+from .weight_files import read_metadata, read_safetensors, read_tensors
+
+if TYPE_CHECKING:
+    from .unet_fast import FastUNet
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -40,8 +45,8 @@ class UNet(nn.Module):
             self.time_proj: nn.Module = FourierTime(first)
             time_features = 2 * first
         else:
-            self.time_proj = PositionalTime(first, config.flip_sin_to_cos, config.freq_shift)
-            time_features = first
+            time_features = config.time_feature_dim or first
+            self.time_proj = PositionalTime(time_features, config.flip_sin_to_cos, config.freq_shift)
         self.time_embedding = TimeMLP(time_features, config.time_dim)
         classes = config.num_class_embeds
         self.class_embedding = nn.Embedding(classes, config.time_dim) if classes is not None else None
@@ -66,6 +71,19 @@ class UNet(nn.Module):
         class_labels: [B] int64, required exactly when the network has classes.
         Returns [B, out_channels, H, W]. Raises ValueError on shapes that do not fit.
         """
+        x, act_time, time = self.enter(x, t, class_labels)
+        states = [x]
+        for down in self.down_blocks:
+            states += down(states[-1], act_time)
+        x = states[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, act_time)
+        for up in self.up_blocks:
+            x = up(x, states, act_time)
+        return self.leave(x, time)
+
+    def enter(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` does before its levels: the first state, the activated time embedding, and the clock [B]."""
         self._check(x, class_labels)
         time = self._expand(t, x)
         features = self.time_proj(time * self.config.time_scale if self.config.time_scale != 1.0 else time)
@@ -76,18 +94,23 @@ class UNet(nn.Module):
 
         patch = self.config.patch_size
         x = 2 * x - 1 if self.config.center_input_sample else x
-        x = self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x)
-        states = [x]
-        for down in self.down_blocks:
-            states += down(states[-1], act_time)
-        x = states[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, act_time)
-        for up in self.up_blocks:
-            x = up(x, states, act_time)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x), act_time, time
+
+    def leave(self, x: Tensor, time: Tensor) -> Tensor:
+        """What `forward` does after its levels."""
+        patch = self.config.patch_size
+        x = self.conv_out(normalised(self.conv_norm_out, x))
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
+
+    def fast(self, dtype: torch.dtype | None = None) -> FastUNet:
+        """This network for inference (fastdiff.models.unet_fast): copied weights, cast once to `dtype`, fewer kernels.
+
+        dtype: float32, float16 or bfloat16; None is the network's own. Where it has another, TypeError.
+        """
+        from .unet_fast import FastUNet
+
+        return FastUNet(self, dtype)
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
@@ -96,27 +119,7 @@ class UNet(nn.Module):
                 f"UNet: got x of shape {tuple(x.shape)}, expected [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {step}"
             )
-        if self.class_embedding is None and class_labels is not None:
-            raise ValueError("UNet: got class_labels for a network without classes; leave them out")
-        if self.class_embedding is not None:
-            count = self.config.num_class_embeds
-            if class_labels is None:
-                raise ValueError(f"UNet: got no class_labels, expected [B] integers below {count}")
-            if not isinstance(class_labels, Tensor):
-                raise TypeError(
-                    f"UNet: got class_labels {class_labels!r}, expected a tensor [B] of integers below {count}"
-                )
-            if class_labels.shape != x.shape[:1]:
-                shape = tuple(class_labels.shape)
-                raise ValueError(f"UNet: got class_labels of shape {shape}, expected one per sample, ({x.shape[0]},)")
-            if (
-                count
-                and class_labels.device.type == "cpu"
-                and not bool(((class_labels >= 0) & (class_labels < count)).all())
-            ):
-                raise ValueError(
-                    f"UNet: got class_labels {class_labels.tolist()}, expected integers from 0 to {count - 1}"
-                )
+        check_labels("UNet", "class_labels", class_labels, x.shape[0], self.config.num_class_embeds)
 
     @staticmethod
     def _expand(t: Tensor | float | int, x: Tensor) -> Tensor:
@@ -144,7 +147,22 @@ class UNet(nn.Module):
             return cls._build(_convert_config(config, origin), source.state_dict(), origin)
         folder = Path(source)
         converted = _convert_config(_read_config(folder), str(folder))
-        return cls._build(converted, _read_weights(folder / WEIGHTS_NAME), str(folder))
+        return cls._build(converted, read_safetensors(folder / WEIGHTS_NAME), str(folder))
+
+    @classmethod
+    def from_guided_diffusion(
+        cls, source: Mapping[str, Tensor] | str | os.PathLike[str], config: Mapping[str, Any]
+    ) -> UNet:
+        """A UNet with the weights of a guided-diffusion or improved-diffusion `UNetModel`.
+
+        source: its state dict, or a file of it: .safetensors or .pt, of which only tensors are read. config: the flags
+        it was trained with (image_size, num_channels, num_res_blocks, ...), those left out at guided-diffusion's
+        defaults. Raises: ValueError for flags or weights that do not fit, FileNotFoundError.
+        """
+        weights = source if isinstance(source, Mapping) else read_tensors(source)
+        converted, renamed = guided_diffusion_names.convert(weights, config)
+        origin = "the state dict" if isinstance(source, Mapping) else str(source)
+        return cls._build(converted, renamed, origin)
 
     @classmethod
     def _build(cls, config: UNetConfig, weights: Mapping[str, Tensor], origin: str) -> UNet:
@@ -188,19 +206,7 @@ class UNet(nn.Module):
         metadata = read_metadata(path)
         if "unet" not in metadata:
             raise ValueError(f"{path}: holds no `unet` configuration, expected a file written by UNet.save")
-        return cls._build(UNetConfig.from_json(metadata["unet"]), _read_weights(path), str(path)).to(dtype)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings stored in a safetensors file. Raises: FileNotFoundError, ValueError if it is not one."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected safetensors weights")
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file or cut short ({error}); write or fetch it again") from error
+        return cls._build(UNetConfig.from_json(metadata["unet"]), read_safetensors(path), str(path)).to(dtype)
 
 
 def _convert_config(config: Mapping[str, Any], origin: str) -> UNetConfig:
@@ -208,17 +214,6 @@ def _convert_config(config: Mapping[str, Any], origin: str) -> UNetConfig:
     if name != "UNet2DModel":
         raise ValueError(f"UNet: {origin} is a {name}, expected UNet2DModel; wrap other networks in a Denoiser")
     return UNetConfig.from_dict(config)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; pickles (.bin, .pt) are not read, save the model with safe_serialization=True"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file or cut short ({error}); write or fetch it again") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

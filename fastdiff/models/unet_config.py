@@ -20,7 +20,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
 }
 _POSITIVE = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "patch_size")
-_OPTIONAL_POSITIVE = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+_OPTIONAL_POSITIVE = (
+    "time_embedding_dim",
+    "time_feature_dim",
+    "attention_head_dim",
+    "attention_heads",
+    "attn_norm_num_groups",
+    "num_class_embeds",
+)
 _TUPLES = ("down_block_types", "up_block_types", "block_out_channels")
 _IGNORED = ("num_train_timesteps",)
 
@@ -29,9 +36,11 @@ _IGNORED = ("num_train_timesteps",)
 class UNetConfig:
     """Shape of a UNet; names and defaults are those of diffusers' `UNet2DModel`.
 
-    Two fields diffusers lacks. `time_scale`: the clock is multiplied by it before the sinusoidal embedding,
+    Four fields diffusers lacks. `time_scale`: the clock is multiplied by it before the sinusoidal embedding,
     which suits clocks of order one such as EDM's ln(sigma)/4. `patch_size`: p x p pixels become p*p channels
     at the input and back at the output (Hoogeboom et al. 2023, sec. 3.3), so no level works at full resolution.
+    `attention_heads`: as many heads at every level, instead of heads of `attention_head_dim` channels.
+    `time_feature_dim`: width of the sinusoidal embedding, where it is not that of the first level.
 
     Raises: ValueError or TypeError naming the field, what it held and what is supported.
     """
@@ -65,6 +74,8 @@ class UNetConfig:
     num_class_embeds: int | None = None
     time_scale: float = 1.0
     patch_size: int = 1
+    attention_heads: int | None = None
+    time_feature_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in _TUPLES:
@@ -120,20 +131,34 @@ class UNetConfig:
                     f"UNetConfig.block_out_channels[{level}]: got {channels}, expected a positive multiple of "
                     f"norm_num_groups={groups}; change either"
                 )
-            head = self.attention_head_dim
-            if head is not None and head > channels and self._attends(level):
-                raise ValueError(
-                    f"UNetConfig.attention_head_dim: got {head}, expected at most the {channels} channels "
-                    f"of level {level}, which has attention"
-                )
+            self._check_heads(level, channels)
         attn_groups, mid = self.attn_norm_num_groups, self.block_out_channels[-1]
         if attn_groups is not None and mid % attn_groups:
             raise ValueError(f"UNetConfig.attn_norm_num_groups: got {attn_groups}, expected a divisor of {mid}")
+
+    def _check_heads(self, level: int, channels: int) -> None:
+        head, heads = self.attention_head_dim, self.attention_heads
+        if not self._attends(level):
+            return
+        if heads is not None and channels % heads:
+            raise ValueError(
+                f"UNetConfig.attention_heads: got {heads}, expected a divisor of the {channels} channels "
+                f"of level {level}, which has attention"
+            )
+        if heads is None and head is not None and head > channels:
+            raise ValueError(
+                f"UNetConfig.attention_head_dim: got {head}, expected at most the {channels} channels "
+                f"of level {level}, which has attention"
+            )
 
     def _attends(self, level: int) -> bool:
         last = len(self.block_out_channels) - 1
         middle = level == last and self.mid_block_type is not None and self.add_attention
         return middle or "Attn" in self.down_block_types[level] or "Attn" in self.up_block_types[last - level]
+
+    def head_dim(self, channels: int) -> int:
+        """Channels of one attention head where there are `channels` in all."""
+        return channels // self.attention_heads if self.attention_heads else self.attention_head_dim or channels
 
     @property
     def time_dim(self) -> int:

@@ -1,7 +1,7 @@
 """Levels and the classes of schedules: a clock (time <-> rho = sigma/alpha) and a kind.
 
-The kind says how alpha and sigma follow from rho: "vp" alpha^2 + sigma^2 = 1, "ve" alpha = 1, "flow" alpha + sigma = 1.
-On every clock time grows with the noise.
+The kind says how alpha and sigma follow from rho: "vp" alpha^2 + sigma^2 = 1, "ve" alpha = 1, "flow" alpha + sigma = 1,
+"sub_vp" alpha^2 + sigma = 1. On every clock time grows with the noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-Kind = Literal["vp", "ve", "flow"]
+Kind = Literal["vp", "ve", "flow", "sub_vp"]
 
 RHO_SLACK = 1e-6  # a rho this close (relative) to an end of the range is that end: fp32 levels round past it
 
@@ -64,6 +64,9 @@ class Schedule(ABC):
     shared: tuple[float, int] | None = field(default=None, kw_only=True)
 
     kind: ClassVar[Kind]
+    open_top: ClassVar[bool] = (
+        False  # a level above the clock, where churn leads, has a time that a network understands
+    )
 
     @property
     @abstractmethod
@@ -276,39 +279,6 @@ class DiscreteSchedule(Schedule):
 
 
 @dataclass(frozen=True, repr=False)
-class VPSchedule(Schedule):
-    """dx = -beta(t)/2 x dt + sqrt(beta(t)) dW with beta(t) = beta_min + beta_d t (Song et al. 2021, eq. 11)."""
-
-    beta_min: float
-    beta_d: float
-    t_max: float
-
-    kind: ClassVar[Kind] = "vp"
-
-    def __post_init__(self) -> None:
-        total = (self.beta_min + 0.5 * self.beta_d * self.t_max) * self.t_max
-        if total > 700:
-            raise ValueError(f"{self!r}: beta integrates to {total:.6g}, and exp of it overflows. Keep it below 700.")
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        return 0.0, self.t_max
-
-    def _rho(self, time: Array) -> Array:
-        return np.sqrt(np.expm1((self.beta_min + 0.5 * self.beta_d * time) * time))
-
-    def _time(self, rho: Array) -> Array:
-        total = np.log1p(np.square(rho))  # the integral of beta from 0 to t
-        return 2 * total / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * self.beta_d * total))
-
-    def drift(self, time: ArrayLike) -> Array:
-        return -0.5 * (self.beta_min + self.beta_d * self._checked(time))
-
-    def diffusion(self, time: ArrayLike) -> Array:
-        return np.sqrt(self.beta_min + self.beta_d * self._checked(time))
-
-
-@dataclass(frozen=True, repr=False)
 class VESchedule(Schedule):
     """sigma = sigma_min (sigma_max/sigma_min)^t, t in [0, 1] (Song et al. 2021, eq. 9)."""
 
@@ -342,10 +312,15 @@ class EDMSchedule(Schedule):
     sigma_max: float
 
     kind: ClassVar[Kind] = "ve"
+    open_top: ClassVar[bool] = True
 
     @property
     def time_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
+
+    def level_from_rho(self, rho: float, *, clip: bool = False) -> Level:
+        level = super().level_from_rho(rho, clip=clip)
+        return Level(1.0, level.sigma, level.sigma) if rho > self.sigma_max else level
 
     def _rho(self, time: Array) -> Array:
         return time

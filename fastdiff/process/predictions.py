@@ -154,6 +154,8 @@ def _own_level(level: Level, schedule: Schedule) -> tuple[Level, float]:
 def _model_time(level: Level, schedule: Schedule) -> float:
     if level.sigma == 0:
         return schedule.time_range[0]
+    if schedule.open_top and level.time > schedule.time_range[1]:
+        return level.time
     has_time = not math.isnan(level.time)
     return float(schedule.model_time(level.time if has_time else schedule.time_from_rho(level.rho, clip=True)))
 

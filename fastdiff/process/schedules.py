@@ -24,8 +24,8 @@ from .clocks import (
     Level,
     Schedule,
     VESchedule,
-    VPSchedule,
 )
+from .vp_clocks import SubVPSchedule, VPSchedule
 
 __all__ = [
     "CLEAN",
@@ -43,6 +43,7 @@ __all__ = [
     "rectified_flow",
     "rescale_zero_terminal_snr",
     "scaled_linear",
+    "sub_vp",
     "time_shared",
     "ve",
     "vp",
@@ -148,6 +149,13 @@ def vp(beta_min: float = 0.1, beta_d: float = 19.9) -> VPSchedule:
     return VPSchedule("vp", _pack(beta_min=beta_min, beta_d=beta_d), beta_min, beta_d, 1.0)
 
 
+def sub_vp(beta_min: float = 0.1, beta_d: float = 19.9) -> SubVPSchedule:
+    """alpha of `vp`, sigma = 1 - alpha^2, t in [0, 1]: less noise than vp at every time (Song et al. 2021, eq. 29)."""
+    beta_min = _positive("beta_min", beta_min)
+    beta_d = _positive("beta_d", beta_d, zero=True)
+    return SubVPSchedule("sub_vp", _pack(beta_min=beta_min, beta_d=beta_d), beta_min, beta_d, 1.0)
+
+
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> VESchedule:
     """alpha = 1, sigma geometric in t in [0, 1] (Song et al. 2021, eq. 9; EDM's ends for it are 0.02 and 100)."""
     sigma_min, sigma_max = _ordered(sigma_min, sigma_max)
@@ -174,6 +182,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
         cosine,
         ou,
         vp,
+        sub_vp,
         ve,
         edm,
         rectified_flow,

@@ -68,7 +68,7 @@ def churn(
 
     gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= rho <= s_tmax; rho_hat = rho (1 + gamma);
     x/alpha += s_noise sqrt(rho_hat^2 - rho^2) z, white noise since it leads up. A level above the schedule's last is
-    shown the last one's time.
+    shown the last one's time; on edm, where the time is sigma, its own.
     """
     if s_churn <= 0.0 or not s_tmin <= s.rho <= s_tmax or math.isinf(s.rho):
         return x, s

@@ -25,20 +25,26 @@ def fast(kind: type[Scheduler]) -> type[Scheduler]:
     are the original's; it has the original's name too, so what it saves loads without fastdiff.
         pipe.scheduler = fast(type(pipe.scheduler)).from_config(pipe.scheduler.config)
     `set_timesteps` compiles the steps as `fastdiff.capture` does, once per schedule in a process, and raises its
-    TypeError, with the step, for a scheduler that is not a table. Raises TypeError where `kind` is not such a class.
+    TypeError, with the step, for a scheduler that is not a table; a step before it is the class's own. Raises TypeError
+    where `kind` is not such a class, or a subclass of a fast one.
     """
     if not isinstance(kind, type):
         raise TypeError(
             f"fast takes a scheduler class, got an object of {type(kind).__name__}; write fast(type(scheduler))"
         )
-    if hasattr(kind, "_fast_of"):
+    if "_fast_of" in vars(kind):
         return kind
+    original: Any = kind
+    if hasattr(kind, "_fast_of"):
+        raise TypeError(
+            f"fast: {kind.__name__} is made from a fast class, and what it changes runs beside the rows; make it a "
+            f"subclass of {original._fast_of.__name__} itself, and that one fast"
+        )
     for method in ("set_timesteps", "step"):
         if not callable(getattr(kind, method, None)):
             raise TypeError(
                 f"fast: {kind.__name__} has no {method}(); expected a scheduler class such as diffusers' are"
             )
-    original: Any = kind
     names = tuple(parameters(original))
 
     @functools.wraps(original.__init__)
@@ -63,8 +69,7 @@ def fast(kind: type[Scheduler]) -> type[Scheduler]:
             kw = _named(original, names, args, kw)
         run = self.__dict__.get(OURS)
         if run is None:
-            run = Run(self, original)
-            self.__dict__[OURS] = run
+            return original.step(self, model_output, timestep, sample, **kw)
         return run.step(self, model_output, timestep, sample, kw)
 
     members = {"_fast_of": original, "__init__": __init__, "__reduce_ex__": _reduce}
@@ -100,6 +105,8 @@ def _blank(kind: type) -> Any:
     return object.__new__(made)
 
 
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduce(self: Any, protocol: Any) -> Any:
+    if "_fast_of" not in vars(type(self)):
+        return object.__reduce_ex__(self, protocol)  # a subclass, to be found under its own name
     # the class has its original's name, under which pickle would find the original
     return _blank, (type(self)._fast_of,), self.__dict__

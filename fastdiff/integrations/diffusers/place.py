@@ -55,9 +55,10 @@ class Place:
 
     def by_value(self, table: Table, timestep: Any) -> int:
         """The row of a timestep, whenever it comes."""
-        found = self._own(timestep)
-        if found is not None and found < len(table):
-            return found
+        if isinstance(timestep, Tensor):  # `_own`, without the call
+            found = (timestep.data_ptr() - self._base) // self._stride
+            if 0 <= found < self._count and found < len(table.times):
+                return found
         row = table.rows_at.get(_number(timestep))
         if row is None:
             raise self._absent(timestep, list(table.times))
@@ -78,16 +79,22 @@ class Place:
                 f"{self.name}: step called at position {table.first + row}, and the schedule has steps {table.first} "
                 f"to {table.first + len(table) - 1}; call set_timesteps before another run"
             )
-        if table.reads_time or table.keeps_time == "order":
-            found = self._own(timestep)
-            if found is None or found != table.first + row:
-                value = float(self.on_host()[found]) if found is not None else _number(timestep)
-                if value != table.times[row]:
-                    raise ValueError(
-                        f"{self.name}: step called out of order: got timestep {value:g}, this is step "
-                        f"{table.first + row}, whose timestep is {table.times[row]:g}; call set_timesteps to start anew"
-                    )
+        if (table.reads_time or table.keeps_time == "order") and not self.is_at(table, row, timestep):
+            raise ValueError(
+                f"{self.name}: step called out of order: got timestep {self._value(timestep):g}, this is step "
+                f"{table.first + row}, whose timestep is {table.times[row]:g}; call set_timesteps to start anew"
+            )
         return row
+
+    def is_at(self, table: Table, row: int, timestep: Any) -> bool:
+        """Whether this is the timestep of a row; False beyond the last one."""
+        if row >= len(table):
+            return False
+        return self._own(timestep) == table.first + row or self._value(timestep) == table.times[row]
+
+    def _value(self, timestep: Any) -> float:
+        found = self._own(timestep)
+        return float(self.on_host()[found]) if found is not None else _number(timestep)
 
     def follows(self, table: Table, timestep: Any, previous: Any, so_far: bool) -> bool:
         """Whether `prev_timestep` is the timestep after this one in the schedule; None leaves it to the scheduler.

@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.capture.source import check_interface
+from fastdiff.engine import torch_normals
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.integrations.diffusers.place import Place
 from fastdiff.integrations.diffusers.registers import Ready, Registers
 from fastdiff.integrations.diffusers.standing import OURS, Hosted, first_index, look, plain_copy, unchanged
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
+NOWHERE = -1  # no step index
+
 
 class Run:
     """What a fast scheduler does since its last `set_timesteps`.
 
-    One step at a time: a lock keeps two threads apart, and steps that count belong to the thread of the first one.
+    One step at a time: a lock keeps two threads apart. Where steps count on from each other, another thread may go on
+    where one stopped, and is refused where it does anything else.
+    _expected: the `_step_index` at which the next step, in this thread, is the next row whatever its timestep.
     """
 
     def __init__(self, scheduler: Any, kind: type, before: Run | None = None) -> None:
@@ -44,14 +49,22 @@ class Run:
 
     def _settle(self, scheduler: Any, position: int | None) -> None:
         """The table and the timesteps of the scheduler as it stands."""
-        self.table = self._table(scheduler, position)
+        self._take_table(self._table(scheduler, position))
         self.place = Place(scheduler, self.name, self.hosted)
         self._looked: dict[str, tuple[Any, int]] = look(scheduler)
+
+    def _take_table(self, table: Table) -> None:
+        """_last: the row after which the next one is looked up again, -1 for every one."""
+        self.table = table
+        self._expected = NOWHERE
+        self._counts = table.keeps_time == "index"
+        self._last = -1 if table.reads_time else len(table) - 1
 
     def _forget(self) -> None:
         """No step was taken yet, and nothing is bound."""
         self._seen: dict[str, Any] = {}
         self.next: int | None = None
+        self._expected = NOWHERE
         self._owner: int | None = None
         self._fitted_to_nothing()
         self._ready: tuple[Ready, ...] = ()
@@ -77,12 +90,16 @@ class Run:
     def step(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> Any:
         """One step of the original class: the row on these tensors, and its output in the original's form."""
         with self._lock:
-            full = options.pop("return_dict", True) if self._forms else True
-            generator = options.pop("generator", None) if self._by_generator else None
-            given = options.pop("variance_noise", None) if self._by_noise else None
+            full, generator, given = True, None, None
+            if options:
+                full = options.pop("return_dict", True) if self._forms else True
+                generator = options.pop("generator", None) if self._by_generator else None
+                given = options.pop("variance_noise", None) if self._by_noise else None
             if options or self._seen or self.follows:
                 self._choose(scheduler, timestep, options)
-            row = self._row(scheduler, timestep)
+            expected, row = self._expected, self.next
+            if expected < 0 or scheduler._step_index != expected or threading.get_ident() != self._owner or row is None:
+                row = self._row(scheduler, timestep)
             if not self._simple or not (
                 sample.shape == self._shape == model_output.shape
                 and sample.dtype is self._sample_dtype
@@ -93,16 +110,14 @@ class Run:
                 and model_output.is_cpu
             ):
                 model_output = self._adapt(model_output, sample)
-            if (model_output.requires_grad or sample.requires_grad) and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad):
                 raise RuntimeError(
                     f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
                     f"torch.no_grad(), or use {self.name} itself where you differentiate through a step"
                 )
             x, call, dtype, draws, short, whole = self._ready[row]
             make, reads_denoised = whole if full else short
-            if self.table.on_path and self.next == 0:
-                self._path(scheduler, (model_output, timestep, sample), generator)
-            if draws:
+            if draws or self.table.on_path:
                 self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
             like = sample if self._simple else self._like
             prev = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
@@ -116,8 +131,11 @@ class Run:
                 x.copy_(sample)
                 call(row, model_output, None, prev, denoised)
             self.next = row + 1
-            if self.table.keeps_time == "index":
-                scheduler._step_index += 1
+            if self._counts:
+                self._expected = index = scheduler._step_index + 1
+                scheduler._step_index = index
+                if row >= self._last:
+                    self._expected = NOWHERE
             return make(prev, denoised, sample, model_output)
 
     def _row(self, scheduler: Any, timestep: Any) -> int:
@@ -133,7 +151,7 @@ class Run:
             return self.place.by_value(table, timestep)
         thread = threading.get_ident()
         if self._owner != thread:
-            self._take(thread)
+            self._take(thread, timestep)
         row = self.place.counted(table, scheduler, timestep, self.next)
         if row != self.next and table.history:
             raise RuntimeError(
@@ -142,8 +160,9 @@ class Run:
             )
         return row
 
-    def _take(self, thread: int) -> None:
-        if self._owner is not None:
+    def _take(self, thread: int, timestep: Any) -> None:
+        """Let a thread go on with the run, from the step where it stands."""
+        if self._owner is not None and not self.place.is_at(self.table, self.next or 0, timestep):
             raise RuntimeError(
                 f"{self.name}: two threads step one scheduler, and its steps count on from each other; give each "
                 "thread a copy of its own, copy.deepcopy(scheduler), or call set_timesteps in the thread that goes on"
@@ -176,7 +195,7 @@ class Run:
             before = self.options, self.follows
             self.options, self.follows = chosen, follows
             try:
-                self.table = self._table(scheduler, self.table.first)
+                self._take_table(self._table(scheduler, self.table.first))
             except BaseException:
                 self.options, self.follows = before
                 raise
@@ -186,6 +205,9 @@ class Run:
     def _table(self, scheduler: Any, position: int | None) -> Table:
         """The table of the scheduler from this position on; None: where a run begins that nothing was said of."""
         plain = plain_copy(scheduler, self.kind, self.hosted)
+        timesteps = getattr(plain, "timesteps", None)
+        if timesteps is None or len(timesteps) == 0:
+            raise ValueError(f"{self.name} has no timesteps; call set_timesteps with one step or more")
         if hasattr(plain, "is_scale_input_called"):
             plain.is_scale_input_called = True
         if hasattr(plain, "_step_index"):
@@ -242,6 +264,8 @@ class Run:
         """The step's normals, drawn as the original draws them."""
         assert self.registers is not None
         sample = arguments[2]
+        if self.table.on_path and self.next == 0:
+            self._path(scheduler, arguments, generator)
         if given is not None and generator is not None:
             raise ValueError(f"{self.name}.step: generator and variance_noise are both given; give one of them")
         for draw, noise in draws:
@@ -258,7 +282,7 @@ class Run:
             source = generator if draw.by_generator else None
             alone = source is None or (isinstance(source, torch.Generator) and source.device.type == sample.device.type)
             if alone and draw.dtype == torch.float32 and self.registers.contiguous:
-                noise.normal_(generator=source)
+                torch_normals.fill(noise, source)
                 continue
             from diffusers.utils.torch_utils import randn_tensor
 

@@ -41,6 +41,7 @@ class Hosted:
     def keep(self, scheduler: Any) -> Hosted:
         """This, without what the scheduler no longer has."""
         held = {id(value) for value in vars(scheduler).values()}
+        held |= {id(host) for key, (_, _, host, _) in self._known.items() if key in held}
         self._known = {key: value for key, value in self._known.items() if key in held}
         return self
 
@@ -49,7 +50,7 @@ class Hosted:
         if found is None or found[0] is not value or found[1] != _version(value):
             if isinstance(value, Tensor):
                 host = value.detach().cpu()
-                raw = host.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                raw = host.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
                 found = value, _version(value), host, (str(value.dtype), tuple(value.shape), raw)
             else:
                 found = value, 0, None, repr(sorted(value.items(), key=lambda item: str(item[0])))

@@ -212,8 +212,6 @@ def table_of(plain: Any, first: int, options: Mapping[str, Any], follows: bool, 
     raises where it is no table.
     """
     name = type(plain).__name__
-    if not torch.is_tensor(getattr(plain, "timesteps", None)) and not getattr(plain, "timesteps", None):
-        raise ValueError(f"{name} has no timesteps; call set_timesteps first")
     key = (fingerprint(plain, hosted), first, tuple(sorted(options.items())), follows)
     with _compiling:
         table = _tables.get(key)

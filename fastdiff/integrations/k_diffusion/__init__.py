@@ -7,6 +7,7 @@
 k-diffusion need not be installed. What is equal, and what differs: docs/k_diffusion.md.
 """
 
+from fastdiff.integrations.k_diffusion.denoisers import denoiser
 from fastdiff.integrations.k_diffusion.functions import (
     sample_dpm_2,
     sample_dpm_2_ancestral,
@@ -33,6 +34,7 @@ __all__ = [
     "Patched",
     "Refused",
     "clear",
+    "denoiser",
     "patch",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.engine import backends, ops
+from fastdiff.engine import backends, ops, torch_normals
 from fastdiff.errors import BackendUnavailable
 from fastdiff.integrations.k_diffusion.tables import SLOPE_FIRST, Recipe, Refused
 
@@ -187,7 +187,7 @@ def run(
         memory.registers[plan.rows[0].x].copy_(x)
         memory.row.fill_(0 if recipe.opens else 1)
         if draw is not None and drawn[0]:
-            draw(slot)
+            (draw if recipe.used[0] or draw is not torch_normals.fill else torch_normals.skip)(slot)
         if recipe.opens:
             memory.step(recipe, memory.state[0], external)(memory.state[0])
         copy = _copy_for_versions if torch.is_inference_mode_enabled() else _copy
@@ -214,7 +214,7 @@ def run(
                     taken = taken.float() + (shown.float() - state) if slope_first else taken
                     state.copy_(shown)
             if draw is not None and drawn[r + 1]:
-                draw(slot)
+                (draw if recipe.used[r + 1] or draw is not torch_normals.fill else torch_normals.skip)(slot)
             if taken.dtype is not model_dtype:
                 step, model_dtype = memory.step(recipe, taken, external), taken.dtype
             step(taken)

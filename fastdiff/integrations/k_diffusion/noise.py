@@ -1,7 +1,8 @@
 """Where a run's noise and progress bar come from: this package, or a program's own copy of k-diffusion's sampling.
 
-May import: torch, tqdm, torchsde where it is installed. A program that keeps its own sampling module may have changed
-how noise is drawn there (a seed for each image, a generator of its own); with that module as host its draws are used.
+May import: torch, engine, tqdm, torchsde where it is installed. A program that keeps its own sampling module may have
+changed how noise is drawn there (a seed for each image, a generator of its own); with that module as host its draws are
+used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import auto
+
+from fastdiff.engine import torch_normals
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 _RANDN_LIKE = torch.randn_like
@@ -37,7 +40,7 @@ class Host:
         library = getattr(self.module, "torch", torch)
         plain = library is torch and torch.randn_like is _RANDN_LIKE
         if plain and x.dtype == torch.float32 and x.is_contiguous():
-            return torch.Tensor.normal_  # the same numbers as randn_like's, without a tensor in between
+            return torch_normals.fill  # the same numbers as randn_like's, without a tensor in between
         return lambda slot: slot.copy_(library.randn_like(x))
 
     def white(self, x: Tensor, extra_args: Mapping[str, Any]) -> NoiseSampler | None:

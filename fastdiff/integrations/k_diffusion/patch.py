@@ -63,12 +63,12 @@ def patch(module: ModuleType | None = None) -> Patched:
                 continue
             ours = getattr(functions, name, None)
             why = "no table of this function here" if ours is None else _unlike(ours, theirs)
-            host = None if why or ours is None else _host(module, name, ours, theirs)
-            if isinstance(host, Host) and ours is not None:
-                setattr(module, name, _replacement(ours, theirs, host))
-                replaced.append(name)
+            found = why if why or ours is None else _host(module, name, ours, theirs)
+            if isinstance(found, str) or ours is None:
+                left[name] = why or str(found)
             else:
-                left[name] = why or str(host)
+                setattr(module, name, _replacement(ours, theirs, *found))
+                replaced.append(name)
     return Patched(module.__name__, tuple(replaced), left)
 
 
@@ -109,9 +109,13 @@ def _original(function: Any) -> Any:
     return getattr(function, "_fastdiff_original", None)
 
 
-def _replacement(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], host: Host) -> Callable[..., Tensor]:
+def _replacement(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], host: Host, looks_inside: bool
+) -> Callable[..., Tensor]:
     @functools.wraps(theirs)
     def sample(*args: Any, **kwargs: Any) -> Tensor:
+        if looks_inside and not _adds_noise(args[0] if args else kwargs.get("model")):
+            return theirs(*args, **kwargs)
         try:
             return ours(*args, **kwargs, host=host)
         except Refused as refused:
@@ -140,22 +144,36 @@ def _unlike(ours: Callable[..., Any], theirs: Callable[..., Any]) -> str:
     return "its signature differs: it " + (" and ".join(what) or "has another order")
 
 
-def _host(module: ModuleType, name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Host | str:
-    """The host with which ours gives theirs' numbers and leaves the generator where they do, or why there is none."""
+def _host(
+    module: ModuleType, name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor]
+) -> tuple[Host, bool] | str:
+    """The host with which ours gives theirs' numbers and leaves the generator where they do, or why there is none.
+
+    And whether theirs looks inside the model, for which it was given one with something inside.
+    """
     found = ""
-    for discards, seeded in itertools.product((True, False), (False, True)):
-        host = Host(module, discards, seeded)
-        try:
-            found = _difference(module, name, ours, theirs, host)
-        except Exception as error:
-            return f"does not run on a plain model: {type(error).__name__}: {error}"
-        if not found:
-            return host
+    for model, looks_inside in ((_model, False), (_Comfy(), True)):
+        for discards, seeded in itertools.product((True, False), (False, True)):
+            host = Host(module, discards, seeded)
+            try:
+                found = _difference(module, name, ours, theirs, host, model)
+            except Exception as error:
+                found = f"does not run on a plain model: {type(error).__name__}: {error}"
+                break
+            if not found:
+                return host, looks_inside
+        if not found.startswith("does not run"):
+            break
     return found
 
 
 def _difference(
-    module: ModuleType, name: str, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], host: Host
+    module: ModuleType,
+    name: str,
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    host: Host,
+    model: Callable[..., Tensor],
 ) -> str:
     known = inspect.signature(theirs).parameters
     options: list[dict[str, Any]] = [{}]
@@ -169,7 +187,7 @@ def _difference(
             for function, more in ((theirs, {}), (ours, {"host": host})):
                 torch.default_generator.manual_seed(11)  # torch.manual_seed sets those of every GPU too
                 x = given[0][0] * torch.randn(2, 3, 4, 4) if len(given) == 1 else given[1] * torch.randn(2, 3, 4, 4)
-                end = function(_model, x, *given, extra_args={"seed": 5}, disable=True, **option, **more)
+                end = function(model, x, *given, extra_args={"seed": 5}, disable=True, **option, **more)
                 results.append((end, torch.get_rng_state()))
         (expected, state), (got, after) = results
         error = float((got - expected).abs().max() / expected.abs().max())
@@ -184,6 +202,32 @@ def _model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
     """A smooth denoiser: D of unit Gaussian data, bent."""
     s = sigma.view(-1, 1, 1, 1)
     return x / (1.0 + s * s) + 0.3 * torch.sin(x + s)
+
+
+class _Comfy:
+    """The same denoiser where ComfyUI's functions look for the kind of its schedule, which is none they know."""
+
+    def __init__(self) -> None:
+        self.model_sampling = object()
+        self.inner_model = self.model_patcher = self
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        return _model(x, sigma, **extra)
+
+
+def _adds_noise(model: Any) -> bool:
+    """Whether a ComfyUI model tells its schedule, and x = x0 + sigma n in it; those of flows are of class CONST."""
+    try:
+        guider = model.inner_model
+        told = [guider.inner_model.model_sampling]
+        if hasattr(guider, "model_patcher"):
+            told.append(guider.model_patcher.get_model_object("model_sampling"))
+    except AttributeError:
+        return False
+    return all(kind.__name__ != "CONST" for sampling in told for kind in type(sampling).__mro__)
 
 
 @contextmanager
