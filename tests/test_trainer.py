@@ -242,7 +242,15 @@ def test_steps_that_are_no_number_can_be_left_out(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
 
 
-@pytest.mark.parametrize("change", [{"micro_batch": 3}, {"recompute": True}, {"channels_last": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"micro_batch": 3},
+        {"recompute": True},
+        {"channels_last": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_how_it_is_computed_changes_only_rounding(data: Path, tmp_path: Path, change: dict[str, object]) -> None:
     runs = []
     for name, config in (("a", tiny(data)), ("b", tiny(data, **change))):
@@ -280,6 +288,32 @@ def test_the_weights_file_is_the_average_and_samples(data: Path, tmp_path: Path)
         assert torch.equal(parameter, trainer.ema.weights[name])
     power = load_file(tmp_path / "run" / "model-power_0.1.safetensors")
     assert torch.equal(power["conv_in.weight"], trainer.ema.averages["power_0.1"]["conv_in.weight"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"), [("flow", {}), ("hybrid", {}), ("implicit", {}), ("edm", {"log_variance": True})]
+)
+def test_what_is_trained_is_what_is_loaded(
+    data: Path, tmp_path: Path, objective: str, options: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of a run says its schedule, prediction and variance, and the next command samples from it."""
+    config = tiny(
+        data, objective=objective, images=16, classes=0, weights_dtype="float32", eval_images=16, eval_count=8
+    )
+    trainer = Trainer(config.change(objective_options=options), tmp_path / "run")
+    trainer.train()
+    model = fd.load(tmp_path / "run")
+    assert model.schedule == trainer.objective.schedule and model.prediction == trainer.objective.prediction
+    assert model.learned_variance == (objective == "hybrid") and model.class_names == () and model.null_label is None
+    peer = trainer.objective.denoiser(trainer.previews.network())
+    x, time = torch.randn(2, 1, 8, 8), torch.full((2,), 0.5)
+    torch.testing.assert_close(model(x, time)[:, :1], peer(x, time)[:, :1], rtol=0, atol=1e-6)  # other memory format
+    out = tmp_path / "x.npy"
+    assert (
+        cli.main(["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out", str(out)]) == 0
+    )
+    x = fd.sample(model, (2, 1, 8, 8), steps=2, seed=0, memory_format=torch.channels_last)
+    assert np.array_equal(np.load(out), fd.images.to_pixels(x))
 
 
 def test_one_command_trains_on_a_folder_and_the_next_samples(

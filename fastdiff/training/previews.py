@@ -63,11 +63,11 @@ class Previews:
         count = min(self.config.eval_count, len(source))
         loader = Loader(source, _FIXED, min(count, 64), scale=self.config.scale, device=self.ranks.device)
         total = 0.0
-        with torch.no_grad():
-            for first in range(0, count, loader.batch):
-                batch = loader.read(first)
-                part = self.objective.loss(_plain(net), batch.pictures, batch.labels, batch.seeds, 0)
-                total += float(part.mean) * min(loader.batch, count - first)
+        # No torch.no_grad: the weights want no gradient, but implicit score matching takes one of the input.
+        for first in range(0, count, loader.batch):
+            batch = loader.read(first)
+            part = self.objective.loss(_plain(net), batch.pictures, batch.labels, batch.seeds, 0)
+            total += float(part.mean.detach()) * min(loader.batch, count - first)
         return total / count
 
     def sample(self, images: int) -> Path | None:
