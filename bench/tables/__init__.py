@@ -1,0 +1,1 @@
+"""One file per benchmark: what it prints, and its table in README."""
