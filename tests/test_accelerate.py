@@ -9,6 +9,7 @@ import copy
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate, fast, restore
+from fastdiff.integrations.diffusers import desk as desk_module
 from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.call import Loop
 
@@ -371,6 +372,20 @@ def test_other_schedulers_sizes_and_dtypes_after_accelerating() -> None:
     assert apart(call(pipe), before[-1]) > 0
 
 
+def test_inference_mode_and_another_network() -> None:
+    pipe, other = tiny.make(SD), tiny.make(SD, seed=1).unet
+    before = call(pipe)
+    accelerate(pipe)
+    with torch.inference_mode():
+        assert apart(call(pipe), before) <= LATENT
+        assert apart(call(pipe, callback_on_step_end=lambda pipe, i, t, tensors: tensors), before) <= LATENT
+    assert apart(call(pipe), before) <= LATENT
+    pipe.unet = other
+    assert pipe.unet is other is pipe.components["unet"]
+    changed = call(pipe)
+    assert apart(changed, before) > 1e-2 and apart(changed, call(restore(pipe))) <= LATENT
+
+
 class Own(getattr(diffusers, SD)):  # type: ignore[misc]
     """A pipeline of somebody's own."""
 
@@ -513,112 +528,6 @@ def test_a_saved_pipeline_is_the_original(tmp_path: Path) -> None:
     assert apart(call(pipe), call(back)) <= PICTURE
 
 
-def test_a_solver_runs_as_it_does_in_a_sampler() -> None:
-    """The same plan from the same latents, guided, by `fd.Sampler` on what `Denoiser.from_diffusers` makes of it."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(**tiny.LATENT, timestep_spacing="trailing")
-    pipe = tiny.make(SD, scheduler)
-    options = tiny.arguments(SD, seed=3) | {"output_type": "latent", "latents": torch.randn(1, 4, 8, 8)}
-    cond, uncond = ({"encoder_hidden_states": options[f"{side}prompt_embeds"]} for side in ("", "negative_"))
-    model = fd.Denoiser.from_diffusers(pipe)
-    for solver in ("dpmpp_2m", "heun", "unipc"):
-        plan = fd.plan(solver, model.schedule, 7, "trailing")
-        noisy = {"init": options["latents"], "cond": cond, "uncond": uncond, "guidance": 3.0}
-        expected = fd.Sampler(plan, model).sample((1, 4, 8, 8), **noisy)
-        accelerate(pipe, solver, steps=5)
-        got = pipe(**options | {"num_inference_steps": 7, "guidance_scale": 3.0}).images
-        assert apart(got, expected) <= LATENT
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "config", "solver"),
-    [
-        (SD, "EulerDiscrete", {"timestep_spacing": "trailing"}, "euler"),
-        (SD, "EulerDiscrete", {"timestep_spacing": "leading", "steps_offset": 1}, "euler"),
-        (SD, "DPMSolverMultistep", {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}, "dpmpp_2m"),
-        ("StableDiffusion3Pipeline", "FlowMatchEulerDiscrete", {"shift": 3.0}, "flow_euler"),
-        ("StableDiffusion3Img2ImgPipeline", "FlowMatchEulerDiscrete", {"shift": 3.0}, "flow_euler"),
-        ("FluxPipeline", "FlowMatchEulerDiscrete", {"use_dynamic_shifting": True}, "flow_euler"),
-    ],
-)
-def test_a_solver_on_the_schedulers_own_levels(kind: str, name: str, config: dict[str, Any], solver: str) -> None:
-    """The literature's sampler against diffusers' own of the same name: the same pictures to what its levels differ."""
-    known = tiny.LATENT if kind == SD else {}
-    pipe = tiny.make(kind, getattr(diffusers, f"{name}Scheduler")(**known, **config))
-    before = call(pipe, num_inference_steps=8)
-    accelerate(pipe, solver)
-    after = call(pipe, num_inference_steps=8)
-    plain = call(accelerate(pipe, "ddpm" if kind == SD else "flow_heun"), num_inference_steps=8)
-    assert apart(after, before) <= 1e-4, plain
-
-
-def test_a_solver_draws_from_the_callers_generators() -> None:
-    """Each picture from its own generator, whatever batch it is in."""
-    pipe = accelerate(tiny.make(SD), "dpmpp_2m_sde")
-    together = tiny.arguments(SD, seed=2) | {"num_images_per_prompt": 2, "output_type": "latent"}
-    both = pipe(**together | {"generator": [torch.Generator().manual_seed(seed) for seed in (5, 6)]}).images
-    alone = [pipe(**together | {"num_images_per_prompt": 1, "generator": torch.Generator().manual_seed(seed)}).images
-             for seed in (5, 6)]  # fmt: skip
-    assert apart(both, torch.cat(alone)) <= LATENT and apart(both[:1], both[1:]) > 0.1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eta": 0.5}, "eta is for the pipeline's own scheduler"),
-        ({"callback_on_step_end": lambda *_: {}}, "heun evaluates the network 11 times in 6 steps"),
-    ],
-)
-def test_a_solver_refuses_what_only_the_scheduler_knows(options: dict[str, Any], message: str) -> None:
-    pipe = accelerate(tiny.make(SD), "heun")
-    with pytest.raises(ValueError, match=message):
-        call(pipe, **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("DDPM", {}),
-        ("DDIM", tiny.LATENT),
-        ("DDIM", {**tiny.LATENT, "rescale_betas_zero_snr": True}),
-        ("DPMSolverMultistep", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}),
-        ("DDIM", {"trained_betas": [0.001, 0.01, 0.1, 0.4], "num_train_timesteps": 4}),
-        ("DDPM", {"beta_schedule": "sigmoid", "prediction_type": "sample"}),
-    ],
-)
-def test_from_diffusers_reads_schedule_and_prediction(name: str, config: dict[str, Any]) -> None:
-    scheduler = getattr(diffusers, f"{name}Scheduler")(**config)
-    unet = tiny.make("DDPMPipeline").unet
-    model = fd.Denoiser.from_diffusers(unet, scheduler)
-    assert model.prediction == {"v_prediction": "v", "sample": "x0"}.get(config.get("prediction_type"), "eps")
-    bars = scheduler.alphas_cumprod.double().numpy()
-    ours = model.schedule.alpha_bar(np.arange(len(bars)))
-    assert np.abs(ours - bars).max() < 2e-6 and np.abs(ours / bars.clip(1e-9) - 1)[:-1].max() < 2e-3
-    assert model.shape == (3, 16, 16)
-    x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(model(x, torch.tensor([7.0, 9.0])), unet(x, torch.tensor([7, 9])).sample)
-
-
-def test_from_diffusers_flows_and_what_it_does_not_know() -> None:
-    pipe = tiny.make("StableDiffusion3Pipeline")
-    model = fd.Denoiser.from_diffusers(pipe)
-    assert (model.schedule, model.prediction, model.shape) == (fd.schedules.rectified_flow(), "flow", (4, 8, 8))
-    options = tiny.arguments("StableDiffusion3Pipeline")
-    cond = {"encoder_hidden_states": options["prompt_embeds"], "pooled_projections": options["pooled_prompt_embeds"]}
-    x = torch.randn(1, 4, 8, 8)
-    shown = pipe.transformer(hidden_states=x, timestep=torch.tensor([250.0]), **cond).sample
-    assert torch.equal(model(x, torch.tensor([0.25]), cond), shown)
-    assert fd.Denoiser.from_diffusers(tiny.make("DiTPipeline")).learned_variance
-    assert fd.Denoiser.from_diffusers(tiny.make("FluxPipeline")).net.scale == 1.0
-    edm = fd.Denoiser.from_diffusers(tiny.make("DDPMPipeline").unet, diffusers.EDMEulerScheduler(sigma_max=40.0))
-    assert (edm.prediction, edm.sigma_data, edm.schedule) == ("edm", 0.5, fd.schedules.edm(0.002, 40.0))
-    with pytest.raises(TypeError, match="needs a scheduler with a config"):
-        fd.Denoiser.from_diffusers(pipe.transformer)
-    with pytest.raises(TypeError, match="takes a pipeline with a unet or transformer"):
-        fd.Denoiser.from_diffusers(3, pipe.scheduler)
-    with pytest.raises(ValueError, match="prediction_type 'learned'"):
-        fd.Denoiser.from_diffusers(pipe.transformer, diffusers.DDIMScheduler(prediction_type="learned"))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recorded_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU replays, replayed as it is: one record for other prompts, steps and guidance, on the same buffers."""
@@ -630,14 +539,30 @@ def test_the_recorded_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return [pipe(**tiny.arguments(kind, **case) | {"output_type": form}).images for case in cases]
 
     eager, records, twin = run(), [], copy.deepcopy(pipe)  # type: ignore[var-annotated]
-    engine = vars(pipe)[ENGINE]
-    monkeypatch.setattr(engine, "_recorder", lambda asking: lambda work: (records.append(work), work)[1])
+    recorder = SimpleNamespace(record=lambda work, warm_up: (records.append(work), work)[1])
+    monkeypatch.setattr(desk_module, "recorder_for", lambda device, executor: recorder)
+    accelerate(pipe)
     assert all(apart(ours, theirs) <= LATENT for ours, theirs in zip(run(), eager, strict=True))
     assert len(records) == 1
     if kind in TEXT:
         changed = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
         both = [call(one, callback_on_step_end=watching([], True), **changed) for one in (pipe, restore(twin))]
         assert apart(*both) <= LATENT
+
+
+def test_a_network_that_cannot_be_recorded_runs_eagerly_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(work: Any, warm_up: int) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(desk_module, "recorder_for", lambda device, executor: SimpleNamespace(record=fails))
+    pipe = tiny.make(SD)
+    before = call(pipe)
+    accelerate(pipe)
+    with pytest.warns(UserWarning, match="StableDiffusionPipeline: the network cannot be captured.*graph=False"):
+        assert apart(call(pipe), before) <= LATENT
+    assert apart(call(pipe), before) <= LATENT
+    with pytest.raises(RuntimeError, match="not permitted"):
+        call(accelerate(pipe, graph=True))
 
 
 @pytest.mark.gpu

@@ -5,7 +5,9 @@ The three lines of docs/diffusers.md are what changes between the two.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,28 +16,21 @@ import torch
 
 from fastdiff.integrations.diffusers import fast
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import tiny_pipelines as tiny
+
 diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers", reason="diffusers' text pipelines need transformers (pip install transformers)")
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-SIZE = 16
+SD = "StableDiffusionPipeline"
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     diffusers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
-
-
-def unet() -> Any:
-    return diffusers.UNet2DModel(
-        sample_size=SIZE,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    ).eval()
 
 
 def before_and_after(pipe: Any, call: Callable[[Any], Array]) -> tuple[Array, Array, Any]:
@@ -53,7 +48,7 @@ def same(one: Array, other: Array) -> None:
 
 
 def test_ddpm() -> None:
-    pipe = diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler())
+    pipe = tiny.make("DDPMPipeline")
 
     def call(pipe: Any) -> Array:
         g = torch.Generator().manual_seed(1)
@@ -65,7 +60,7 @@ def test_ddpm() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim(eta: float) -> None:
-    pipe = diffusers.DDIMPipeline(unet(), diffusers.DDIMScheduler())
+    pipe = tiny.make("DDIMPipeline")
 
     def call(pipe: Any) -> Array:
         g = torch.Generator().manual_seed(1)
@@ -75,43 +70,10 @@ def test_ddim(eta: float) -> None:
     same(before, after)
 
 
-def text_pipeline(kind: str, scheduler: Any) -> Any:
-    pytest.importorskip("transformers", reason="diffusers' text pipelines need transformers (pip install transformers)")
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[8, 8],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        attention_head_dim=2,
-    )
-    return getattr(diffusers, kind)(
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=net.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 def prompt(seed: int) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(1, 5, 8, generator=g) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    return {name: value for name, value in tiny.arguments(SD, seed).items() if name.endswith("prompt_embeds")}
 
 
-LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = [
     ("DDIM", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     ("PNDM", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
@@ -127,8 +89,8 @@ SCHEDULERS = [
 @pytest.mark.parametrize(("name", "config"), SCHEDULERS)
 def test_stable_diffusion(name: str, config: dict[str, Any]) -> None:
     """Text to image: other prompts, sizes, steps and guidance through one pipeline."""
-    scheduler = getattr(diffusers, f"{name}Scheduler")(**LATENT, **config)
-    pipe = text_pipeline("StableDiffusionPipeline", scheduler)
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**tiny.LATENT, **config)
+    pipe = tiny.make(SD, scheduler)
 
     def call(pipe: Any) -> Array:
         images = [
@@ -154,8 +116,8 @@ def test_stable_diffusion(name: str, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("name", "config"), SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.5, 0.8])
 def test_stable_diffusion_from_an_image(name: str, config: dict[str, Any], strength: float) -> None:
-    scheduler = getattr(diffusers, f"{name}Scheduler")(**LATENT, **config)
-    pipe = text_pipeline("StableDiffusionImg2ImgPipeline", scheduler)
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**tiny.LATENT, **config)
+    pipe = tiny.make("StableDiffusionImg2ImgPipeline", scheduler)
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
     def call(pipe: Any) -> Array:
@@ -174,7 +136,7 @@ def test_stable_diffusion_from_an_image(name: str, config: dict[str, Any], stren
 
 
 def test_a_saved_pipeline_loads_without_fastdiff(tmp_path: Any) -> None:
-    pipe = diffusers.DDIMPipeline(unet(), diffusers.DDIMScheduler())
+    pipe = tiny.make("DDIMPipeline")
     pipe.scheduler = fast(type(pipe.scheduler)).from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
     back = diffusers.DDIMPipeline.from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -277,3 +278,14 @@ def test_no_file_holds(what):
 def test_weights_are_small():
     weights = sum(path.stat().st_size for path in tracked() if path.suffix in (".safetensors", ".npz", ".pt"))
     assert weights <= 8 * 2**20, f"the weights in the repository are {weights / 2**20:.1f} MiB, at most 8 are allowed"
+
+
+def test_kernels_under_its_bare_name_looks_like_no_package() -> None:
+    """transformers asks for a `kernels` of its own, and finds this folder where Python runs from the repository."""
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.__file__ is None and not hasattr(module, "__version__")
+    with pytest.raises(ImportError, match="must be imported as `fastdiff.kernels`"):
+        module.affine  # noqa: B018

@@ -153,6 +153,29 @@ def test_branches_with_networks_of_their_own_and_a_learned_variance() -> None:
         assert torch.equal(request.result(), fd.sample(learns, (1, *SHAPE), name, seed=i, **options)[0])
 
 
+def test_a_network_made_ready_for_the_times_of_a_plan_serves_others_too() -> None:
+    torch.manual_seed(0)
+    config = fd.models.UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    model = fd.Denoiser(fd.models.UNet(config).eval().fast(), "linear")
+    sampler = fd.Sampler(fd.plan("ddim", "linear", 3), model)
+    stream = sampler.stream((1, 8, 8), slots=2)
+    requests = [stream.submit(seed=0), stream.submit("dpmpp_2m", steps=4, seed=1)]
+    expected = [fd.sample(model, (1, 1, 8, 8), *what, seed=i) for i, what in enumerate((("ddim", 3), ("dpmpp_2m", 4)))]
+    for request, solo in zip(requests, expected, strict=True):
+        assert (request.result() - solo[0]).abs().max() < 1e-5 * solo.abs().max()
+    assert fd.Sampler(fd.plan("ddim", "linear", 3), model)._shelf is sampler._shelf
+
+
 def test_guidance_interval_asks_for_the_unguided_branch_inside_it_only(model: fd.Denoiser) -> None:
     ask = asks(2)[1] | {"solver": "dpmpp_2m", "steps": 8, "guidance_interval": (0.5, 10.0)}
     stream = fd.stream(model, SHAPE, slots=2)

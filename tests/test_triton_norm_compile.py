@@ -32,19 +32,15 @@ class Specialisation(NamedTuple):
 # Shapes of the UNets: DDPM at 32x32 and beside a skip at 16x16, ADM at 64x64 (6 channels a group), SD-1.5 (10 of them)
 WANTED = [
     *[Specialisation("whole_kernel", (1, 128, 32, 32), 32, dtype, True, ("sum",)) for dtype in ("float32", "bfloat16")],
-    Specialisation("whole_kernel", (1, 128, 32, 32), 32, "float16"),
     Specialisation("whole_kernel", (1, 384, 16, 16), 32, "bfloat16", True, ("sum", "skip")),
-    Specialisation("whole_kernel", (1, 128, 32, 32), 32, "bfloat16", False),
-    Specialisation("whole_kernel", (1, 192, 64, 64), 32, "bfloat16", True, ("sum",)),
+    Specialisation("whole_kernel", (1, 128, 32, 32), 32, "float16", False),
     Specialisation("looped_kernel", (64, 320, 64, 64), 32, "bfloat16", True, ("sum", "map")),
-    *[
-        Specialisation(kernel, (1, 320, 64, 64), 32, dtype, True, ("sum", "map"))
-        for kernel in ("parts_kernel", "mapped_kernel")
-        for dtype in ("float32", "bfloat16")
-    ],
+    Specialisation("parts_kernel", (1, 320, 64, 64), 32, "bfloat16", True, ("sum", "map")),
+    Specialisation("mapped_kernel", (1, 320, 64, 64), 32, "bfloat16", True, ("sum", "map")),
     *[Specialisation("alone_kernel", (2, 128, 32, 32), 32, dtype) for dtype in ("float32", "bfloat16")],
     *[Specialisation(kernel, (1, 320, 64, 64), 32, "bfloat16", True, ("map",)) for kernel in BACKWARD[1:]],
 ]
+ELSEWHERE = [WANTED[1], WANTED[8]]  # for architectures other than 90: what uses most registers
 
 
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
@@ -96,21 +92,22 @@ def assert_good(one: Specialisation, report: dict[str, Any]) -> None:
     assert report["resources"]["STACK"] == 0
     assert report["resources"]["LOCAL"] == 0
     assert report["resources"]["REG"] <= 128
-    bulk = Counter({name: n for name, n in report["accesses"].items() if re.search(r"global", name)})
-    wide = sum(count for name, count in bulk.items() if ".v4" in name)
+    accesses = Counter(report["accesses"])
     if report["full"] and "skip" not in one.extras:
-        assert wide > 0, bulk
+        size = 4 if one.dtype == "float32" else 2
+        images = 2 if "sum" in one.extras else 1  # y and the sum, or the gradient
+        assert accesses["st.global.v4.b32"] == images * report["elements"] * size // 16
+        assert not any(re.search(r"global.*b16", name) for name in accesses)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norm_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = WANTED if architecture == 90 else [one for one in WANTED if one.dtype == "bfloat16" and one.last][::2]
+    wanted = WANTED if architecture == 90 else ELSEWHERE
     reports = elsewhere(__file__, architecture, wanted)
     with capsys.disabled():
         spread = (f"{one.kernel} {one.dtype}: {r['resources']['REG']}" for one, r in zip(wanted, reports, strict=True))
         print(f"\nTriton, sm_{architecture}, registers per thread: {'; '.join(spread)}")
     for one, report in zip(wanted, reports, strict=True):
-        print(one, report)
         try:
             assert_good(one, report)
         except AssertionError as error:

@@ -39,8 +39,10 @@ def test_agrees_with_the_plain_network(name: str) -> None:
     torch.testing.assert_close(one, expected[:1], rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in CONFIGS), ("scale-shift", torch.float16), ("no-middle", torch.float16)],
+)
 @torch.no_grad()
 def test_half_precision_errs_at_most_twice_as_much_as_torch(name: str, dtype: torch.dtype) -> None:
     """Weights cast once, no autocast, against float64; the plain network in the same dtype is torch's own error."""
@@ -62,7 +64,8 @@ def test_weights_are_cast_once_and_only_where_it_costs_no_digits() -> None:
     halves = {name.rpartition(".")[2] for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert halves == {"weight", "conv", "far", "conv_out", "conv_out_bias", "shortcut", "qkv", "qkv_bias"}
     assert dtypes["rows_weight"] == dtypes["layers.0.norm1_weight"] == torch.float32
-    assert next(iter(fast.parameters())).dtype == torch.bfloat16, "what a Denoiser takes for the network's dtype"
+    for net in (fast, fast.prepare_times(torch.tensor([3.0]))):
+        assert fd.Denoiser(net, "linear").dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
@@ -77,6 +80,12 @@ def test_packed_weights_follow_a_change_and_a_copy(monkeypatch: pytest.MonkeyPat
         assert conv._packed is not None, "the library's order was used"
         weight.mul_(1.5)
     expected = conv(x)
+    compiled = torch.compile(conv.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    arguments = x, conv.weight.detach(), conv.number, 2, 1
+    torch.library.opcheck(
+        torch.ops.fastdiff.packed_conv.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
     monkeypatch.setattr(packed_conv, "_has_operators", lambda: False)
     torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
 

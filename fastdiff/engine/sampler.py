@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -69,7 +71,8 @@ class Sampler:
         self.plan = plan
         packed = plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
         times = None if isinstance(plan, AdaptivePlan) else torch.from_numpy(packed.coef[:, layout.EMIT_TIME].copy())
-        self.model, self.guide, self.perturbed = _ready(model, times), guide, perturbed
+        self._any_time, self.model = model, _ready(model, times)
+        self.guide, self.perturbed = guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
         captures = graphs.recorder_for(model.device, self.backend) is not None
@@ -150,7 +153,7 @@ class Sampler:
         Requests that bring no plan run this one. options: queue, rule, threshold, table_rows.
         """
         return Stream(
-            self.model, shape, slots, plan=self.plan, backend=self.backend, graph=self.graph and "auto",
+            self._any_time, shape, slots, plan=self.plan, backend=self.backend, graph=self.graph and "auto",
             memory_format=self.memory_format, guide=self.guide, perturbed=self.perturbed, **options,
         )  # fmt: skip
 
@@ -313,10 +316,20 @@ class Sampler:
             return None
 
 
+_prepared: weakref.WeakKeyDictionary[Denoiser, OrderedDict[bytes, Denoiser]] = weakref.WeakKeyDictionary()
+KEPT_TIMES = 8  # of a model, so that samplers of one plan share its buffers and graphs
+
+
 def _ready(model: Denoiser, times: Tensor | None) -> Denoiser:
     """The model, its network made ready for these times where it offers `prepare_times` (models.unet_fast)."""
     prepare = getattr(model.net, "prepare_times", None)
     if prepare is None or times is None:
         return model
-    with torch.inference_mode(False), torch.no_grad():
-        return model.around(prepare(model.as_time(times)))
+    made, key = _prepared.setdefault(model, OrderedDict()), times.numpy().tobytes()
+    if key not in made:
+        with torch.inference_mode(False), torch.no_grad():
+            made[key] = model.around(prepare(model.as_time(times)))
+        while len(made) > KEPT_TIMES:
+            made.popitem(last=False)
+    made.move_to_end(key)
+    return made[key]

@@ -1,16 +1,23 @@
 """A convolution for inference: on a CPU its weights are put into oneDNN's order once, not at each call.
 
-May import: torch. The order is that of torch's own compiler for CPUs; where this torch has no such operator, or traces
-or counts, it is torch's plain convolution of the same weights.
+May import: torch. The order is that of torch's own compiler for CPUs; where this torch has no such operator it is
+torch's plain convolution of the same weights. torch.compile takes it as one operator.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_library = torch.library.Library("fastdiff", "FRAGMENT")
+_library.define("packed_conv(Tensor x, Tensor weight, int layer, int stride, int padding) -> Tensor")
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, PackedConv] = weakref.WeakValueDictionary()
 
 
 class PackedConv(nn.Module):
@@ -23,34 +30,52 @@ class PackedConv(nn.Module):
         super().__init__()
         self.weight = weight
         self.stride, self.padding = stride, padding
-        self._packed: Tensor | None = None
-        self._of: tuple[int, int] = (0, 0)
+        self.number = next(_numbers)
+        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        _layers[self.number] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C_in, H, W] -> [B, C_out, H', W'], in channels_last where the library keeps it."""
-        if torch.compiler.is_compiling() or not self._packs(x):
+        packs = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if not packs:
             return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-        of = self.weight.data_ptr(), self.weight._version
-        if self._packed is None or self._of != of:
-            self._packed, self._of = self._pack(x), of
-        both = [self.padding] * 2, [self.stride] * 2, [1, 1]
-        found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self._packed, None, *both, 1, "none", [], "")
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            return self.packed(x, self.weight)
+        found: Tensor = torch.ops.fastdiff.packed_conv(x, self.weight, self.number, self.stride, self.padding)
         return found
 
-    def _packs(self, x: Tensor) -> bool:
-        plain = x.device.type == "cpu" and x.dtype == torch.float32 and type(x) is Tensor
-        return plain and x.numel() > 0 and not torch.is_grad_enabled() and _has_operators()
-
-    def _pack(self, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same by the weight's copy in the library's order."""
+        if not x.numel() or not _has_operators():
+            return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         both = [self.padding] * 2, [self.stride] * 2, [1, 1]
-        with torch.inference_mode(False):
-            weight = self.weight.detach().to_mkldnn()
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            packed: Tensor = reorder(weight, *both, 1, list(x.shape))
-        return packed
+        of = weight.data_ptr(), weight._version
+        if self._packed is None or self._packed[0] != of:
+            with torch.inference_mode(False):
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+                self._packed = of, reorder(weight.detach().to_mkldnn(), *both, 1, list(x.shape))
+        found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self._packed[1], None, *both, 1, "none", [], "")
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}  # it is neither copied nor stored
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = next(_numbers)
+        _layers[self.number] = self
+
+
+def _run(x: Tensor, weight: Tensor, layer: int, stride: int, padding: int) -> Tensor:
+    return _layers[layer].packed(x, weight).contiguous(memory_format=torch.channels_last)
+
+
+def _fake(x: Tensor, weight: Tensor, layer: int, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight, stride=stride, padding=padding).contiguous(memory_format=torch.channels_last)
+
+
+_library.impl("packed_conv", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastdiff::packed_conv", _fake, lib=_library)
 
 
 def _has_operators() -> bool:

@@ -55,9 +55,10 @@ class FastUNet(nn.Module):
             raise TypeError(f"UNet.fast: dtype must be float32, float16 or bfloat16, got {dtype}; cast the UNet first")
         self.config, self.check, self.expand = net.config, net._check, net._expand
         assert net.conv_in.bias is not None and net.conv_out.bias is not None
+        # the first of the parameters, whose dtype is taken for the network's
+        self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
         self.conv_in = PackedConv(fixed(net.conv_in.weight, dtype, image=True))
         self.conv_in_bias = fixed(net.conv_in.bias)
-        self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
         self.conv_out_bias = fixed(net.conv_out.bias, dtype)
         self.norm_weight, self.norm_bias = fixed(net.conv_norm_out.weight), fixed(net.conv_norm_out.bias)
         self.time_proj, self.time_embedding = net.time_proj, _copied(net.time_embedding)
@@ -144,6 +145,9 @@ class FastUNet(nn.Module):
 class PreparedUNet(nn.Module):
     """A FastUNet for a few times, whose rows are looked up: two small kernels instead of an embedding and its GEMMs."""
 
+    edges: Tensor
+    table: Tensor
+
     def __init__(self, net: FastUNet, times: Tensor) -> None:
         super().__init__()
         device = net.conv_in.weight.device
@@ -151,11 +155,11 @@ class PreparedUNet(nn.Module):
         self.net = net
         # t is in (just below t_i, t_i] exactly when it is t_i; the intervals between lead to a row of NaN
         below = torch.nextafter(times, torch.full_like(times, -torch.inf))
-        self.edges = nn.Parameter(torch.stack((below, times), 1).flatten().to(device), requires_grad=False)
+        self.register_buffer("edges", torch.stack((below, times), 1).flatten().to(device))
         rows = net.project(times.to(device))
         table = torch.full((2 * len(times) + 1, rows.shape[1]), torch.nan, device=device)
         table[1::2] = rows
-        self.table = nn.Parameter(table, requires_grad=False)
+        self.register_buffer("table", table)
 
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
         """As the network it is made from, at the times it is made for."""

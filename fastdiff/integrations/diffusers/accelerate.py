@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff.integrations.diffusers import asking as recording
-from fastdiff.integrations.diffusers.asking import Asking
+from fastdiff.engine import graphs, memory
+from fastdiff.integrations.diffusers.asking import Asking, recorded
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind, check, kind_of
@@ -150,39 +150,30 @@ class Engine:
 
     def replay(self, asking: Asking) -> Callable[[], None] | None:
         """What replays the recorded step for this run's conditions; None where it is run as it is."""
-        record = self._recorder(asking)
-        if record is None:
+        recorder = self._recorder(asking)
+        if recorder is None:
             return None
         try:
             with _current(asking.desk.needs.device):
-                return recording.recorded(asking, record).replay
+                return recorded(asking, recorder).replay
         except RuntimeError as error:
-            if self.graph is True or isinstance(error, torch.OutOfMemoryError):
+            if self.graph is True or memory.ran_out(error):
                 raise
             self.graph = False
-            warnings.warn(
-                f"{self.base.__name__}: its network cannot be recorded in a CUDA graph, running eagerly: {error}. "
-                "accelerate(pipe, graph=False) silences this; the usual causes are a host sync (.item()) or a tensor "
-                "on the CPU in its forward",
-                stacklevel=6,
-            )
+            warnings.warn(f"{self.base.__name__}: {graphs.cannot_capture(error)}", stacklevel=6)
             return None
 
-    def _recorder(self, asking: Asking) -> recording.Record | None:
-        if self.graph is False:
-            return None
-        device, executor, hooked = asking.desk.needs.device, asking.desk.executor, False
-        if device.type == "cuda" and executor in ("triton", "cuda"):
-            hooked = hasattr(asking.network, "_hf_hook")
-            if not hooked:
-                return recording.record_cuda
-        if self.graph is True:
-            why = "moves between devices (offloading)" if hooked else f"runs on {device} with executor {executor!r}"
+    def _recorder(self, asking: Asking) -> graphs.Recorder | None:
+        desk = asking.desk
+        recorder = None if self.graph is False else desk.recorder
+        hooked = recorder is not None and hasattr(asking.network, "_hf_hook")
+        if self.graph is True and (recorder is None or hooked):
+            why = "moves between devices" if hooked else f"runs on {desk.needs.device} with executor {desk.executor!r}"
             raise ValueError(
-                f"accelerate: graph=True needs a network that stays on a CUDA device and executor 'triton' or 'cuda'; "
+                "accelerate: graph=True needs a network that stays on a CUDA device and executor 'triton' or 'cuda'; "
                 f"this one {why}. Use graph='auto'"
             )
-        return None
+        return None if hooked else recorder
 
     def check_time(self, shown: Tensor, expected: Tensor) -> None:
         """Once: what the pipeline shows its network is what the rows will show it."""
@@ -229,7 +220,7 @@ def _accelerated(base: Any, network: str) -> type:
     if hasattr(base, "interrupt"):
 
         def interrupt(self: Any) -> bool:
-            call = _call(self)
+            call = self.__dict__[ENGINE].current
             return (call is not None and call.finished) or base.interrupt.fget(self)
 
         members["interrupt"] = property(interrupt)

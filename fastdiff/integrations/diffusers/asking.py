@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.engine import conditions
+from fastdiff.engine.graphs import WARM_UP, Recorder
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-WARM_UP, KEPT_GRAPHS = 3, 4
+KEPT_STEPS = 4  # recorded ones, on a desk
 
 
 class Asked(NamedTuple):
@@ -115,8 +115,9 @@ class Asking:
 class RecordedStep:
     """One evaluation and its row, recorded; each run's conditions are copied into its own."""
 
-    def __init__(self, asking: Asking, record: Record) -> None:
+    def __init__(self, asking: Asking, recorder: Recorder) -> None:
         desk, first = asking.desk, asking.asked[0].time
+        self._network = asking.network  # which must outlive the record
         self._own = conditions.clone(asking.conditions)
         evaluate = asking.on(self._own)
         count = asking.time_shape.numel()
@@ -132,7 +133,7 @@ class RecordedStep:
         saved = [live.clone() for live in changed]
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self.replay = record(work)
+                self.replay = recorder.record(work, WARM_UP)
         finally:
             for live, before in zip(changed, saved, strict=True):
                 live.copy_(before)
@@ -142,26 +143,13 @@ class RecordedStep:
         conditions.load(self._own, asking.conditions)
 
 
-def record_cuda(work: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of `work`, warmed up on a side stream as torch asks for."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, stream=side):
-        work()
-    return graph.replay
-
-
-def recorded(asking: Asking, record: Record) -> RecordedStep:
+def recorded(asking: Asking, recorder: Recorder) -> RecordedStep:
     """The desk's recorded step for calls like these, with their conditions; recorded where there is none yet."""
     steps = asking.desk.recorded
     key = asking.signature()
     if key not in steps:
-        steps[key] = RecordedStep(asking, record)
-        while len(steps) > KEPT_GRAPHS:
+        steps[key] = RecordedStep(asking, recorder)
+        while len(steps) > KEPT_STEPS:
             del steps[next(iter(steps))]
     steps[key].load(asking)
     return steps[key]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.engine import torch_normals
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.integrations.diffusers.asking import Asked, Asking
 from fastdiff.integrations.diffusers.desk import Desk, Needs
@@ -213,14 +214,14 @@ class Loop:
     def _prepare(self, asking: Asking) -> None:
         """How a row runs that asks so."""
         self._swapped = asking.swapped
-        replay = self.call.engine.replay(asking)
-        if replay is not None:
-            self._step = lambda i: replay()
-            return
         first = asking.asked[0].time
         like = Like(asking.time_shape, first.dtype, first.device)
         times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
         self.call.engine.check_time(first, times[self.next])
+        replay = self.call.engine.replay(asking)
+        if replay is not None:
+            self._step = lambda i: replay()
+            return
         evaluate, advance, form = asking.on(), self.desk.advance, asking.form
 
         def step(i: int) -> None:
@@ -264,7 +265,7 @@ class Loop:
             source = self._generator if draw.by_generator else None
             alone = source is None or (isinstance(source, torch.Generator) and source.device.type == noise.device.type)
             if alone and draw.dtype == torch.float32 and noise.shape == self._shape:
-                noise.normal_(generator=source)
+                torch_normals.fill(noise, source)
                 continue
             from diffusers.utils.torch_utils import randn_tensor
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, ops
+from fastdiff.engine.graphs import recorder_for
 from fastdiff.engine.guide import GuideTensors
 from fastdiff.engine.guide import bind as bind_guide
 from fastdiff.integrations.diffusers.program import Program, Start
@@ -53,6 +54,7 @@ class Desk:
         self._steps: dict[Any, tuple[ops.Step, ...]] = {}
         self._loaded: Start | None = None
         self._guided: tuple[float, float] | None = None
+        self.recorder = recorder_for(needs.device, self.executor)
         self.recorded: dict[Any, Any] = {}
 
     def _allocate(self) -> None:

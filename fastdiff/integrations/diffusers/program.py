@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.integrations.diffusers.pipelines import Kind
-from fastdiff.integrations.diffusers.standing import Hosted, first_index, look, plain_copy
+from fastdiff.integrations.diffusers.standing import PASSING, Hosted, first_index, look, plain_copy
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
 
@@ -89,7 +89,7 @@ def captured(
     and of the latents. Raises what `fd.capture` raises where the steps are no table, and TypeError for one that draws
     from a Brownian tree.
     """
-    own: Any = getattr(type(scheduler), "_fast_of", type(scheduler))
+    own: Any = vars(type(scheduler)).get("_fast_of", type(scheduler))
     plain = plain_copy(scheduler, own, hosted)
     if hasattr(plain, "is_scale_input_called"):
         plain.is_scale_input_called = True
@@ -124,28 +124,36 @@ class Starts:
         self, scheduler: Any, timestep: Tensor, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
     ) -> Start:
         """As `captured`."""
-        seen = look(scheduler)
-        passing = tuple(vars(scheduler).get(name) for name in ("_step_index", "_begin_index"))
+        own = vars(scheduler)
+        passing = own.get("_step_index"), own.get("_begin_index")
         how = passing, _position(scheduler.timesteps, timestep), options, dtypes
-        if self._last is None or self._last[1] != how or not _stands(self._last[0], seen):
+        if self._last is None or self._last[1] != how or not _stands(self._last[0], own):
             start = captured(scheduler, timestep, options, self._kind, dtypes, self._hosted.keep(scheduler))
-            self._last = seen, how, start
+            self._last = look(scheduler), how, start
         return self._last[2]
 
 
-def _stands(before: dict[str, tuple[Any, int]], now: dict[str, tuple[Any, int]]) -> bool:
-    """Whether two looks at a scheduler saw the same."""
-    return before.keys() == now.keys() and all(_alike(*before[name], *now[name]) for name in now)
+def _stands(before: dict[str, tuple[Any, int]], now: dict[str, Any]) -> bool:
+    """Whether the attributes of a scheduler are what `look` saw."""
+    found = 0
+    for name, value in now.items():
+        if name in PASSING:
+            continue
+        if name not in before or not _alike(*before[name], value):
+            return False
+        found += 1
+    return found == len(before)
 
 
-def _alike(one: Any, version: int, other: Any, now: int) -> bool:
-    if one is other:
-        return version == now
-    if type(one) is not type(other):
-        return False
+def _alike(one: Any, version: int, other: Any) -> bool:
     if isinstance(one, Tensor):
         written = 0 if one.is_inference() else one._version
-        return written == version and one.dtype == other.dtype and torch.equal(one, other)
+        same = one is other or (isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other))
+        return written == version and same
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
     if isinstance(one, np.ndarray):
         return bool(np.array_equal(one, other))
     if isinstance(one, list):
