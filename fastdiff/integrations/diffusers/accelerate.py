@@ -22,8 +22,9 @@ from fastdiff.integrations.diffusers.asking import Asking, recorded
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind, check, kind_of
-from fastdiff.integrations.diffusers.program import Program, Start, Starts
+from fastdiff.integrations.diffusers.program import Program, Start, Starts, stands
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
+from fastdiff.integrations.diffusers.standing import look
 
 Pipeline = TypeVar("Pipeline")
 ENGINE = "_fastdiff_engine"  # the attribute of an accelerated pipeline that holds its engine
@@ -84,7 +85,7 @@ class Engine:
         self._running = threading.Lock()
         self._starts = Starts(kind)
         self._desks: list[Desk] = []
-        self._solving: Solving | None = None
+        self._solving: tuple[Solving, dict[str, tuple[Any, int]]] | None = None  # of a scheduler that stood so
         self._timed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -129,10 +130,14 @@ class Engine:
             self._running.release()
 
     def _solver_for(self, scheduler: Any) -> Solving:
-        if self._solving is None or self._solving.original is not scheduler:
+        if (
+            self._solving is None
+            or self._solving[0].original is not scheduler
+            or not stands(self._solving[1], vars(scheduler))
+        ):
             assert self.solver is not None
-            self._solving = Solving(scheduler, self.solver)
-        return self._solving
+            self._solving = Solving(scheduler, self.solver), look(scheduler)
+        return self._solving[0]
 
     def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], latents: Tensor) -> Start:
         """Where in the pipeline's own scheduler a loop begins."""
