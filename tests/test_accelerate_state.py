@@ -218,3 +218,16 @@ def test_pickled_and_without_a_component() -> None:
         del pipe.unet
     pipe.unet = network
     assert torch.equal(call(pipe), before)
+
+
+def test_a_scheduler_replaced_in_a_callback_and_a_predicted_variance_are_refused() -> None:
+    def swap(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.scheduler = scheduler("DDIM")
+        return {}
+
+    with pytest.raises(RuntimeError, match="scheduler was replaced while it runs"):
+        call(accelerate(tiny.make(SD)), callback_on_step_end=swap)
+    pipe = accelerate(tiny.make("DDPMPipeline"))
+    pipe.unet.conv_out = torch.nn.Conv2d(pipe.unet.conv_out.in_channels, 6, 3, padding=1)
+    with pytest.raises(ValueError, match="6 channels for 3; a variance"):
+        call(pipe)

@@ -109,8 +109,14 @@ class Asking:
 
     def _output(self, returned: Any) -> Tensor:
         output = returned[0] if isinstance(returned, tuple) else returned.sample
-        if self.kind.variance and output.shape[1] != self.desk.model_in.shape[1]:
-            output = output[:, : self.desk.model_in.shape[1]]
+        channels = self.desk.model_in.shape[1]
+        if output.shape[1] != channels:
+            if not self.kind.variance:
+                raise ValueError(
+                    f"accelerate: the network gives {output.shape[1]} channels for {channels}; a variance that it "
+                    "predicts is not taken over here. restore(pipe) runs it as it was"
+                )
+            output = output[:, :channels]
         return output.contiguous()
 
 

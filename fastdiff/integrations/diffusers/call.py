@@ -36,6 +36,7 @@ class Call:
     def __init__(self, pipe: Any, base: type, kind: Kind, engine: Any, arguments: Arguments, solving: Solving | None):
         self.pipe, self.base, self.kind, self.engine = pipe, base, kind, engine
         self.solving = solving
+        self._scheduler = vars(pipe)["scheduler"]
         self._arguments = arguments
         self.thread = threading.get_ident()
         self.hoists = all(arguments[name] is None for name in CALLBACKS)
@@ -105,6 +106,11 @@ class Call:
 
     def step(self, timestep: Tensor, sample: Tensor, generator: Any, options: dict[str, Any]) -> Tensor:
         """Run the rows that this step stands for; the state after them."""
+        if self.own("scheduler") is not self._scheduler:
+            raise RuntimeError(
+                f"{self.base.__name__}: its scheduler was replaced while it runs, and the rows are the first one's; "
+                "replace it between two calls, or restore(pipe)"
+            )
         asked, self._asked = self._asked, []
         self.looping = False
         try:

@@ -93,8 +93,8 @@ def captured(
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise TypeError(
             f"accelerate: {own.__name__} uses the variance that the network predicts (variance_type="
-            f"{scheduler.config['variance_type']!r}), which is not taken over; from_config(..., variance_type="
-            "'fixed_small') where the network predicts none, or restore(pipe)"
+            f"{scheduler.config['variance_type']!r}), which is not taken over; make the scheduler with its "
+            "default variance_type where the network predicts none, or restore(pipe)"
         )
     plain = plain_copy(scheduler, own, hosted)
     if hasattr(plain, "is_scale_input_called"):
