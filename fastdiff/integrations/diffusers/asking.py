@@ -6,6 +6,7 @@ May import: torch, engine, and the other files of this folder.
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from fastdiff.integrations.diffusers.pipelines import Kind
 
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
-WEIGHTS = ("_parameters", "_buffers", "_modules")  # told apart by where they live
+WEIGHTS = "_parameters", "_buffers", "_modules"  # told apart by where they live
+BY_VALUE, COLLECTIONS = (bool, int, str), (OrderedDict, dict, set, list, tuple)
 
 
 class Asked(NamedTuple):
@@ -122,8 +124,14 @@ class Asking:
 
 def as_it_stands(module: nn.Module) -> tuple[Any, ...]:
     """What a module's forward may depend on besides weights: class, mode, hooks, processors, numbers and switches."""
-    own = ((name, _told(value)) for name, value in vars(module).items() if name not in WEIGHTS)
-    return type(module), tuple((name, told) for name, told in own if told is not None and told != ())
+    found: list[Any] = [type(module)]
+    for name, value in vars(module).items():
+        kind = type(value)
+        if kind in BY_VALUE:
+            found.append((name, value))
+        elif value is not None and name not in WEIGHTS and (kind not in COLLECTIONS or value):
+            found.append((name, _told(value)))
+    return tuple(found)
 
 
 def moves_weights(network: Any) -> bool:
