@@ -157,7 +157,7 @@ class PreparedUNet(nn.Module):
         below = torch.nextafter(times, torch.full_like(times, -torch.inf))
         self.register_buffer("edges", torch.stack((below, times), 1).flatten().to(device))
         rows = net.project(times.to(device))
-        table = torch.full((2 * len(times) + 1, rows.shape[1]), torch.nan, device=device)
+        table = torch.full((2 * len(times) + 1, rows.shape[1]), torch.nan, dtype=torch.float32, device=device)
         table[1::2] = rows
         self.register_buffer("table", table)
 

@@ -87,11 +87,14 @@ class Rows:
 
     def matrix(self, width: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
         """[time_dim, columns] and [columns]."""
-        weights, biases = [torch.zeros(0, width, device=device), *self._weights], [torch.zeros(0, device=device)]
+        weights, biases = (
+            [torch.zeros(0, width, dtype=torch.float32, device=device), *self._weights],
+            [torch.zeros(0, dtype=torch.float32, device=device)],
+        )
         biases += self._biases
         if self._kept is not None:
             weights.append(torch.eye(width, device=device))
-            biases.append(torch.zeros(width, device=device))
+            biases.append(torch.zeros(width, dtype=torch.float32, device=device))
         return fixed(torch.cat(weights).t()), fixed(torch.cat(biases))
 
 
