@@ -27,7 +27,7 @@ from fastdiff.compiler.skipping import twins
 from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits
 from fastdiff.engine.asked import Asked
-from fastdiff.engine.branches import PERTURBED, Branches, arrange, refuse_modes
+from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
 from fastdiff.engine.crowd import POSITIONS
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
@@ -138,7 +138,7 @@ class Sampler:
                 "this Sampler is drawing in another thread and has one set of buffers; use one per thread"
             )
         try:
-            with self._on_device():
+            with self._on_device(), claimed((self.model, self.guide, self.perturbed)):
                 size = self._at_once(shape, asked, max_batch)
                 if size >= shape[0]:
                     result, self.last_run = self._draw(shape, asked)
