@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff.engine import buffers, seats
+from fastdiff.engine import buffers, crowd, seats
 from fastdiff.engine.table import PlanTable
 from fastdiff.errors import QueueFull, RequestCancelled
 
@@ -248,6 +248,49 @@ def test_no_memory_for_larger_buffers_fails_the_request_that_needs_them(
     with pytest.raises(torch.OutOfMemoryError):
         second.result()
     assert torch.equal(first.result(), alone(model, wanted[0]))
+    assert torch.equal(submit(stream, wanted[1]).result(), alone(model, wanted[1]))
+
+
+@pytest.mark.parametrize("where", ["conditions", "opening"])
+def test_buffers_that_grow_in_part_only_leave_the_stream_as_it_was(
+    model: fd.Denoiser, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = asks(3, guidance=1.0, steps=4)
+    guided = asks(1, guidance=2.0, steps=4)[0]
+    stream = fd.stream(model, SHAPE, slots=2)
+    first = submit(stream, plain[0])
+    stream.step()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((crowd.Lane, "grow") if where == "conditions" else (seats.ops, "bind")), full)
+        second = submit(stream, guided)
+        stream.step()
+        assert second.state == "failed"
+    # what joins from now on is read where it was written, and so is what needs larger buffers
+    for request, ask in ((first, plain[0]), (submit(stream, plain[2]), plain[2]), (submit(stream, guided), guided)):
+        assert torch.equal(request.result(), alone(model, ask))
+
+
+def test_an_image_that_cannot_be_kept_fails_all_and_loses_none(
+    model: fd.Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asks(3, solver="ddim", steps=3)
+    stream = fd.stream(model, SHAPE, slots=3)
+    requests = [submit(stream, ask) for ask in wanted]
+    whole, calls = seats.Seats._left, []
+
+    def second_fails(own: seats.Seats, seat: seats.Seat) -> seats.Left:
+        calls.append(seat)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(own, seat)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seats.Seats, "_left", second_fails)
+        assert list(stream) == requests and stream.pending == 0 and stream.stats().failed == 3
     assert torch.equal(submit(stream, wanted[1]).result(), alone(model, wanted[1]))
 
 

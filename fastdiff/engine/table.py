@@ -50,8 +50,8 @@ class PlanTable:
             place = self._place(len(packed.coef))
             if place is None:
                 return None
-            entry = self._entries[key] = _Entry(place, len(packed.coef))
             write_rows(self.coef, self.ids, packed.coef, packed.ids, place)
+            entry = self._entries[key] = _Entry(place, len(packed.coef))
         entry.users += 1
         self._entries.move_to_end(key)
         return entry.place
