@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
+import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +369,45 @@ def test_what_a_stream_refuses(
 ) -> None:
     with pytest.raises(error, match=words):
         fd.stream(**({"model": model, "shape": SHAPE} | arguments))
+
+
+def test_a_request_whose_result_was_taken_is_not_kept(model: fd.Denoiser) -> None:
+    same = {"cond": {"label": torch.tensor([2.0])}}
+    stream = fd.stream(model, SHAPE, slots=4)
+    requests = [stream.submit("ddim", steps=2, seed=i, **same) for i in range(4)]
+    alive = [weakref.ref(request) for request in requests]
+    requests[2].result()  # the others are done with it and wait for a step
+    requests.pop(1).result()
+    del requests[1:]
+    gc.collect()
+    assert [ref() is None for ref in alive] == [False, True, True, False]
+    landed = stream.step()
+    assert landed[0] is requests[0] and landed[1:] == [alive[3]()] and list(stream) == []
+
+
+def test_what_a_stream_says_of_itself_may_be_asked_while_it_runs(model: fd.Denoiser) -> None:
+    same = {"cond": {"label": torch.tensor([2.0])}}
+    stream, asked, stop = fd.stream(model, SHAPE, slots=4), [], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            asked.append((stream.pending, stream.stats().done))
+
+    before = sys.getswitchinterval()
+    with ThreadPoolExecutor(1) as pool:
+        sys.setswitchinterval(1e-5)
+        watching = pool.submit(watch)
+        try:
+            for i in range(60):
+                stream.submit("ddim", steps=1 + i % 2, seed=i, **same)
+                stream.step()
+            list(stream)
+        finally:
+            stop.set()
+            sys.setswitchinterval(before)
+        watching.result()
+    done = [count for _, count in asked]
+    assert done == sorted(done) and stream.stats().done == 60 and stream.pending == 0
 
 
 def test_threads_take_turns(model: fd.Denoiser) -> None:

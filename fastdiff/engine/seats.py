@@ -113,7 +113,7 @@ class Seats:
     @property
     def plans(self) -> int:
         """How many plans are in the table."""
-        return len(self._table.plans)
+        return len(self._table)
 
     def join(self, request: Request) -> bool:
         """Give a sample a slot from the next row on; False where no slot is free or no room in the table."""

@@ -30,6 +30,9 @@ class PlanTable:
         self.coef, self.ids = coef, ids
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # least recently used first
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def capacity(self) -> int:
         """R."""
