@@ -314,6 +314,8 @@ def _add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: st
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
     _require(executor, x.device)
     total = torch.empty_like(x)
+    if not x.numel():
+        return total
     if executor == "cpp":
         from fastdiff.engine import native
 
