@@ -188,3 +188,15 @@ def test_a_state_that_is_none(at: int, value: int, words: str) -> None:
 
     with pytest.raises(RuntimeError, match=words):
         torch_normals._draw(torch.empty(8192), Broken())  # type: ignore[arg-type]
+
+
+def test_another_default_dtype() -> None:
+    expected = torch.empty(5000, dtype=torch.float32).normal_(generator=torch.Generator().manual_seed(3))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch_normals.is_exact.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            drawn = torch_normals.fill(torch.empty(5000, dtype=torch.float32), torch.Generator().manual_seed(3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(drawn, expected) and torch_normals.is_exact()

@@ -55,7 +55,10 @@ def test_two_processes_are_one(
 
     With "ddpm" the times follow the loss, so each process must have heard the other's.
     """
-    options = {"network": PLAIN, "images": 24, "log_images": 8, "epsilon": 1e-3, "objective": objective}
+    options = {
+        "network": PLAIN, "images": 24, "log_images": 8, "save_images": 8, "epsilon": 1e-3, "objective": objective,
+        "channels_last": True,
+    }  # fmt: skip
     if objective == "ddpm":
         options["objective_options"] = {
             "times": {"name": "loss_second_moment", "history": 1},
@@ -72,10 +75,19 @@ def test_two_processes_are_one(
 
 
 def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
-    """Two processes that shard the weights, then one that has them all: the checkpoint is resharded."""
-    options = {"network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48}
+    """Two processes that shard the weights, then one that has them all: the checkpoint is resharded.
+
+    Where the first checkpoint belongs lies a file, so that only the process that renames fails: both go on.
+    """
+    options = {
+        "network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48, "save_images": 8, "async_save": False,
+        "ema_profiles": [0.1],
+    }  # fmt: skip
     one = alone(data, tmp_path / "one", **options)
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "two" / "checkpoints" / f"{8:012d}").touch()
     train_together(tiny(data, parallel="fsdp", **options | {"images": 24}), tmp_path / "two", 2)
+    assert [line["images"] for line in lines(tmp_path / "two", "save_failed")] == [8]
     resumed = Trainer(tiny(data, **options), tmp_path / "two", resume="auto")
     assert resumed.progress.images == 24
     resumed.train()

@@ -144,5 +144,5 @@ def _buffers(room: Room, batch: int) -> int:
 def _network(room: Room, branches: Branches, row: Row) -> int:
     count = len(branches.names) * branches.batch
     x = torch.zeros(count, *room.shape[1:], dtype=room.dtype, device=room.device).to(memory_format=room.memory_format)
-    time = torch.ones(count, device=room.device)
+    time = torch.ones(count, dtype=torch.float32, device=room.device)
     return memory.peak(lambda: branches.evaluate(row, x, time, room.memory_format), room.device)

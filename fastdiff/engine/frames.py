@@ -114,7 +114,7 @@ class _Normals:
     def draw(self, weights: Weights) -> Tensor:
         """sum_k w_k N(seed, element, id_k, stream_k), in a buffer that the next call overwrites."""
         terms = len(weights)
-        coef = torch.zeros(1, at.COEF_FIXED + at.NOISE_STRIDE * terms)
+        coef = torch.zeros(1, at.COEF_FIXED + at.NOISE_STRIDE * terms, dtype=torch.float32)
         ids = torch.zeros(1, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms, dtype=torch.int32)
         ids[0, at.SLOT + 1 : at.SLOT + at.MAX_SLOTS] = -1
         ids[0, at.DEST + 1 : at.DEST + at.MAX_OUTPUTS] = -1

@@ -58,12 +58,12 @@ def is_exact() -> bool:
         native.load()
     except BackendUnavailable:
         return False
-    ours, theirs = torch.Generator(), torch.Generator()
+    ours, theirs = torch.Generator("cpu"), torch.Generator("cpu")
     with torch.inference_mode(False):
         for count in (TRIED, SMALLEST + 5):
-            drawn = torch.empty(count)
+            drawn, expected = (torch.empty(count, dtype=torch.float32, device="cpu") for _ in range(2))
             _draw(drawn, ours)
-            if not torch.equal(drawn.view(torch.int32), torch.empty(count).normal_(generator=theirs).view(torch.int32)):
+            if not torch.equal(drawn.view(torch.int32), expected.normal_(generator=theirs).view(torch.int32)):
                 return False
     return torch.equal(ours.get_state(), theirs.get_state())
 

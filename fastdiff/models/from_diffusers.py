@@ -66,7 +66,7 @@ def describe(source: Any, scheduler: Any = None) -> Description:
     channels, size = _entry(config, "in_channels"), _entry(config, "sample_size")
     flux = type(network).__name__.startswith("Flux")
     call: nn.Module = network
-    if "timestep" not in list(inspect.signature(network.forward).parameters)[:2]:
+    if "timestep" not in list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters)[:2]:
         call = ByName(network, float(TRAINED) if schedule.kind == "flow" and not flux else 1.0)
     out = _entry(config, "out_channels")
     return Description(

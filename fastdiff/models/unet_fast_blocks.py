@@ -16,10 +16,11 @@ from fastdiff.models.unet_blocks import Attention, Downsample, ResBlock, Upsampl
 
 
 def fixed(tensor: Tensor, dtype: torch.dtype = torch.float32, image: bool = False) -> nn.Parameter:
-    """A copy that is not trained."""
-    copied = tensor.detach().to(dtype, copy=True)
-    copied = copied.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
-    return nn.Parameter(copied, requires_grad=False)
+    """A copy that is not trained, and whose changes are counted also where it is made in inference mode."""
+    with torch.inference_mode(False):
+        copied = tensor.detach().to(dtype, copy=True)
+        copied = copied.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
+        return nn.Parameter(copied, requires_grad=False)
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -87,11 +88,14 @@ class Rows:
 
     def matrix(self, width: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
         """[time_dim, columns] and [columns]."""
-        weights, biases = [torch.zeros(0, width, device=device), *self._weights], [torch.zeros(0, device=device)]
+        weights, biases = (
+            [torch.zeros(0, width, dtype=torch.float32, device=device), *self._weights],
+            [torch.zeros(0, dtype=torch.float32, device=device)],
+        )
         biases += self._biases
         if self._kept is not None:
             weights.append(torch.eye(width, device=device))
-            biases.append(torch.zeros(width, device=device))
+            biases.append(torch.zeros(width, dtype=torch.float32, device=device))
         return fixed(torch.cat(weights).t()), fixed(torch.cat(biases))
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ class Checkpoints:
     """Writes, finds and reads the checkpoints of one run.
 
     keep: how many whole ones stay. in_background: `save` returns when the tensors are copied, and a thread writes.
-    All processes call `save` and `load` together; no other method needs the others.
+    All processes call `save`, `load`, `poll` and `finish` together; an error of one is raised in all.
     """
 
     def __init__(self, run: Path, ranks: Ranks, keep: int = 2, in_background: bool = False) -> None:
@@ -69,56 +70,67 @@ class Checkpoints:
         """
         self.finish()
         target = self.folder / f"{progress.images:012d}"
-        if _is_whole(target):
+        if self.ranks.any(_is_whole(target)):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         staging = self.folder / f".{target.name}"
-        place: dict[str, Any] = {"checkpoint_id": staging, "no_dist": self.ranks.group is None}
-        place |= {} if self.ranks.group is None else {"process_group": self.ranks.group}
+        place = self._place(staging)
         progress = Progress(**asdict(progress))
         if self.in_background:
             future = dcp.async_save(tensors, **place)
             assert isinstance(future, Future)
             self._pending = future, staging, progress
             return
-        try:
-            dcp.save(tensors, **place)
-            self._commit(staging, progress)
-        except BaseException as error:
-            self._fail(staging, error)
+        self._end(lambda: dcp.save(tensors, **place), staging, progress)
 
     def poll(self) -> None:
-        """Put the save in the background in its place, if its thread is done; without waiting."""
-        if self._pending is not None and self._pending[0].done():
+        """Put the save in the background in its place, if the threads of all are done; without waiting."""
+        if self._pending is not None and not self.ranks.any(not self._pending[0].done()):
             self.finish()
 
-    def finish(self) -> None:
-        """Wait for the save in the background, if there is one, and put it in its place."""
+    def finish(self, together: bool = True) -> None:
+        """Wait for the save in the background, if there is one, and put it in its place.
+
+        together: False where the other processes may be elsewhere, after an error; nothing is said to them then.
+        """
         if self._pending is None:
             return
         future, staging, progress = self._pending
         self._pending = None
-        try:
-            future.result()
-            self._commit(staging, progress)
-        except BaseException as error:
-            self._fail(staging, error)
+        self._end(future.result, staging, progress, together)
 
     def load(self, tensors: dict[str, Any], path: Path) -> Progress:
         """Fill the tensors, however they are sharded now, and return how far the run was.
 
         Raises: ValueError when the checkpoint is damaged or of another network.
         """
-        place: dict[str, Any] = {"checkpoint_id": path, "no_dist": self.ranks.group is None}
-        place |= {} if self.ranks.group is None else {"process_group": self.ranks.group}
         try:
-            dcp.load(tensors, **place)
+            dcp.load(tensors, **self._place(path))
             content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())[:500]
             raise ValueError(f"{path} cannot be read into this network: {reason}") from error
         content.pop("files")
         return Progress(**content)
+
+    def _place(self, path: Path) -> dict[str, Any]:
+        """Where torch reads or writes, and over which group."""
+        alone = self.ranks.storage is None
+        return {"checkpoint_id": path, "no_dist": alone} | ({} if alone else {"process_group": self.ranks.storage})
+
+    def _end(self, written: Callable[[], Any], staging: Path, progress: Progress, together: bool = True) -> None:
+        """Put a checkpoint in its place once `written` returns; `together`, all learn whether any process failed."""
+        failure: BaseException | None = None
+        try:
+            written()
+            self._commit(staging, progress)
+        except (Exception, dcp.api.CheckpointException) as error:
+            failure = error
+        except BaseException:  # Ctrl-C
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        failed = failure is not None
+        if self.ranks.any(failed) if together else failed:
+            self._fail(staging, failure)
 
     def _commit(self, staging: Path, progress: Progress) -> None:
         """Rename what all processes have written: the first one's save ends when all have ended theirs."""
@@ -139,12 +151,12 @@ class Checkpoints:
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
-    def _fail(self, staging: Path, error: BaseException) -> None:
+    def _fail(self, staging: Path, error: BaseException | None) -> None:
         shutil.rmtree(staging, ignore_errors=True)
-        if not isinstance(error, Exception | dcp.api.CheckpointException):
-            raise error  # Ctrl-C
         good = self.latest()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        reason = "another process failed"
+        if error is not None:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise OSError(
             f"could not write checkpoint {staging.name[1:]} in {self.folder}: {reason}; "
             f"the last good one is {good.name if good else 'none'}. Make room there and start again with --resume auto"

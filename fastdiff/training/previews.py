@@ -97,6 +97,7 @@ class Previews:
 
     def save_weights(self, images: int) -> None:
         """Write every average as a file that `fd.load` reads: model.safetensors, model-power_0.1.safetensors."""
+        failure: OSError | None = None
         for average in self.ema.averages:
             net = self.network(average)
             if net is None:
@@ -106,8 +107,10 @@ class Previews:
             facts = metadata(self.config, self.objective, images)
             try:
                 unet.save(self.run / name, getattr(torch, self.config.weights_dtype), facts)
-            except SafetensorError as error:
-                raise OSError(f"could not write {self.run / name}: {error}") from error
+            except (OSError, SafetensorError) as error:
+                failure = OSError(f"could not write {self.run / name}: {error}")
+        if failure is not None:  # only now, as the others gather every average too
+            raise failure
 
 
 def _plain(net: torch.nn.Module):  # type: ignore[no-untyped-def]

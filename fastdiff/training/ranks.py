@@ -16,12 +16,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process among `world`. group: gloo, for flags and checkpoints; None when alone."""
+    """rank: of this process among `world`. group: gloo, for flags; None when alone.
+
+    storage: gloo, for checkpoints alone, as a thread writes them while the loop uses `group`.
+    """
 
     rank: int
     world: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    storage: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -89,7 +93,8 @@ def join(device: str = "auto", threads: int | None = None) -> Ranks:
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, place)
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), world, place, dist.new_group(backend="gloo"))
+    group, storage = (dist.new_group(backend="gloo") for _ in range(2))
+    return Ranks(dist.get_rank(), world, place, group, storage)
 
 
 def spread(net: nn.Module, ranks: Ranks, how: str, precision: str, blocks: list[nn.Module]) -> nn.Module:

@@ -96,7 +96,12 @@ class Trainer:
                 stream.close()
             self.save(last=True)
         finally:
-            said.close()
+            try:
+                self.checkpoints.finish(together=False)
+            except OSError as error:
+                self._failed_to_save(error)
+            finally:
+                said.close()
         return reason
 
     def tensors(self) -> dict[str, Tensor]:
@@ -159,7 +164,7 @@ class Trainer:
         config, device = self.config, self.ranks.device
         self.objective = build_objective(config)
         net = with_head(build_network(config, self.objective), self.objective, config.seed).train()
-        if config.channels_last:
+        if config.channels_last and config.parallel != "fsdp":  # which shards contiguous weights only
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net = net.to(device)
         if config.recompute:

@@ -82,7 +82,7 @@ class Desk:
             denoised=None,
             status=zeros(batch, dtype=torch.int32),
             ticket=zeros(batch, dtype=torch.int32),
-            mix=torch.tensor(at.PLAIN_MIX, device=device).repeat(batch, 1),
+            mix=torch.tensor(at.PLAIN_MIX, dtype=torch.float32, device=device).repeat(batch, 1),
         )
         self._settings = zeros(at.SETTINGS)
         self._partial = zeros(batch, at.PARTS, at.SUMS)

@@ -54,7 +54,9 @@ class Program:
     def shown(self, kind: Kind, latents: torch.dtype, like: Like) -> tuple[Tensor, ...]:
         """Per row, what the network is shown: tensors that the network must not write into."""
         with torch.inference_mode(False):
-            times = kind.clock(torch.tensor(self.times), latents).to(device=like.device, dtype=like.dtype)
+            times = kind.clock(torch.tensor(self.times, dtype=torch.float32, device="cpu"), latents).to(
+                device=like.device, dtype=like.dtype
+            )
             return tuple(time.expand(like.shape) for time in times)
 
 
@@ -219,7 +221,7 @@ def _timed(
     kind: Kind, latents: torch.dtype, stochastic: bool,
 ) -> Program:  # fmt: skip
     """The program, its tables emitting what the pipeline shows its network."""
-    shown = kind.clock(torch.tensor(times, dtype=torch.float32), latents).float().numpy()
+    shown = kind.clock(torch.tensor(times, dtype=torch.float32, device="cpu"), latents).float().numpy()
     opening.coef[:, at.EMIT_TIME], rows.coef[:-1, at.EMIT_TIME] = shown[0], shown[1:]
     states = tuple(row.outputs[0].dest for row in plan.rows[1:])
     evaluated = tuple(row.x for row in plan.rows[1:])

@@ -43,8 +43,10 @@ class Registers:
         self.shape, self.stride, self.device = sample.shape, _stride(sample), sample.device
         self.executor = backends.choose(sample.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
-            self._state = torch.zeros(table.plan.registers, 1, sample.numel(), device=sample.device)
-            self._noise = torch.zeros(table.slots, 1, sample.numel(), device=sample.device)
+            self._state = torch.zeros(
+                table.plan.registers, 1, sample.numel(), dtype=torch.float32, device=sample.device
+            )
+            self._noise = torch.zeros(table.slots, 1, sample.numel(), dtype=torch.float32, device=sample.device)
             self._coef = torch.from_numpy(table.coef).to(sample.device, non_blocking=True)
             self._ids = torch.from_numpy(table.ids).to(sample.device, non_blocking=True)
         self._view()
@@ -123,9 +125,9 @@ class Registers:
                 ids=self._ids,
                 row=integers(0, torch.int32),
                 seed=integers(0, torch.int64),
-                guidance=torch.ones(1, device=device),
+                guidance=torch.ones(1, dtype=torch.float32, device=device),
                 noise=self._noise if len(self._noise) else None,
-                denoised=torch.empty(flat, device=device),
+                denoised=torch.empty(flat, dtype=torch.float32, device=device),
                 status=integers(-1, torch.int32),
                 ticket=integers(0, torch.int32),
             )

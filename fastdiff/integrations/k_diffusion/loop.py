@@ -49,7 +49,7 @@ class Memory:
 
         def images(count: int) -> Tensor:
             return (
-                torch.zeros(count * batch, *shape[1:], device=device)
+                torch.zeros(count * batch, *shape[1:], dtype=torch.float32, device=device)
                 .to(memory_format=layout)
                 .unflatten(0, (count, batch))
             )
@@ -60,7 +60,7 @@ class Memory:
         with torch.inference_mode(False):
             self.state, self.noise = images(registers), images(1)
             self.row, self.status, self.ticket = (integers(torch.int32) for _ in range(3))
-            self.seed, self.guidance = integers(torch.int64), torch.ones(batch, device=device)
+            self.seed, self.guidance = integers(torch.int64), torch.ones(batch, dtype=torch.float32, device=device)
         self.registers = list(self.state.unbind())
         self.slot = self.noise[0]
         self._steps: OrderedDict[Any, tuple[ops.Step, Recipe]] = OrderedDict()

@@ -66,7 +66,7 @@ def denoise(model: Denoiser, noisy: Tensor, rho: float, cond: dict[str, Tensor] 
     """D at x = x0 + rho n, on the CPU."""
     at = predictions.coefficients(model.prediction, Level(1.0, rho), model.schedule, model.sigma_data)
     x = noisy.to(model.device)
-    time = torch.full((len(x),), at.time, device=model.device)
+    time = torch.full((len(x),), at.time, dtype=torch.float32, device=model.device)
     output = model((at.c_in * x).to(model.dtype), time, cond).float()
     if model.learned_variance:
         output = output[:, : x.shape[1]]

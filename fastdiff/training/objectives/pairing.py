@@ -26,7 +26,7 @@ def transport(x0: Tensor, table: Tensor, key: Tensor) -> Tensor:
     x0, table, key: what the noising op is given; images count mirrored where they are. z: the normals of the keys.
     Needs SciPy, waits for the device and takes O(B^3) at worst (B = 256: milliseconds): not capturable.
     """
-    rows = torch.zeros(2, *table.shape, device=table.device)
+    rows = torch.zeros(2, *table.shape, dtype=table.dtype, device=table.device)
     rows[0, :, at.INPUT_X0], rows[0, :, at.FLIP] = 1.0, table[:, at.FLIP]
     rows[1, :, at.INPUT_Z] = 1.0
     images, noises = (train_ops.noised(x0, row, key).flatten(1) for row in rows)
