@@ -196,7 +196,7 @@ def _merged(mean, squares, pixels, part, eps, CG: tl.constexpr, PARTS2: tl.const
     middle = tl.sum(away * count[None, :], 1) / pixels
     beside = away - middle[:, None]
     spread = tl.where((count > 0.0)[None, :], squares, 0.0) + CG * count[None, :] * beside * beside
-    variance = tl.sum(spread, 1) / (CG * pixels.to(tl.float32))
+    variance = tl.sum(spread, 1) / (CG * (pixels + 0.0))
     return origin + middle, 1.0 / tl.math.sqrt_rn(variance + eps)
 
 
@@ -227,7 +227,7 @@ def whole_kernel(
     if total is not None:
         _store(total, value, b, pixel, c, mask, pixels, channels, LAST)
     factor, constant = _map(weight, bias, scale, shift, b, scale_stride, shift_stride, channel, there)
-    count = CG * pixels.to(tl.float32)
+    count = CG * (pixels + 0.0)
     mean = _fold(member, tl.sum(tl.where(mask, value, 0.0), 0)) / count
     centre = _spread(member, mean)
     away = tl.where(mask, value - centre[None, :], 0.0)
@@ -341,15 +341,15 @@ def mapped_kernel(
         _store_normalised(y, value, centre, factor, constant, b, pixel, c, mask, pixels, channels, ACT, LAST)
 
 
-@triton.jit(do_not_specialize=["residual_batch"])
+@triton.jit(do_not_specialize=["residual_batch", "tiles"])
 def sum_kernel(
-    x, residual, before, total, pixels, channels, residual_batch, before_stride,
+    x, residual, before, total, pixels, channels, residual_batch, before_stride, tiles,
     PX: tl.constexpr, CH: tl.constexpr, LAST: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """x + before + residual, a tile per program, where no normalisation follows."""
-    b = tl.program_id(2).to(tl.int64)
-    channel, there = _lanes(tl.program_id(0), channels, 1, CH, CH)
-    pixel = _wide(tl.program_id(1) * PX + tl.arange(0, PX), LONG)[:, None]
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    channel, there = _lanes(tl.program_id(1), channels, 1, CH, CH)
+    pixel = _wide(tl.program_id(0) % tiles * PX + tl.arange(0, PX), LONG)[:, None]
     mask = (pixel < pixels) & there[None, :]
     c = channel[None, :]
     added = _per_channel(before, b, before_stride, channel, there, 0.0)
@@ -435,9 +435,9 @@ def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor
     pixels = x[0, 0].numel()
     width = min(_power(channels), 64) if last else 1
     tile = min(TILE // width, _power(pixels))
-    grid = (triton.cdiv(channels, width), triton.cdiv(pixels, tile), batch)
-    sum_kernel[grid](
-        x, residual, before, total, pixels, channels, _moves(residual), _stride(before),
+    tiles = triton.cdiv(pixels, tile)
+    sum_kernel[(tiles * batch, triton.cdiv(channels, width))](
+        x, residual, before, total, pixels, channels, _moves(residual), _stride(before), tiles,
         PX=tile, CH=width, LAST=last, LONG=pixels * channels >= 2**31, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ def _write(
     member, CG: tl.constexpr, PX: tl.constexpr, ACT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """du = rstd (factor g - mean of factor g - n mean of factor g n); returns both means."""
-    count = CG * pixels.to(tl.float32)
+    count = CG * (pixels + 0.0)
     level = _spread(member, _fold(member, factor * of_g)) / count
     slope = _spread(member, _fold(member, factor * of_gn)) / count
     for start in range(begin, end, PX):
@@ -112,7 +112,7 @@ def _store_sums(
     sums, b, channel, there, channels, pixels, of_g, of_gn, of_n, level, slope, factor, rstd
 ):  # fmt: skip
     """[3, C] of one sample: the sums of g, of g n, and of du, which follows from the others."""
-    of_du = rstd * (factor * of_g - pixels.to(tl.float32) * level - slope * of_n)
+    of_du = rstd * (factor * of_g - (pixels + 0.0) * level - slope * of_n)
     to = sums + b * 3 * channels + channel
     tl.store(to, of_g, mask=there)
     tl.store(to + channels, of_gn, mask=there)

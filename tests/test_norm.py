@@ -310,3 +310,25 @@ def test_refuses(change: dict[str, Any], failure: type[Exception], words: str) -
 def test_an_empty_batch_is_an_empty_batch() -> None:
     for executor in EXECUTORS:
         assert norm.norm_act(torch.zeros(0, 4, 3, 3), torch.ones(4), torch.ones(4), 2, executor=executor).shape[0] == 0
+
+
+@pytest.mark.parametrize("act", [True, False])
+def test_second_derivatives(act: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = (2, 8, 4, 3), (8,), (8,), (2, 8), (2, 8), (2, 8)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    x, weight, bias, before, scale, shift = given
+
+    def second(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum((g * g.cos()).sum() for g in first), given)  # type: ignore[arg-type]
+
+    def over(vector: torch.Tensor) -> torch.Tensor:
+        return vector[:, :, None, None]
+
+    plain = torch.nn.functional.group_norm(x + over(before), 2, weight, bias) * (1 + over(scale)) + over(shift)
+    expected = second(torch.nn.functional.silu(plain) if act else plain)
+    vectors = {"before": before, "scale": scale, "shift": shift}
+    got = second(norm.norm_act(x, weight, bias, 2, act=act, executor="reference", **vectors))
+    for one, other in zip(got, expected, strict=True):
+        assert float((one - other).abs().max()) <= 1e-9 * float(other.abs().max())

@@ -331,6 +331,31 @@ def test_rows_of_a_run_alternate(stand_in: type[StandIn], wide: fd.models.UNet, 
         handle.remove()
 
 
+def test_reused_features_belong_to_one_run_and_the_network_is_deep_after_it(wide: fd.models.UNet) -> None:
+    model = fd.models.reuse_features(fd.Denoiser(wide, "linear"), every=3)
+    plan, shape = fd.plan("ddim", "linear", 3), (1, 3, 16, 16)
+    x, t = torch.randn(shape), torch.tensor([10.0])
+    first, second, refused = fd.Sampler(plan, model), fd.Sampler(plan, model), []
+
+    def between(row: Any) -> None:
+        with pytest.raises(RuntimeError, match="another run works with this network"):
+            second.sample(shape, seed=1)
+        refused.append(row.row)
+
+    alone = first.sample(shape, seed=0)
+    assert torch.equal(model.net(x, t), wide(x, t))
+    assert torch.equal(first.sample(shape, seed=0, callback=between), alone) and refused == [0, 1, 2]
+    second.sample(shape, seed=1)  # free again
+
+    def fails(row: Any) -> None:
+        raise KeyError(row.row)
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            first.sample(shape, callback=fails)
+    assert torch.equal(model.net(x, t), wide(x, t))
+
+
 @pytest.mark.parametrize(("every", "least", "most"), [(2, 0.02, 0.035), (3, 0.045, 0.065)])
 def test_reused_features_change_the_sample_by(
     fashion: fd.Denoiser, whole: Any, every: int, least: float, most: float

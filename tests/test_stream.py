@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff.engine import buffers, seats
+from fastdiff.engine import buffers, crowd, seats
 from fastdiff.engine.table import PlanTable
 from fastdiff.errors import QueueFull, RequestCancelled
 
@@ -251,6 +255,49 @@ def test_no_memory_for_larger_buffers_fails_the_request_that_needs_them(
     assert torch.equal(submit(stream, wanted[1]).result(), alone(model, wanted[1]))
 
 
+@pytest.mark.parametrize("where", ["conditions", "opening"])
+def test_buffers_that_grow_in_part_only_leave_the_stream_as_it_was(
+    model: fd.Denoiser, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = asks(3, guidance=1.0, steps=4)
+    guided = asks(1, guidance=2.0, steps=4)[0]
+    stream = fd.stream(model, SHAPE, slots=2)
+    first = submit(stream, plain[0])
+    stream.step()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((crowd.Lane, "grow") if where == "conditions" else (seats.ops, "bind")), full)
+        second = submit(stream, guided)
+        stream.step()
+        assert second.state == "failed"
+    # what joins from now on is read where it was written, and so is what needs larger buffers
+    for request, ask in ((first, plain[0]), (submit(stream, plain[2]), plain[2]), (submit(stream, guided), guided)):
+        assert torch.equal(request.result(), alone(model, ask))
+
+
+def test_an_image_that_cannot_be_kept_fails_all_and_loses_none(
+    model: fd.Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asks(3, solver="ddim", steps=3)
+    stream = fd.stream(model, SHAPE, slots=3)
+    requests = [submit(stream, ask) for ask in wanted]
+    whole, calls = seats.Seats._left, []
+
+    def second_fails(own: seats.Seats, seat: seats.Seat) -> seats.Left:
+        calls.append(seat)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(own, seat)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seats.Seats, "_left", second_fails)
+        assert list(stream) == requests and stream.pending == 0 and stream.stats().failed == 3
+    assert torch.equal(submit(stream, wanted[1]).result(), alone(model, wanted[1]))
+
+
 def test_a_full_queue_and_a_closed_stream(model: fd.Denoiser) -> None:
     same = {"cond": {"label": torch.tensor([2.0])}}
     stream = fd.stream(model, SHAPE, slots=1, queue=2)
@@ -322,6 +369,39 @@ def test_what_a_stream_refuses(
 ) -> None:
     with pytest.raises(error, match=words):
         fd.stream(**({"model": model, "shape": SHAPE} | arguments))
+
+
+def test_a_request_whose_result_was_taken_is_not_kept(model: fd.Denoiser) -> None:
+    same = {"cond": {"label": torch.tensor([2.0])}}
+    stream = fd.stream(model, SHAPE, slots=4)
+    requests = [stream.submit("ddim", steps=2, seed=i, **same) for i in range(4)]
+    alive = [weakref.ref(request) for request in requests]
+    requests[2].result()  # the others are done with it and wait for a step
+    requests.pop(1).result()
+    del requests[1:]
+    gc.collect()
+    assert [ref() is None for ref in alive] == [False, True, True, False]
+    landed = stream.step()
+    assert landed[0] is requests[0] and landed[1:] == [alive[3]()] and list(stream) == []
+
+
+def test_what_a_stream_says_of_itself_may_be_asked_while_it_runs(model: fd.Denoiser) -> None:
+    counting = threading.Event()
+
+    class Slow(list[seats.Left]):
+        def __len__(self) -> int:
+            counting.set()
+            time.sleep(0.1)  # the other thread has all this time to change what is counted
+            return super().__len__()
+
+    stream = fd.stream(model, SHAPE, slots=1)
+    stream.submit("ddim", steps=3, cond={"label": torch.tensor([2.0])})
+    stream._flight.append((None, Slow()))
+    with ThreadPoolExecutor(1) as pool:
+        stepped = pool.submit(lambda: counting.wait() and stream.step())
+        assert stream.pending == 1
+        assert stepped.result() == [] and len(list(stream)) == 1
+    assert stream.stats().done == 1 and stream.pending == 0
 
 
 def test_threads_take_turns(model: fd.Denoiser) -> None:

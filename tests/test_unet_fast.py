@@ -39,6 +39,25 @@ def test_agrees_with_the_plain_network(name: str) -> None:
     torch.testing.assert_close(one, expected[:1], rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@torch.no_grad()
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    for name in ("ddpm-cifar", "no-middle"):
+        net, inputs = networks(name)
+        nothing = [value[:0] for value in inputs]
+        got, expected = net.fast()(*nothing), net(*nothing)
+        assert got.shape == expected.shape == inputs[0][:0].shape and got.dtype == expected.dtype
+
+
+def test_made_in_inference_mode_it_is_as_made_outside() -> None:
+    net, inputs = networks("ddpm-cifar")
+    with torch.inference_mode():
+        inside = net.fast()
+        got = inside(*inputs)
+    with torch.no_grad():
+        assert torch.equal(got, net.fast()(*inputs))
+    assert not any(weight.is_inference() for weight in (*inside.parameters(), *inside.buffers()))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.bfloat16) for name in CONFIGS), ("scale-shift", torch.float16), ("no-middle", torch.float16)],
@@ -155,6 +174,21 @@ def test_the_sampler_prepares_every_row(time_dtype: torch.dtype) -> None:
     got = sampler.sample(x.shape, seed=3)
     assert got.isfinite().all()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_sampler_prepares_again_after_a_change_of_the_weights() -> None:
+    config = CONFIGS["ddpm-cifar"]
+    mine, others = (UNet.from_diffusers(random_peer(config, seed)).fast() for seed in (0, 1))
+    shape, plan = random_inputs(config)[0].shape, fd.plan("ddim", "linear", 3)
+    model = fd.Denoiser(mine, "linear", "eps")
+    before = fd.Sampler(plan, model)
+    assert fd.Sampler(plan, model).model is before.model
+    first = before.sample(shape)
+    mine.load_state_dict(others.state_dict())
+    expected = fd.Sampler(plan, fd.Denoiser(others, "linear", "eps")).sample(shape)
+    assert not torch.equal(expected, first)
+    for sampler in (before, fd.Sampler(plan, model)):
+        assert torch.equal(sampler.sample(shape), expected)
 
 
 # -- torch.compile

@@ -8,7 +8,10 @@ same network on another condition, in one batch with Fc, or from a network of it
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+import threading
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +83,7 @@ class Branches:
         """How the main network works in each row of a run, where it has ways to choose from; None where it has not.
 
         A network whose calls are not alike (fastdiff.models.feature_reuse) has `modes(batches)`, which says it of every
-        call of a run, and an attribute `mode`, which is set before each.
+        call of a run, and an attribute `mode`, which is set for the length of each.
         """
         net: Any = self.model.net
         if not has_modes(self.model):
@@ -107,13 +110,11 @@ class Branches:
         needed = self.needed(row)
         if not needed:
             return None
-        if mode is not None:
-            net: Any = self.model.net
-            net.mode = mode
         copies = self.copies(needed)
         count = copies * self.batch
         own = (x, time) if count == x.shape[0] else (x[:count], time[:count])
-        stacked, variance = ask(self.model, *own, self.conditions[copies - 1], memory_format)
+        with nullcontext() if mode is None else _in_mode(self.model.net, mode):
+            stacked, variance = ask(self.model, *own, self.conditions[copies - 1], memory_format)
         apart: dict[str, Tensor] = {}
         for i, (name, (network, condition)) in enumerate(self.apart.items(), len(self.stack)):
             if name in needed:
@@ -139,6 +140,37 @@ class Branches:
             for (name, (network, _)), condition in zip(self.apart.items(), tree[1], strict=True)
         }
         return own
+
+
+@contextmanager
+def _in_mode(net: Any, mode: Any) -> Iterator[None]:
+    before, net.mode = net.mode, mode
+    try:
+        yield
+    finally:
+        net.mode = before
+
+
+_claimed: weakref.WeakSet[Any] = weakref.WeakSet()  # networks with modes that a run works with now
+_claiming = threading.Lock()
+
+
+@contextmanager
+def claimed(models: Iterable[Denoiser | None]) -> Iterator[None]:
+    """Keep networks whose calls are not alike to one run: RuntimeError where another one works with one of them."""
+    nets = {id(model.net): model.net for model in models if model is not None and has_modes(model)}
+    with _claiming:
+        if any(net in _claimed for net in nets.values()):
+            raise RuntimeError(
+                "another run works with this network now, which keeps the features of one run (reuse_features); give "
+                "each thread a reuse_features(...) of its own around the same UNet"
+            )
+        _claimed.update(nets.values())
+    try:
+        yield
+    finally:
+        with _claiming:
+            _claimed.difference_update(nets.values())
 
 
 def has_modes(model: Denoiser) -> bool:

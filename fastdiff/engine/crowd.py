@@ -41,9 +41,9 @@ class Lane:
 
     def grow(self, entries: int) -> None:
         """Memory for so many entries."""
-        self.conditions = conditions.stretched(self.conditions, entries)
+        stretched = conditions.stretched(self.conditions, entries)
         self._all = torch.zeros(entries, dtype=torch.int64, device=self.network.device)
-        self._asked = []
+        self.conditions, self._asked = stretched, []
 
     def write(self, tree: Any, places: Sequence[int], entries: int) -> None:
         """The k-th entry of every tensor of a request's conditions goes to places[k]."""

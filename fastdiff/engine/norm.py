@@ -273,6 +273,26 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: 
     return x, *of_vectors[:2], *vectors, residual, skip, None, None, None, None
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    *tensors, ctx.groups, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx: Any, of_du: Tensor, of_sums: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives, by torch from the formulas of the first; there are no third ones."""
+    *tensors, stats = ctx.saved_tensors
+    with torch.enable_grad():
+        own = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+        grad, total, weight, bias, before, scale, shift = own
+        assert grad is not None and total is not None and weight is not None and bias is not None
+        made = reference_norm.statistics(total, before, stats)
+        given = Inputs(total, weight, bias, before, scale, shift, None, None)
+        found = reference_norm.backward(grad, given, made, ctx.groups, ctx.act)
+        asked = [tensor for tensor in own if tensor is not None]
+        made_of = iter(torch.autograd.grad(found, asked, (of_du, of_sums.to(found[1].dtype)), allow_unused=True))
+    return *(None if tensor is None else next(made_of) for tensor in own), None, None, None
+
+
 def _of_vectors(
     sums: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, has_scale: bool, has_shift: bool
 ) -> tuple[Tensor | None, ...]:
@@ -294,6 +314,8 @@ def _add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: st
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
     _require(executor, x.device)
     total = torch.empty_like(x)
+    if not x.numel():
+        return total
     if executor == "cpp":
         from fastdiff.engine import native
 
@@ -324,3 +346,6 @@ for _name, _run, _fake in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)
 torch.library.register_autograd("fastdiff::norm_act", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "fastdiff::norm_act_backward", _differentiate_backward, setup_context=_save_backward, lib=_library
+)

@@ -36,7 +36,8 @@ def forward(given: Inputs, groups: int, eps: float, act: bool) -> tuple[Tensor, 
     if shift is not None:
         y = y + _over(shift, x).to(y.dtype)
     y = F.silu(y) if act else y
-    return y.to(x.dtype), total.to(x.dtype), stats if x.dtype == torch.float64 else stats.float()
+    total = total.to(x.dtype) if total is not x else total.clone()
+    return y.to(x.dtype), total, stats if x.dtype == torch.float64 else stats.float()
 
 
 def backward(grad: Tensor, given: Inputs, stats: Tensor, groups: int, act: bool) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,16 @@ def backward(grad: Tensor, given: Inputs, stats: Tensor, groups: int, act: bool)
     du = rstd * (dn - mean_of_group(dn) - n * mean_of_group(dn * n))
     sums = torch.stack((g.sum(pixels), (g * n).sum(pixels), du.sum(pixels)), dim=1)
     return du.to(total.dtype), sums
+
+
+def statistics(total: Tensor, before: Tensor | None, stats: Tensor) -> Tensor:
+    """`stats` [B, groups, 2] as a function of the sum, to differentiate: their own values, the derivative of both."""
+    u = total_of(total, before, None, None).flatten(2).unflatten(1, (stats.shape[1], -1)).flatten(2)
+    mean = u.mean(2)
+    variance = (u - mean[:, :, None]).square().mean(2)
+    own_mean, own_rstd = (column.to(u.dtype) for column in stats.detach().unbind(2))
+    rstd = torch.rsqrt(own_rstd**-2 + (variance - variance.detach()))
+    return torch.stack((own_mean + (mean - mean.detach()), rstd), dim=2)
 
 
 def _wide(image: Tensor) -> Tensor:

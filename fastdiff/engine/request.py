@@ -53,6 +53,7 @@ class Request:
     work: Work = field(repr=False)
     drive: Callable[[Request], None] = field(repr=False)
     withdraw: Callable[[Request], bool] = field(repr=False)
+    claim: Callable[[Request], None] = field(repr=False)
     state: str = WAITING
     submitted: float = field(default_factory=time.perf_counter)
     joined: float | None = None
@@ -88,6 +89,7 @@ class Request:
         """
         while not self.done:
             self.drive(self)
+        self.claim(self)
         if self.state == CANCELLED:
             raise RequestCancelled("this request was cancelled and has no sample; submit it again")
         if self.error is not None:

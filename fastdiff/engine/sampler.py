@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastdiff.compiler.skipping import twins
 from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
 from fastdiff.engine.arguments import batch_shape, check_alike, check_fits
 from fastdiff.engine.asked import Asked
-from fastdiff.engine.branches import PERTURBED, Branches, arrange, refuse_modes
+from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
 from fastdiff.engine.crowd import POSITIONS
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
@@ -70,8 +70,9 @@ class Sampler:
                 check_alike(name, other, model)
         self.plan = plan
         packed = plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
-        times = None if isinstance(plan, AdaptivePlan) else torch.from_numpy(packed.coef[:, layout.EMIT_TIME].copy())
-        self._any_time, self.model = model, _ready(model, times)
+        adaptive = isinstance(plan, AdaptivePlan)
+        self._times = None if adaptive else torch.from_numpy(packed.coef[:, layout.EMIT_TIME].copy())
+        self._any_time, self.model = model, _ready(model, self._times)
         self.guide, self.perturbed = guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
@@ -138,7 +139,8 @@ class Sampler:
                 "this Sampler is drawing in another thread and has one set of buffers; use one per thread"
             )
         try:
-            with self._on_device():
+            self.model = _ready(self._any_time, self._times)  # its weights may have changed since the last run
+            with self._on_device(), claimed((self.model, self.guide, self.perturbed)):
                 size = self._at_once(shape, asked, max_batch)
                 if size >= shape[0]:
                     result, self.last_run = self._draw(shape, asked)
@@ -316,7 +318,9 @@ class Sampler:
             return None
 
 
-_prepared: weakref.WeakKeyDictionary[Denoiser, OrderedDict[bytes, Denoiser]] = weakref.WeakKeyDictionary()
+_Prepared = OrderedDict[bytes, tuple[Hashable, Denoiser]]  # by times, with the weights they were computed from
+_prepared: weakref.WeakKeyDictionary[Denoiser, _Prepared] = weakref.WeakKeyDictionary()
+_preparing = threading.Lock()
 KEPT_TIMES = 8  # of a model, so that samplers of one plan share its buffers and graphs
 
 
@@ -325,11 +329,14 @@ def _ready(model: Denoiser, times: Tensor | None) -> Denoiser:
     prepare = getattr(model.net, "prepare_times", None)
     if prepare is None or times is None:
         return model
-    made, key = _prepared.setdefault(model, OrderedDict()), times.numpy().tobytes()
-    if key not in made:
-        with torch.inference_mode(False), torch.no_grad():
-            made[key] = model.around(prepare(model.as_time(times)))
-        while len(made) > KEPT_TIMES:
-            made.popitem(last=False)
-    made.move_to_end(key)
-    return made[key]
+    net: Any = model.net
+    key, weights = times.numpy().tobytes(), net.time_weights()
+    with _preparing:
+        made = _prepared.setdefault(model, OrderedDict())
+        if key not in made or made[key][0] != weights:
+            with torch.inference_mode(False), torch.no_grad():
+                made[key] = weights, model.around(prepare(model.as_time(times)))
+            while len(made) > KEPT_TIMES:
+                made.popitem(last=False)
+        made.move_to_end(key)
+        return made[key][1]

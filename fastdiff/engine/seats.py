@@ -90,7 +90,8 @@ class Seats:
         self._joined: list[Seat] = []
         self._moved, self._asking = True, 0  # somebody joined or left since entries were chosen, and how many they were
         self._replays: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
-        self._use(Buffers(self._room))
+        self._buffers = Buffers(self._room)
+        self._opening, self._open_step = self._opener(self._buffers)
         self._table = PlanTable(self._buffers.tensors.coef, self._buffers.tensors.ids)
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class Seats:
     @property
     def plans(self) -> int:
         """How many plans are in the table."""
-        return len(self._table.plans)
+        return len(self._table)
 
     def join(self, request: Request) -> bool:
         """Give a sample a slot from the next row on; False where no slot is free or no room in the table."""
@@ -147,12 +148,12 @@ class Seats:
             self._stale = False
         self._replay() if self.recorder is not None else self._advance()
         self.evaluated += self._asking
-        done = []
         for seat in self:
             seat.run += 1
             self._row[seat.slot] += 1
-            if seat.run == len(seat.work.needed):
-                done.append(self._left(seat))
+        done = [self._left(seat) for seat in self if seat.run == len(seat.work.needed)]
+        for left in done:  # not before all have their images: where one fails they are all still here
+            self.leave(left.seat)
         return done
 
     def failed(self) -> list[Seat]:
@@ -170,7 +171,6 @@ class Seats:
         t = self._buffers.tensors
         image = t.state[seat.work.plan.result, seat.slot].clone()
         flags = torch.stack((t.status[seat.slot], image.isfinite().all().to(torch.int32)))
-        self.leave(seat)
         return Left(seat, image, flags.to("cpu", non_blocking=True))
 
     def _open(self) -> None:
@@ -254,21 +254,22 @@ class Seats:
                 into[: len(source)] = source
         if before.mix is None and after.mix is not None:
             upload(after.mix, np.tile(np.array(at.PLAIN_MIX, dtype=np.float32), (self.slots, 1)))
-        self._table.moved(after.coef, after.ids)
-        self._room, self._stale, self._moved = wanted, True, True
-        self._replays.clear()
+        made = self._opener(new)
+        self._replays.clear()  # they may read what a crowd that grew, if only in part, has let go
         if wanted.copies != room.copies:
             self._crowd.grow(wanted.copies * self.slots)
-        self._use(new)
+        self._table.moved(after.coef, after.ids)
+        self._room, self._stale, self._moved = wanted, True, True
+        self._buffers, (self._opening, self._open_step) = new, made
 
-    def _use(self, buffers: Buffers) -> None:
+    def _opener(self, buffers: Buffers) -> tuple[Tensor, ops.Step]:
+        """The row counter [slots] and the step of the opening rows on these buffers."""
         t = buffers.tensors
-        self._buffers = buffers
         if self._reduces is not None:
             buffers.set_reduction(self._reduces)
-        self._opening = torch.full_like(t.row, -1)
-        opening = dataclasses.replace(t, row=self._opening, variance=None, momentum=None)
-        self._open_step = ops.bind(opening, self._executor, uses_e=False)
+        rows = torch.full_like(t.row, -1)
+        opening = dataclasses.replace(t, row=rows, variance=None, momentum=None)
+        return rows, ops.bind(opening, self._executor, uses_e=False)
 
 
 def batch_size(count: int, most: int) -> int:

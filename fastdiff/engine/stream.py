@@ -12,7 +12,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,8 +63,9 @@ class Stream:
     """A running batch of `slots` samples of shape [*S], and a queue of those that wait for a slot.
 
     `submit` adds a request, from any thread. `step` runs one row of every sample; so does each turn of a loop over the
-    stream, which gives requests as they are done, and `Request.result`; threads take turns. queue: requests that may
-    wait; one more raises QueueFull. plan: what `submit` runs where it is given none. rule, threshold: of all requests.
+    stream, which gives requests as they are done, and `Request.result`; threads take turns. A request whose result was
+    taken is not given once more. queue: requests that may wait; one more raises QueueFull. plan: what `submit` runs
+    where it is given none. rule, threshold: of all requests.
     table_rows: rows of plans kept in device memory, about 300 bytes each; one plan must fit. The rest as in `Sampler`.
     in_order: the networks see the samples in the order they joined, as the frames of a video (`rolling`).
     """
@@ -120,7 +121,8 @@ class Stream:
         self._queue: deque[Request] = deque()
         self._lock, self._turn = threading.Lock(), threading.RLock()
         self._flight: deque[tuple[Any, list[Left]]] = deque()
-        self._unclaimed: deque[Request] = deque(maxlen=KEPT_LATENCIES)  # done, and not yet returned by a step
+        self._books = threading.Lock()  # of what follows, which other threads read and take from; held for no work
+        self._unclaimed: OrderedDict[Request, None] = OrderedDict()  # done, not returned by a step or by result
         self._latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self._counts = dict.fromkeys((DONE, FAILED, CANCELLED), 0)
         self._rows = self._used = 0
@@ -174,7 +176,7 @@ class Stream:
                     "more are added, or give it a longer queue"
                 )
             work = dataclasses.replace(made, conditions=self._crowd.check(made.branches))
-            request = Request(work, self._drive, self._withdraw)
+            request = Request(work, self._drive, self._withdraw, self._claim)
             self._queue.append(request)
         return request
 
@@ -184,15 +186,11 @@ class Stream:
         A request that fails does not stop the others. On a GPU a request is done when the device is, up to two rows
         later than it was queued.
         """
-        with self._turn, torch.inference_mode(False), torch.no_grad(), self._on_device():
-            started = time.perf_counter()
-            self._admit()
-            if len(self._seats):
-                self._run()
-            self._land()
-            self._seconds += time.perf_counter() - started
-            landed = list(self._unclaimed)
-            self._unclaimed.clear()
+        with self._turn:
+            self._advance()
+            with self._books:
+                landed = list(self._unclaimed)
+                self._unclaimed.clear()
             return landed
 
     def __iter__(self) -> Iterator[Request]:
@@ -203,22 +201,26 @@ class Stream:
     @property
     def pending(self) -> int:
         """Requests that wait, run, or are queued on the device."""
-        return len(self._queue) + len(self._seats) + sum(len(lefts) for _, lefts in self._flight)
+        with self._books:
+            return len(self._queue) + len(self._seats) + sum(len(lefts) for _, lefts in self._flight)
 
     def stats(self) -> StreamStats:
         """What was done so far."""
-        done = self._counts[DONE]
-        median, late = np.quantile(self._latencies, (0.5, 0.95)) if self._latencies else (0.0, 0.0)
+        with self._books:
+            counts, latencies, seconds = dict(self._counts), list(self._latencies), self._seconds
+            rows, used = self._rows, self._used
+        done = counts[DONE]
+        median, late = np.quantile(latencies, (0.5, 0.95)) if latencies else (0.0, 0.0)
         return StreamStats(
             done=done,
-            failed=self._counts[FAILED],
-            cancelled=self._counts[CANCELLED],
-            rows=self._rows,
+            failed=counts[FAILED],
+            cancelled=counts[CANCELLED],
+            rows=rows,
             evaluated=self._seats.evaluated,
-            seconds=self._seconds,
-            throughput=done / self._seconds if self._seconds else 0.0,
+            seconds=seconds,
+            throughput=done / seconds if seconds else 0.0,
             latency=(float(median), float(late)),
-            occupancy=self._used / (self._rows * self._seats.slots) if self._rows else 0.0,
+            occupancy=used / (rows * self._seats.slots) if rows else 0.0,
             plans=self._seats.plans,
             bytes=self._seats.bytes,
         )
@@ -237,6 +239,16 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _advance(self) -> None:
+        with torch.inference_mode(False), torch.no_grad(), self._on_device():
+            started = time.perf_counter()
+            self._admit()
+            if len(self._seats):
+                self._run()
+            self._land()
+            with self._books:
+                self._seconds += time.perf_counter() - started
 
     def _admit(self) -> None:
         """Let those that wait join, first come, first served, while there is a slot and room in the table."""
@@ -266,9 +278,11 @@ class Stream:
         except BaseException:
             self._fail_all(RequestCancelled("the stream was interrupted while this request ran; submit it again"))
             raise
-        self._rows += 1
-        self._used += running
-        self._flight.append((self._mark(), left))
+        mark = self._mark()
+        with self._books:
+            self._rows += 1
+            self._used += running
+            self._flight.append((mark, left))
         for seat in self._seats.failed():
             why = self._not_finite(seat, self._seats.status(seat))
             self._seats.leave(seat)
@@ -282,7 +296,7 @@ class Stream:
             if self._seats.recorder is None or self._insist or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._seats.recorder = None
-            warnings.warn(graphs.cannot_capture(error), stacklevel=5)
+            warnings.warn(graphs.cannot_capture(error), stacklevel=6)
             return self._seats.run()
 
     def _mark(self) -> Any:
@@ -301,7 +315,8 @@ class Stream:
                 if not (wait or len(self._flight) > AHEAD or not len(self._seats)):
                     break
                 event.synchronize()
-            self._flight.popleft()
+            with self._books:
+                self._flight.popleft()
             for left in lefts:
                 self._settle(left)
 
@@ -318,12 +333,20 @@ class Stream:
 
     def _end(self, request: Request, state: str, image: Tensor | None = None, error: Exception | None = None) -> None:
         request.image, request.error, request.finished = image, error, time.perf_counter()
-        request.state = state
-        self._counts[state] += 1
-        if state != CANCELLED:
-            self._unclaimed.append(request)
-        if state == DONE and request.latency is not None:
-            self._latencies.append(request.latency)
+        with self._books:
+            request.state = state
+            self._counts[state] += 1
+            if state != CANCELLED:
+                self._unclaimed[request] = None
+                if len(self._unclaimed) > KEPT_LATENCIES:
+                    self._unclaimed.popitem(last=False)
+            if state == DONE and request.latency is not None:
+                self._latencies.append(request.latency)
+
+    def _claim(self, request: Request) -> None:
+        """It was given out, so a step does not give it out too."""
+        with self._books:
+            self._unclaimed.pop(request, None)
 
     def _fail_all(self, error: Exception) -> None:
         for seat in self._seats:
@@ -343,7 +366,7 @@ class Stream:
     def _drive(self, request: Request) -> None:
         with self._turn:
             if not request.done:
-                self._unclaimed.extend(self.step())  # for whoever loops over the stream
+                self._advance()  # what is done besides waits for whoever loops over the stream
 
     def _withdraw(self, request: Request) -> bool:
         with self._turn:

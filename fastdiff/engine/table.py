@@ -30,6 +30,9 @@ class PlanTable:
         self.coef, self.ids = coef, ids
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # least recently used first
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def capacity(self) -> int:
         """R."""
@@ -50,8 +53,8 @@ class PlanTable:
             place = self._place(len(packed.coef))
             if place is None:
                 return None
-            entry = self._entries[key] = _Entry(place, len(packed.coef))
             write_rows(self.coef, self.ids, packed.coef, packed.ids, place)
+            entry = self._entries[key] = _Entry(place, len(packed.coef))
         entry.users += 1
         self._entries.move_to_end(key)
         return entry.place

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff.errors import unknown_name
 from fastdiff.models.denoiser import Denoiser, ask
 from fastdiff.process import schedules
 
@@ -30,6 +29,15 @@ class Network(nn.Module):
     def forward(self, x: Tensor, t: Tensor, *given: Any, **conditions: Any) -> Tensor:
         """E[n - x0 | x], [B, *S], at x [B, *S] and time t [B], 1 at the noise."""
         own = self.time_scale * (1.0 - t if self.data_at else t)
+        try:
+            return self._ask(x, own, given, conditions)
+        except TypeError as error:
+            hint = f"it was called as {self.call!r}; flow_matching.wrap(model, call=...) has " + ", ".join(
+                repr(call) for call in CALLS if call != self.call
+            )
+            raise TypeError(f"{error} ({hint})") from error
+
+    def _ask(self, x: Tensor, own: Tensor, given: tuple[Any, ...], conditions: dict[str, Any]) -> Tensor:
         if self.call == "x, t":
             velocity: Tensor = ask(self.model, x, own, *given, **conditions)
         elif self.call == "t, x":
@@ -59,7 +67,7 @@ def wrap(
             "the wrong axis; give wrap(lambda x, t: model(x=x, t=t[0]))"
         )
     if call not in CALLS:
-        raise unknown_name("call", call, CALLS)
+        raise ValueError(f"call must be one of {', '.join(map(repr, CALLS))}: how the network is called; got {call!r}")
     if data_at not in (0, 1):
         raise ValueError(f"data_at must be 0 or 1, the time at which the path is at the data, got {data_at!r}")
     if not (isinstance(time_scale, int | float) and math.isfinite(time_scale) and time_scale > 0):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,6 +97,15 @@ class FastUNet(nn.Module):
         """
         return self if self.class_embedding is not None else PreparedUNet(self, times)
 
+    def time_weights(self) -> Hashable:
+        """Another value once the weights that `prepare_times` computes with are others, or elsewhere."""
+        modules = self.time_proj, self.time_embedding
+        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+        return tuple(
+            (w.data_ptr(), 0 if w.is_inference() else w._version, w.device, w.dtype)
+            for w in (*weights, self.rows_weight, self.rows_bias)
+        )
+
     def run(self, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         """The network on x [B, in_channels, H, W] with the rows that `project` gave."""
         patch = self.config.patch_size
@@ -177,4 +186,5 @@ def _pad_to_skips(layers: Sequence[Layer]) -> None:
 
 
 def _copied(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode(False):  # as `fixed`
+        return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

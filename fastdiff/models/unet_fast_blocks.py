@@ -16,10 +16,11 @@ from fastdiff.models.unet_blocks import Attention, Downsample, ResBlock, Upsampl
 
 
 def fixed(tensor: Tensor, dtype: torch.dtype = torch.float32, image: bool = False) -> nn.Parameter:
-    """A copy that is not trained."""
-    copied = tensor.detach().to(dtype, copy=True)
-    copied = copied.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
-    return nn.Parameter(copied, requires_grad=False)
+    """A copy that is not trained, and whose changes are counted also where it is made in inference mode."""
+    with torch.inference_mode(False):
+        copied = tensor.detach().to(dtype, copy=True)
+        copied = copied.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
+        return nn.Parameter(copied, requires_grad=False)
 
 
 def as_images(x: Tensor) -> Tensor:

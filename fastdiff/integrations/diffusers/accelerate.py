@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine import graphs, memory
-from fastdiff.integrations.diffusers.asking import Asking, recorded
+from fastdiff.integrations.diffusers.asking import Asking, moves_weights, recorded
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
-from fastdiff.integrations.diffusers.pipelines import Arguments, Kind, check, kind_of
-from fastdiff.integrations.diffusers.program import Program, Start, Starts
+from fastdiff.integrations.diffusers.pipelines import Arguments, check, kind_of
+from fastdiff.integrations.diffusers.program import Program, Start, Starts, stands
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
+from fastdiff.integrations.diffusers.standing import look
 
 Pipeline = TypeVar("Pipeline")
 ENGINE = "_fastdiff_engine"  # the attribute of an accelerated pipeline that holds its engine
 KEPT_DESKS = 2
-TRIED_STEPS = 3  # of the trial that tells a scheduler that is no table
+TRIED_STEPS = 3, 12  # of the trials that tell a scheduler that is no table; some need more than a few
 
 
 def accelerate(
@@ -45,18 +46,18 @@ def accelerate(
     """
     engine = _engine(pipe)
     base: type = type(pipe) if engine is None else engine.base
-    kind = kind_of(base)
+    kind_of(base)  # TypeError where it is not known
     if solver is not None:
         check_solver(solver)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"accelerate: steps must be a number of steps, 1 or more, or None, got {steps!r}")
     if graph not in (True, False, "auto"):
         raise ValueError(f"accelerate: graph must be 'auto', True or False, got {graph!r}")
-    engine = Engine(kind, base, solver, steps, graph)
+    engine = Engine(base, solver, steps, graph)
     engine.check(pipe)
     restore(pipe)
     vars(pipe)[ENGINE] = engine
-    pipe.__class__ = _accelerated(base, kind.network)
+    pipe.__class__ = _accelerated(base)
     return pipe
 
 
@@ -78,29 +79,36 @@ class Engine:
     where nothing does.
     """
 
-    def __init__(self, kind: Kind, base: type, solver: str | None, steps: int | None, graph: bool | str) -> None:
-        self.kind, self.base, self.solver, self.steps, self.graph = kind, base, solver, steps, graph
+    def __init__(self, base: type, solver: str | None, steps: int | None, graph: bool | str) -> None:
+        self.kind, self.base, self.solver, self.steps, self.graph = kind_of(base), base, solver, steps, graph
         self.current: Call | None = None
         self._running = threading.Lock()
-        self._starts = Starts(kind)
+        self._starts = Starts(self.kind)
         self._desks: list[Desk] = []
-        self._solving: Solving | None = None
+        self._solving: tuple[Solving, dict[str, tuple[Any, int]]] | None = None  # of a scheduler that stood so
         self._timed = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.kind, self.base, self.solver, self.steps, self.graph)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engine, (self.base, self.solver, self.steps, self.graph)
 
     def check(self, pipe: Any) -> None:
         """Raise what a call would, as far as the pipeline's components and the settings alone decide it."""
-        scheduler = vars(pipe)["scheduler"]
+        tried = TRIED_STEPS if self.steps is None else (self.steps,)
+        for steps in tried[:-1]:
+            with contextlib.suppress(Exception):
+                self._try(vars(pipe)["scheduler"], steps)
+                return
+        self._try(vars(pipe)["scheduler"], tried[-1])
+
+    def _try(self, scheduler: Any, steps: int) -> None:
         shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
         if self.solver is not None:
             trial = Solving(scheduler, self.solver)
-            trial.set_timesteps(self.steps or TRIED_STEPS, **shift)
+            trial.set_timesteps(steps, **shift)
             trial.program(self.kind, torch.float32)
             return
         plain = copy.deepcopy(scheduler)
-        plain.set_timesteps(TRIED_STEPS, **shift)
+        plain.set_timesteps(steps, **shift)
         Starts(self.kind).of(plain, plain.timesteps[0], {}, (torch.float32, torch.float32))
 
     def call(self, pipe: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
@@ -112,8 +120,9 @@ class Engine:
                 "scheduler and one set of buffers; give each thread one of its own (copy.deepcopy(pipe))"
             )
         try:
+            self.forget(vars(pipe).get(self.kind.network))
             arguments = Arguments(self.base, pipe, args, kw)
-            check(self.kind, name, arguments, vars(pipe)[self.kind.network])
+            check(self.kind, name, arguments, vars(pipe).get(self.kind.network))
             solving = None
             if self.solver is not None:
                 check_call(self.solver, name, arguments)
@@ -125,14 +134,26 @@ class Engine:
             positional, named = arguments.call
             return self.base.__call__(pipe, *positional, **named)
         finally:
+            if self.current is not None:
+                self.current.close()
             self.current = None
             self._running.release()
 
+    def forget(self, network: Any) -> None:
+        """Let the records of every other network go, and with them the network."""
+        for desk in self._desks:
+            for key in [key for key, step in desk.recorded.items() if step.network is not network]:
+                del desk.recorded[key]
+
     def _solver_for(self, scheduler: Any) -> Solving:
-        if self._solving is None or self._solving.original is not scheduler:
+        if (
+            self._solving is None
+            or self._solving[0].original is not scheduler
+            or not stands(self._solving[1], vars(scheduler))
+        ):
             assert self.solver is not None
-            self._solving = Solving(scheduler, self.solver)
-        return self._solving
+            self._solving = Solving(scheduler, self.solver), look(scheduler)
+        return self._solving[0]
 
     def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], latents: Tensor) -> Start:
         """Where in the pipeline's own scheduler a loop begins."""
@@ -166,12 +187,12 @@ class Engine:
     def _recorder(self, asking: Asking) -> graphs.Recorder | None:
         desk = asking.desk
         recorder = None if self.graph is False else desk.recorder
-        hooked = recorder is not None and hasattr(asking.network, "_hf_hook")
+        hooked = recorder is not None and moves_weights(asking.network)
         if self.graph is True and (recorder is None or hooked):
-            why = "moves between devices" if hooked else f"runs on {desk.needs.device} with executor {desk.executor!r}"
+            runs = f"runs on {desk.needs.device} with executor {desk.executor!r}"
             raise ValueError(
-                "accelerate: graph=True needs a network that stays on a CUDA device and executor 'triton' or 'cuda'; "
-                f"this one {why}. Use graph='auto'"
+                "accelerate: graph=True needs a network whose weights stay on a CUDA device and executor 'triton' or "
+                f"'cuda'; this one {'has hooks that move or cast its weights' if hooked else runs}. Use graph='auto'"
             )
         return None if hooked else recorder
 
@@ -203,7 +224,7 @@ def _current(device: torch.device) -> Any:
 
 
 @functools.cache
-def _accelerated(base: Any, network: str) -> type:
+def _accelerated(base: Any) -> type:
     """The subclass of a pipeline class whose calls go through the engine; it has its original's name."""
 
     @functools.wraps(base.__call__)
@@ -215,8 +236,8 @@ def _accelerated(base: Any, network: str) -> type:
         call = _call(self)
         return base.progress_bar(self, iterable, total) if call is None else call.progress_bar(iterable, total)
 
-    members: dict[str, Any] = {"__call__": __call__, "progress_bar": progress_bar}
-    members |= {name: _component(name) for name in ("scheduler", network)}
+    members: dict[str, Any] = {"__call__": __call__, "progress_bar": progress_bar, "__reduce_ex__": _reduce}
+    members |= {name: _component(name) for name in ("scheduler", kind_of(base).network)}
     if hasattr(base, "interrupt"):
 
         def interrupt(self: Any) -> bool:
@@ -238,10 +259,25 @@ def _accelerated(base: Any, network: str) -> type:
 
 def _component(name: str) -> property:
     def read(self: Any) -> Any:
+        if name not in vars(self):  # what the base class makes of it: its config still knows the name
+            raise AttributeError(name)
         call = _call(self)
         return vars(self)[name] if call is None else call.component(name)
 
     def write(self: Any, value: Any) -> None:
         vars(self)[name] = value
 
-    return property(read, write)
+    def delete(self: Any) -> None:
+        if vars(self).pop(name, self) is self:
+            raise AttributeError(name)
+
+    return property(read, write, delete)
+
+
+def _blank(base: type) -> Any:
+    return object.__new__(_accelerated(base))
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    # the class has its original's name, under which pickle would find the original
+    return _blank, (vars(self)[ENGINE].base,), vars(self)

@@ -6,7 +6,7 @@ May import: torch, engine, and the other files of this folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fastdiff.integrations.diffusers.pipelines import Kind
 
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
+WEIGHTS = ("_parameters", "_buffers", "_modules")  # told apart by where they live
 
 
 class Asked(NamedTuple):
@@ -73,11 +74,12 @@ class Asking:
         self.time_shape = torch.Size([stacked]) if asked[0].time.dim() else torch.Size()
 
     def signature(self) -> tuple[Any, ...]:
-        """What a recorded step depends on: the calls' form and conditions, the branches, where the weights live."""
+        """What a recorded step depends on: the calls' form and conditions, the branches, the network as it stands."""
         forms = tuple((one.state, one.by_position, one.time.dim(), one.time.dtype) for one in self.asked)
         modules = [self.network] if isinstance(self.network, nn.Module) else []
         weights = tuple(weight.data_ptr() for net in modules for weight in (*net.parameters(), *net.buffers()))
-        return forms, conditions.signature(self.conditions), self.form, id(self.network), weights
+        state = tuple(as_it_stands(module) for net in modules for module in net.modules())
+        return forms, conditions.signature(self.conditions), self.form, id(self.network), weights, state
 
     @property
     def conditions(self) -> list[dict[str, Any]]:
@@ -112,19 +114,51 @@ class Asking:
         return output.contiguous()
 
 
+def as_it_stands(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's forward may depend on besides weights: class, mode, hooks, processors, numbers and switches."""
+    own = ((name, _told(value)) for name, value in vars(module).items() if name not in WEIGHTS)
+    return type(module), tuple((name, told) for name, told in own if told is not None and told != ())
+
+
+def moves_weights(network: Any) -> bool:
+    """Whether hooks on the network or in it move or cast its weights while it runs: offloading, layerwise casting."""
+    modules = network.modules() if isinstance(network, nn.Module) else [network]
+    return any(
+        hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
+        for module in modules
+    )
+
+
+def _told(value: Any) -> Any:
+    """Numbers and names by value, collections by what is in them, all else by identity, kept alive where it can be."""
+    if isinstance(value, float):
+        return round(value, 9)  # an adapter's scale, multiplied and divided again in each call
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape
+    if isinstance(value, Mapping):
+        return tuple((str(key), _told(part)) for key, part in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(_told(part) for part in value)
+    by_identity = type(value).__hash__ is object.__hash__ and type(value).__eq__ is object.__eq__
+    return value if by_identity else id(value)
+
+
 class RecordedStep:
     """One evaluation and its row, recorded; each run's conditions are copied into its own."""
 
     def __init__(self, asking: Asking, recorder: Recorder) -> None:
         desk, first = asking.desk, asking.asked[0].time
-        self._network = asking.network  # which must outlive the record
-        self._own = conditions.clone(asking.conditions)
-        evaluate = asking.on(self._own)
-        count = asking.time_shape.numel()
+        self.network = asking.network  # which must outlive the record
+        with torch.inference_mode(False), torch.no_grad():  # written in and out of inference mode
+            self._own = conditions.clone(asking.conditions)
+        evaluate, form, shape, dtype = asking.on(self._own), asking.form, asking.time_shape, first.dtype
+        count = shape.numel()
 
         def work() -> None:
-            time = desk.model_time[:count].view(asking.time_shape).to(first.dtype)
-            desk.advance(*evaluate(time), asking.form)
+            time = desk.model_time[:count].view(shape).to(dtype)
+            desk.advance(*evaluate(time), form)
 
         t = desk.tensors
         changed = [
@@ -140,7 +174,8 @@ class RecordedStep:
 
     def load(self, asking: Asking) -> None:
         """This run's conditions."""
-        conditions.load(self._own, asking.conditions)
+        with torch.inference_mode(False), torch.no_grad():
+            conditions.load(self._own, asking.conditions)
 
 
 def recorded(asking: Asking, recorder: Recorder) -> RecordedStep:

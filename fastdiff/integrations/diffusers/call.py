@@ -47,6 +47,10 @@ class Call:
         self.bar: Any = None
         self.iterations = 0
 
+    def close(self) -> None:
+        """Let go of everything: what refers to a call goes with it, not when the garbage is collected."""
+        vars(self).clear()
+
     def component(self, name: str) -> Any:
         """The scheduler or the network, as the pipeline is to see it now."""
         if self.looping:
@@ -204,10 +208,10 @@ class Loop:
     def ask(self, asked: Sequence[Asked], scale: float | None, rescale: float) -> None:
         """What the rows from here on ask of the network, and their guidance."""
         rescaled = scale is not None and rescale > 0.0
-        mark = [_mark(one.cond) for one in asked], scale is not None, rescaled
+        network = self.call.own(self.call.kind.network)
+        mark = [_mark(one.cond) for one in asked], scale is not None, rescaled, id(network)
         if self._asked is None or mark != self._asked[0]:
             self._asked = mark, asked
-            network = self.call.own(self.call.kind.network)
             self._prepare(Asking(self.call.kind, network, asked, scale is not None, rescaled, self.desk))
         self.desk.guide(1.0 if scale is None else 1.0 - scale if self._swapped else scale, rescale)
 
@@ -362,9 +366,12 @@ def seeds(generator: Any, batch: int) -> Tensor:
 
 
 def _mark(value: Any) -> Any:
-    """What tells one condition from another while both live: which tensors they are, and how often written to."""
+    """What tells one condition from another while both live: which tensors they are, and how often written to.
+
+    An inference tensor does not count, so it is always another.
+    """
     if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
+        return object() if value.is_inference() else (id(value), value._version)
     if isinstance(value, dict):
         return tuple((key, _mark(part)) for key, part in value.items())
     if isinstance(value, list | tuple):

@@ -29,9 +29,8 @@ def fast(kind: type[Scheduler]) -> type[Scheduler]:
     where `kind` is not such a class, or a subclass of a fast one.
     """
     if not isinstance(kind, type):
-        raise TypeError(
-            f"fast takes a scheduler class, got an object of {type(kind).__name__}; write fast(type(scheduler))"
-        )
+        how = "import the class and give that" if isinstance(kind, str) else "write fast(type(scheduler))"
+        raise TypeError(f"fast takes a scheduler class, got an object of {type(kind).__name__}; {how}")
     if "_fast_of" in vars(kind):
         return kind
     original: Any = kind

@@ -31,7 +31,8 @@ class Kind:
     first", one batch of both; "apart", one call after the other, the conditional first. scale: where the guidance
     scale is: an argument of the call, or "" for the attributes guidance_scale and guidance_rescale, which a callback
     may change. doubled: while it guides, its state is two equal halves. variance: the network may also predict a
-    variance, which is cut off. thousandth: the network is shown time / 1000. refused: arguments, and why.
+    variance, which is cut off. scales: it scales the network's input as its scheduler says and steps the state itself.
+    thousandth: the network is shown time / 1000. refused: arguments, and why.
     """
 
     network: str = "unet"
@@ -39,6 +40,7 @@ class Kind:
     scale: str = ""
     doubled: bool = False
     variance: bool = False
+    scales: bool = True
     thousandth: bool = False
     refused: Mapping[str, str] = field(default_factory=lambda: IP_ADAPTER)
 
@@ -50,9 +52,11 @@ class Kind:
 _FLUX = Kind("transformer", branches="apart", scale="true_cfg_scale", thousandth=True)
 _SD3 = Kind("transformer", refused=IP_ADAPTER | SKIPPED_LAYERS)
 KINDS: Mapping[str, Kind] = {
-    "DDPMPipeline": Kind(branches=None),
+    "DDPMPipeline": Kind(branches=None, scales=False),
     "DDIMPipeline": Kind(branches=None),
-    "DiTPipeline": Kind("transformer", branches="cond first", scale="guidance_scale", doubled=True, variance=True),
+    "DiTPipeline": Kind(
+        "transformer", branches="cond first", scale="guidance_scale", doubled=True, variance=True, scales=False
+    ),
     "StableDiffusionPipeline": Kind(),
     "StableDiffusionImg2ImgPipeline": Kind(),
     "StableDiffusionXLPipeline": Kind(),

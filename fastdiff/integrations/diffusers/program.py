@@ -89,9 +89,15 @@ def captured(
 
     timestep: an element of its timesteps. options: further arguments of its `step`. dtypes: of the network's output
     and of the latents. Raises what `fd.capture` raises where the steps are no table, and TypeError for one that draws
-    from a Brownian tree.
+    from a Brownian tree, uses a variance the network learned, or scales where the pipeline's loop does not.
     """
     own: Any = vars(type(scheduler)).get("_fast_of", type(scheduler))
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise TypeError(
+            f"accelerate: {own.__name__} uses the variance that the network predicts (variance_type="
+            f"{scheduler.config['variance_type']!r}), which is not taken over; from_config(..., variance_type="
+            "'fixed_small') where the network predicts none, or restore(pipe)"
+        )
     plain = plain_copy(scheduler, own, hosted)
     if hasattr(plain, "is_scale_input_called"):
         plain.is_scale_input_called = True
@@ -109,6 +115,12 @@ def captured(
         raise TypeError(
             f"accelerate: {own.__name__} draws from a Brownian tree, which starts with a run of its own; "
             f"pipe.scheduler = fast({own.__name__}).from_config(pipe.scheduler.config) makes its steps fast"
+        )
+    if table.scales and not kind.scales:
+        raise TypeError(
+            f"accelerate: {own.__name__} scales the network's input, and this pipeline's own loop does not keep the "
+            "scaled input and the state apart; give it a scheduler that does not scale, such as DDIMScheduler or "
+            "DPMSolverMultistepScheduler, or restore(pipe)"
         )
     row = position if table.keeps_time == "value" else 0
     return Start(_from_table(table, dtypes, kind), row, position, first if counts else None)
@@ -129,13 +141,13 @@ class Starts:
         own = vars(scheduler)
         passing = own.get("_step_index"), own.get("_begin_index")
         how = passing, _position(scheduler.timesteps, timestep), options, dtypes
-        if self._last is None or self._last[1] != how or not _stands(self._last[0], own):
+        if self._last is None or self._last[1] != how or not stands(self._last[0], own):
             start = captured(scheduler, timestep, options, self._kind, dtypes, self._hosted.keep(scheduler))
             self._last = look(scheduler), how, start
         return self._last[2]
 
 
-def _stands(before: dict[str, tuple[Any, int]], now: dict[str, Any]) -> bool:
+def stands(before: dict[str, tuple[Any, int]], now: dict[str, Any]) -> bool:
     """Whether the attributes of a scheduler are what `look` saw."""
     found = 0
     for name, value in now.items():

@@ -45,6 +45,8 @@ class Solving:
         bound = float(config.get("clip_sample_range", 1.0) or 1.0)
         self._clamp = (-bound, bound) if config.get("clip_sample") else None
         self._spacing = copy.deepcopy(original)
+        if config.get("skip_prk_steps") is False:  # its first steps have midpoints in between
+            self._spacing.register_to_config(skip_prk_steps=True)
         self.begin = 0
 
         @functools.wraps(original.set_timesteps)  # a pipeline looks there whether it may give timesteps or sigmas
@@ -62,7 +64,8 @@ class Solving:
         own.set_timesteps(*args, **kw)
         continuous = self.schedule.kind == "flow" or self.prediction == "edm"
         times = own.sigmas if continuous else own.timesteps
-        found = dict.fromkeys(time for time in times.tolist() if not continuous or time > 0.0)
+        real = times[:: getattr(own, "order", 1)].tolist()  # one of order 2 has a midpoint, or a repeat, after each
+        found = dict.fromkeys(time for time in real if not continuous or time > 0.0)
         self._made = self.solver, self.schedule, tuple(found), self._clamp
         self.begin = 0
         self.levels = _plan(*self._made, 0).levels[:-1]
