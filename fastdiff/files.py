@@ -27,12 +27,25 @@ def check_writable_file(out: Path) -> None:
         raise IsADirectoryError(f"cannot write {out}: it is a folder; choose a file name")
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a power cut; of folders only where the system can. OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
 def write_atomically(out: Path, write: Callable[[Path], object]) -> None:
     """`write` a temporary file beside `out`, then put it in its place; if that fails `out` is as it was."""
     handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.resolve().parent)
     os.close(handle)
     try:
         write(Path(name))
+        sync(Path(name))
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -14,12 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from fastdiff.files import write_atomically
+from fastdiff.models.unet import UNet
+from fastdiff.models.unet_config import UNetConfig
 from fastdiff.training import flops, networks, objectives, optimizer, presets, records
+from fastdiff.training.checkpoint import Checkpoints, Progress
 from fastdiff.training.config import TrainConfig, read_value
 from fastdiff.training.data.arrays import Arrays
 from fastdiff.training.data.pictures import Fit
 from fastdiff.training.ema import Ema, gamma_of_width
-from fastdiff.training.ranks import join
+from fastdiff.training.ranks import Ranks, join
 
 
 class Weight(nn.Module):
@@ -167,3 +172,41 @@ def test_values_of_the_command_line() -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="torch sees 0"):
         join("cuda") if not torch.cuda.is_available() else pytest.fail("torch sees 0")
+
+
+def test_damaged_checkpoints_push_out_no_whole_one(tmp_path: Path) -> None:
+    tensors = {"net/a": torch.ones(3)}
+    checkpoints = Checkpoints(tmp_path, Ranks(0, 1, torch.device("cpu")), keep=1)
+    checkpoints.save(tensors, Progress(images=300))
+    next(checkpoints.latest().glob("*.distcp")).write_bytes(b"")
+    for images in (200, 250):
+        checkpoints.save(tensors, Progress(images=images))
+        assert checkpoints.latest().name == f"{images:012d}"
+    names = {path.name for path in checkpoints.folder.iterdir()}
+    assert names == {f"{250:012d}", f"{300:012d}"}
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file or folder is synchronised before its name is its own: weights, texts, checkpoints."""
+    synced: set[int] = set()
+    early = []
+    fsync, replace = os.fsync, os.replace
+
+    def seen(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def renamed(old: str | Path, new: Path) -> None:
+        inside = Path(old).iterdir() if Path(old).is_dir() else []
+        early.extend(path for path in (Path(old), *inside) if path.stat().st_ino not in synced)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(tmp_path / "a.txt", lambda path: path.write_text("a"))
+    config = UNetConfig(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
+    UNet(config).save(tmp_path / "b.safetensors")
+    Checkpoints(tmp_path, Ranks(0, 1, torch.device("cpu"))).save({"net/a": torch.ones(3)}, Progress(images=8))
+    assert len(synced) >= 6 and early == []

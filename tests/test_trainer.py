@@ -19,12 +19,19 @@ import fastdiff as fd
 from fastdiff import cli
 from fastdiff.training import graphed, objectives
 from fastdiff.training.config import TrainConfig, check_resume
+from fastdiff.training.data.arrays import Arrays
 from fastdiff.training.data.loader import Loader
 from fastdiff.training.data.order import image_indices, sample_seeds
+from fastdiff.training.data.pictures import Fit
 from fastdiff.training.graphed import GraphedStep
 from fastdiff.training.optimizer import build as build_optimizer
 from fastdiff.training.step import NotFinite, Step
 from fastdiff.training.trainer import Trainer
+
+LISTENING = {
+    "times": {"name": "loss_second_moment", "history": 1},
+    "schedule": {"name": "linear", "options": {"steps": 4}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +125,17 @@ def test_fp16_resumes_with_its_loss_scale(data: Path, tmp_path: Path) -> None:
     assert_same(weights(resumed), weights(whole))
 
 
+def test_fp16_stops_when_no_scale_helps(data: Path, tmp_path: Path) -> None:
+    """A gradient that is not a number under a finite loss: 2^16 is halved to below 1 in 17 steps."""
+    trainer = Trainer(tiny(data, precision="fp16", images=400, save_images=400), tmp_path / "run")
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NotFinite, match="with finite losses"):
+        trainer.train()
+    assert trainer.progress.step == 17 and trainer.progress.scaler["scale"] == 0.5
+
+
 def test_times_that_follow_the_loss_resume_with_what_they_heard(data: Path, tmp_path: Path) -> None:
-    options = {
-        "times": {"name": "loss_second_moment", "history": 1},
-        "schedule": {"name": "linear", "options": {"steps": 4}},
-    }
-    config = tiny(data, objective="ddpm").change(objective_options=options)
+    config = tiny(data, objective="ddpm", objective_options=LISTENING)
     whole = Trainer(config, tmp_path / "whole")
     whole.train()
     with pytest.raises(Killed):
@@ -261,9 +273,10 @@ def test_how_it_is_computed_changes_only_rounding(data: Path, tmp_path: Path, ch
 def test_the_graphed_step_is_the_eager_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of the graph, run in place of its replay: its buffers must hold what changes from step to step."""
     monkeypatch.setattr(graphed, "captured", lambda body: body)
-    trained = []
+    trained, heard = [], []
+    config = tiny(data, network={"dropout": 0.0}, micro_batch=4, objective="ddpm", objective_options=LISTENING)
     for kind in (Step, GraphedStep):
-        trainer = Trainer(tiny(data, network={"dropout": 0.0}, micro_batch=4), tmp_path / kind.__name__)
+        trainer = Trainer(config, tmp_path / kind.__name__)
         optimizer = build_optimizer(trainer.net, trainer.config)
         trainer.optimizer = optimizer
         trainer.step = kind(
@@ -271,7 +284,9 @@ def test_the_graphed_step_is_the_eager_step(data: Path, tmp_path: Path, monkeypa
         )  # fmt: skip
         trainer.train()
         trained.append(weights(trainer))
+        heard.append(trainer.objective.times.state())
     assert_same(*trained)
+    assert heard[0] == heard[1] and sum(heard[1]["counts"]) == 96
 
 
 def test_the_weights_file_is_the_average_and_samples(data: Path, tmp_path: Path) -> None:
@@ -392,3 +407,14 @@ def test_the_evaluation_is_the_loss_of_the_average(data: Path, tmp_path: Path) -
     batch = Loader(trainer.source, 0x5EED, 16).read(0)
     loss = trainer.objective.loss(net, batch.pictures, batch.labels, batch.seeds, 0).mean
     assert lines(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(float(loss), rel=2e-3)
+
+
+def test_an_evaluation_counts_each_picture_once(data: Path, tmp_path: Path) -> None:
+    """Of 66 pictures the second batch has two, not 64."""
+    trainer = Trainer(tiny(data, eval_count=66), tmp_path / "run")
+    rng = np.random.default_rng(0)
+    source = Arrays(rng.integers(0, 256, (70, 1, 8, 8), dtype=np.uint8), np.arange(70) % 3, "here", Fit())
+    batch = Loader(source, 0x5EED, 66).read(0)
+    net = trainer.previews.network()
+    loss = trainer.objective.loss(net, batch.pictures, batch.labels, batch.seeds, 0).mean
+    assert trainer.previews.evaluate(source) == pytest.approx(float(loss), rel=1e-5)

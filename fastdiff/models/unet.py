@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from fastdiff.files import write_atomically
 
 from . import guided_diffusion_names
 from .class_labels import check_labels
@@ -189,15 +190,8 @@ class UNet(nn.Module):
         """
         path = Path(path)
         tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in self.state_dict().items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, {**(metadata or {}), "unet": self.config.to_json()})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        strings = {**(metadata or {}), "unet": self.config.to_json()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, strings))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> UNet:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from fastdiff.files import sync
+
 from .ranks import Ranks
 
 # One process saves without a group on purpose.
@@ -139,13 +141,14 @@ class Checkpoints:
         files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         with (staging / PROGRESS).open("w", encoding="utf-8") as file:
             json.dump(asdict(progress) | {"files": files}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(staging / PROGRESS)
+        sync(staging)
         target = staging.with_name(staging.name[1:])
         shutil.rmtree(target, ignore_errors=True)  # one that was damaged, or the save would not have begun
         os.replace(staging, target)
-        _sync(self.folder)
-        for old in sorted(self._names(), reverse=True)[self.keep :]:
+        sync(self.folder)
+        kept = [path for path in sorted(self._names(), reverse=True) if _is_whole(path)][: self.keep]
+        for old in [path for path in self._names() if path < kept[-1]]:
             # Renamed first, so that one half removed is not taken for a whole one.
             gone = old.with_name(f".{old.name}.old")
             os.replace(old, gone)
@@ -172,17 +175,6 @@ def _is_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def tensors_of(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ May import: step and what it imports. What the host decides (times, rate, decay 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class GraphedStep(Step):
         self._replay()
         loss, norm = (float(value) for value in torch.stack([self.loss, self.norm]).cpu())
         taken = bool(torch.isfinite(self.norm))
+        if taken:
+            self.observe(self.losses, progress)
         samples, levels = self.per_sample.clone(), torch.cat([draw.model_time for draw in draws])
         return self.count(Outcome(loss, norm, rate, taken, samples, levels), progress)
 
@@ -65,19 +67,20 @@ class GraphedStep(Step):
                     value.copy_(getattr(draw, entry.name), non_blocking=True)
 
     def _body(self) -> None:
-        """What is captured; the results lie in `loss`, `norm` and `per_sample`."""
-        losses, samples, total = [], [], len(self._pictures)
+        """What is captured; the results lie in `loss`, `losses`, `norm` and `per_sample`."""
+        losses, means, total = [], [], len(self._pictures)
         parts = Batch(self._pictures, self._labels, torch.empty(total)).split(self.micro)
         for part, draw in zip(parts, self._draws, strict=True):
             loss = self.objective.evaluate(self.call, part.pictures, part.labels, draw, dtype=self.dtype)
             (loss.mean * (len(part.pictures) / total)).backward()
-            losses.append(loss.mean.detach() * (len(part.pictures) / total))
-            samples.append(loss.per_sample)
+            means.append(loss.mean.detach() * (len(part.pictures) / total))
+            losses.append(replace(loss, mean=means[-1]))  # without what backward needed
         self.norm = optimizers.clip(self.parameters, self.config.clip_norm)
         self.optimizer.found_inf.copy_(~torch.isfinite(self.norm))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        self.loss, self.per_sample = torch.stack(losses).sum(), torch.cat(samples)
+        self.loss, self.losses = torch.stack(means).sum(), losses
+        self.per_sample = torch.cat([loss.per_sample for loss in losses])
 
 
 def captured(body: Callable[[], None]) -> Callable[[], None]:

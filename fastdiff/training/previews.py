@@ -65,9 +65,9 @@ class Previews:
         total = 0.0
         # No torch.no_grad: the weights want no gradient, but implicit score matching takes one of the input.
         for first in range(0, count, loader.batch):
-            batch = loader.read(first)
+            batch = loader.read(first).split(count - first)[0]  # the last one may be smaller
             part = self.objective.loss(_plain(net), batch.pictures, batch.labels, batch.seeds, 0)
-            total += float(part.mean.detach()) * min(loader.batch, count - first)
+            total += float(part.mean.detach()) * len(batch.seeds)
         return total / count
 
     def sample(self, images: int) -> Path | None:

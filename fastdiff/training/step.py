@@ -92,9 +92,8 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if taken and self._listens:
-            self._observe(losses)
-            progress.times = self.objective.times.state()
+        if taken:
+            self.observe(losses, progress)
         samples, levels = (
             torch.cat(parts) for parts in zip(*((loss.per_sample, loss.level) for loss in losses), strict=True)
         )
@@ -115,8 +114,11 @@ class Step:
         progress.step += 1
         if outcome.taken:
             self.ema.update(progress.images, batch)
-        elif not (self.scaler.is_enabled() and self.ranks.total(outcome.loss) < math.inf):
-            progress.skips += 1  # with fp16 a finite loss that overflows backwards only lowers the scale
+        elif not (
+            self.scaler.is_enabled() and self.ranks.total(outcome.loss) < math.inf and self.scaler.get_scale() >= 1
+        ):
+            # With fp16 a finite loss that overflows backwards only lowers the scale, while that can help.
+            progress.skips += 1
         progress.scaler = self.scaler.state_dict()
         return outcome
 
@@ -127,12 +129,15 @@ class Step:
         if progress.times:
             self.objective.times.restore(progress.times)
 
-    def _observe(self, losses: list[Loss]) -> None:
-        """Tell the distribution of times every loss of the batch, in the order of the samples, in every process."""
+    def observe(self, losses: list[Loss], progress: Progress) -> None:
+        """Tell times that listen every loss of the batch, in the order of the samples, in every process."""
+        if not self._listens:
+            return
         times = torch.cat([loss.draw.time for loss in losses]).double()
         lost = torch.cat([loss.weight / loss.draw.importance * loss.per_sample for loss in losses]).double()
         found = self.ranks.gather(torch.stack([times, lost]).cpu())
         self.objective.observe(*torch.cat(found, dim=1))
+        progress.times = self.objective.times.state()
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Any:
         """The network in the precision and memory format of the run."""
