@@ -116,6 +116,7 @@ def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> Non
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:
     """What torchrun does: the agent ends the others, starts all again, and they go on from the last checkpoint."""
     options = {"network": PLAIN, "epsilon": 1e-3, "async_save": False, "images": 64}
