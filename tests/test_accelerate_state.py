@@ -25,20 +25,24 @@ def scheduler(name: str, **config: Any) -> Any:
     return getattr(diffusers, f"{name}Scheduler")(**tiny.LATENT, **config)
 
 
-@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"])
-@pytest.mark.parametrize("kind", ["DDPMPipeline", "DiTPipeline"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("DDPMPipeline", "EulerAncestralDiscrete"),
+        ("DDPMPipeline", "HeunDiscrete"),
+        ("DiTPipeline", "EulerDiscrete"),
+        ("DiTPipeline", "KDPM2Discrete"),
+    ],
+)
 def test_a_loop_that_mixes_scaled_input_and_state_is_refused(kind: str, name: str) -> None:
     """DiT's steps the scaled tensor, DDPM's never scales: at once, and where the scheduler is replaced later."""
     scaling, pipe = getattr(diffusers, f"{name}Scheduler")(), tiny.make(kind)
-    own, before = pipe.scheduler, call(pipe)
     accelerate(pipe)
     pipe.scheduler = scaling
     with pytest.raises(TypeError, match=f"{name}Scheduler scales.*DDIMScheduler"):
         call(pipe)
     with pytest.raises(TypeError, match=f"{name}Scheduler scales"):
         accelerate(restore(pipe))
-    pipe.scheduler = own
-    assert apart(call(accelerate(pipe)), before) <= LATENT
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
@@ -48,7 +52,7 @@ def test_a_learned_variance_is_refused_by_name(variance: str) -> None:
         accelerate(pipe)
 
 
-@pytest.mark.parametrize("name", ["KDPM2Discrete", "KDPM2AncestralDiscrete", "HeunDiscrete", "PNDM"])
+@pytest.mark.parametrize("name", ["KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"])
 def test_a_solver_takes_the_real_steps_of_a_scheduler_with_midpoints(name: str) -> None:
     """As many evaluations as steps, on the levels that the scheduler has without its midpoints."""
     offset = {"steps_offset": 1}
