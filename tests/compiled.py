@@ -74,6 +74,7 @@ def describe(kernel: Any) -> dict[str, Any]:
 def elsewhere(script: str, architecture: int, wanted: Sequence[Any]) -> list[dict[str, Any]]:
     """The reports that `script`, run with the architecture and the JSON of what is wanted, prints as its last line."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.path.dirname(script), environment.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, script, str(architecture)],
         input=json.dumps(wanted),

@@ -151,7 +151,7 @@ def test_the_global_generator() -> None:
 
 
 def test_threads_that_share_a_generator_never_draw_the_same_numbers() -> None:
-    """Half of them draw with torch: whoever comes first, all numbers together are those of one stream."""
+    """Whoever comes first, all numbers together are those of one stream."""
     shared, alone = pair(12)
     count, each = 8192, 40
     drawn: list[Tensor] = []
@@ -160,8 +160,7 @@ def test_threads_that_share_a_generator_never_draw_the_same_numbers() -> None:
         for _ in range(each):
             drawn.append(draw(torch.empty(count)))
 
-    draws = [lambda out: torch_normals.fill(out, shared), lambda out: out.normal_(generator=shared)] * 2
-    threads = [threading.Thread(target=work, args=(draw,)) for draw in draws]
+    threads = [threading.Thread(target=work, args=(lambda out: torch_normals.fill(out, shared),)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

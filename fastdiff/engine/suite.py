@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 STEPS = (1, 2, 3, 8)  # the last one is held to the laws too
 RUN_STEPS = 7
-SHOWN = 8  # failures that a summary spells out
+SHOWN = 20  # failures that a summary spells out
 SHAPE = (2, 3, 5, 4)
 ROUNDING = 2e-4  # of the largest element: fp32 rows against float64
 HOMES = (("edm", "karras"), ("rectified_flow", "trailing"), ("vp", "linspace"), ("linear", "trailing"))

@@ -25,7 +25,8 @@ _lock = threading.Lock()
 def fill(out: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """`out.normal_(generator=generator)`: the same bits, and the generator is left where torch leaves it.
 
-    Quicker for contiguous fp32 on a CPU, otherwise torch's own. Threads may share a generator, as with torch.
+    Quicker for contiguous fp32 on a CPU, otherwise torch's own. Threads may share a generator for draws made here;
+    a draw that torch itself makes from it in another thread at the same moment may give the same numbers.
     """
     source = _quick(out, generator)
     if source is None:
