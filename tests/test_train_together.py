@@ -95,6 +95,7 @@ def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(resumed.tensors()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow  # its weights are the undisturbed run's; a logged loss is the mean since the last start
 def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> None:
     """kill -9 three times, saves included (one follows the other); bench/kills.py does it fifty times."""
     config = tiny(data, save_images=8, images=160)
