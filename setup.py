@@ -15,14 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = [
-    "csrc/cpu/affine.cpp",
-    "csrc/cpu/guide.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/scalar.cpp",
-    "csrc/cpu/torch_normal.cpp",
-    "csrc/cpu/train.cpp",
-]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("affine", "guide", "isa", "norm", "scalar", "torch_normal", "train")]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]

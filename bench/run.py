@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench/run.py ops | brownian | loop | train-ops | table`; each has --help."""
+"""Benchmarks: `python bench/run.py NAME`, each with --help; `table` writes README from what they measured."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import brownian, loop, measure, ops, table, train_ops  # noqa: E402
+from bench import brownian, loop, measure, norm, ops, pipelines, stream, table, train, train_ops, unet  # noqa: E402
 
 EPILOG = """examples:
   python bench/run.py ops --threads 2       the step alone; appends to bench/results.csv
   python bench/run.py brownian --threads 2  noise on a path; needs torchsde and k-diffusion
   python bench/run.py loop --threads 2      whole runs, network included
+  python bench/run.py pipelines --threads 2 diffusers' pipelines before and after accelerate; needs transformers
+  python bench/run.py stream --threads 2    requests of many plans: one running batch, batches, one by one
+  python bench/run.py train --threads 2     whole training steps; needs diffusers
   python bench/run.py train-ops --threads 2 noising and loss of a training step
+  python bench/run.py norm --threads 2      group normalisation on the UNets' shapes
+  python bench/run.py unet --threads 2      a UNet's forward pass against diffusers'
   python bench/run.py table                 README's tables from bench/results.csv"""
 
 
@@ -35,9 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         measure.settle(measure.load_limit(device))
     facts = measure.machine(device, options.threads)
     print(table.heading(facts))
-    benches = {"ops": ops, "brownian": brownian, "loop": loop, "train-ops": train_ops}
-    lines = benches[options.command].run(device, options.quick)
-    return _record(lines, facts, options)
+    benches = {
+        "ops": ops, "brownian": brownian, "loop": loop, "pipelines": pipelines, "train-ops": train_ops, "norm": norm,
+        "unet": unet, "stream": stream, "train": train,
+    }  # fmt: skip
+    with torch.set_grad_enabled(options.command in ("train", "train-ops")):
+        return _record(benches[options.command].run(device, options.quick), facts, options)
 
 
 def _record(lines: Iterator[dict[str, Any]], facts: dict[str, Any], options: argparse.Namespace) -> int:
@@ -78,10 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         ("ops", "the step alone: the fused row against diffusers and the same row under torch.compile"),
         ("brownian", "a step with Brownian noise against k-diffusion's, and the noise alone"),
         ("loop", "end to end: our loop against diffusers' scheduler around the same network"),
+        ("pipelines", "diffusers' pipelines with tiny components, before and after accelerate"),
+        ("stream", "requests of many plans in one running batch, in batches of equal plans, and one by one"),
+        ("train", "a whole training step against diffusers' training example's"),
         (
             "train-ops",
             "noising and loss of a training step, forward and backward, against diffusers' add_noise and mse",
         ),
+        ("norm", "group normalisation with SiLU on every shape of the UNets, against torch and what it compiles to"),
+        ("unet", "a UNet's forward pass: the fast form against the plain one and diffusers', eager and compiled"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -5,6 +5,7 @@
 
 #include "affine.h"
 #include "guide.h"
+#include "norm.h"
 #include "train.h"
 
 namespace fastdiff {
@@ -43,6 +44,14 @@ inline Error check(const TrainArgs& args, bool loss) {
     return kBadShape;
   if (args.image_dtype < kFloat32 || args.image_dtype > kUInt8) return kBadDtype;
   return args.model_dtype < kFloat32 || args.model_dtype > kBFloat16 ? kBadDtype : kOk;
+}
+
+inline Error check(const NormArgs& args) {
+  if (!args.x || (args.y && (!args.weight || !args.bias || !args.stats)) || (!args.y && !args.total)) return kNullPointer;
+  if ((args.C1 < args.C) != (args.skip != nullptr)) return kNullPointer;
+  if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
+  if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;
+  return args.dtype < kFloat32 || args.dtype > kBFloat16 ? kBadDtype : kOk;
 }
 
 }  // namespace fastdiff

@@ -12,8 +12,13 @@ from fastdiff.engine import guidance, suite
 from fastdiff.engine.backends import probe as backends
 from fastdiff.engine.frames import FrameNoise
 from fastdiff.engine.gits import gits
+from fastdiff.engine.loop import RowInfo
+from fastdiff.engine.rolling import rolling
 from fastdiff.engine.sample import sample
-from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.sampler import Sampler
+from fastdiff.engine.skipping import AdaptiveSkip
+from fastdiff.engine.stream import Stream
+from fastdiff.engine.stream import Stream as stream
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.shipped import load
@@ -24,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptivePlan",
+    "AdaptiveSkip",
     "BackendUnavailable",
     "Denoiser",
     "FrameNoise",
@@ -32,6 +38,7 @@ __all__ = [
     "RowInfo",
     "Sampler",
     "Schedule",
+    "Stream",
     "backends",
     "capture",
     "gits",
@@ -41,10 +48,12 @@ __all__ = [
     "models",
     "plan",
     "predictions",
+    "rolling",
     "sample",
     "schedules",
     "solver",
     "solvers",
+    "stream",
     "suite",
     "trace",
 ]

@@ -18,6 +18,22 @@ class BackendUnavailable(RuntimeError):
         self.fix = fix
 
 
+class QueueFull(RuntimeError):
+    """A stream has as many waiting requests as it may have."""
+
+
+class RequestCancelled(RuntimeError):
+    """The result of a request that was cancelled, or whose stream was closed, was asked for."""
+
+
+class BatchTooLarge(MemoryError):
+    """A run needed more memory than there is; `largest`: the batch that would fit, by estimate (0: not even one)."""
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+
+
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a registry: it lists the close names first."""
     names = sorted(known)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import branches
 from . import layout as at
-from .branches import guided_output, load_float, perturbed_output, sum_quads, where_all
+from .branches import guided_output, load_float, perturbed_output, round_to, sum_quads, where_all
 from .philox import ELEMENTS, GIVEN, PIXELS, QUADS, draw_tile
 
 BLOCK = 1024  # elements of a tile: 4 warps of 32 threads of twice 4 consecutive elements
@@ -45,18 +45,6 @@ def _load_slot(pointers, slot, all_samples, mask, reads):
     """The tile of the register a slot names; zeros, and no memory touched, when the row does not read it."""
     register = tl.load(slot, mask=reads, other=0)
     return tl.load(pointers + register * all_samples, mask=where_all(mask, reads), other=0.0)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """fp32 to `dtype`, to nearest even. bf16 by its bits: the interpreter's own cast truncates. NaN stays NaN."""
-    if dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False)
-        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x00400000, nearest)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
 
 
 @triton.jit

@@ -28,6 +28,18 @@ def load_float(pointers, mask):
 
 
 @triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """fp32 to `dtype`, to nearest even. bf16 by its bits: the interpreter's own cast truncates. NaN stays NaN."""
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False)
+        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x00400000, nearest)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
 def sum_quads(values):
     """The sum of each 4 consecutive elements, [BLOCK] to [BLOCK / 4]; a thread has them all."""
     even, odd = tl.split(tl.reshape(values, [values.shape[0] // 4, 2, 2]))

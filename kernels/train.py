@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout as at
-from .affine import REGISTERS, REGISTERS_CHANNELS_LAST, choose_draw, round_to, tile_shape
-from .branches import load_float, sum_quads, where_all
+from .affine import REGISTERS, REGISTERS_CHANNELS_LAST, choose_draw, tile_shape
+from .branches import load_float, round_to, sum_quads, where_all
 from .philox import QUADS, draw_tile
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.models.classifier import FashionClassifier, classify, scaled
-from fastdiff.training.data import FASHION_FOLDER, load_idx
+from fastdiff.training.data.idx import FASHION_FOLDER, load_idx
 
 LEARNING_RATE, WEIGHT_DECAY, SHIFT = 3e-3, 0.05, 2
 

@@ -61,6 +61,8 @@ with interpretation():
     philox_module = importlib.import_module("kernels_under_test.philox")
     guide = importlib.import_module("kernels_under_test.guide")
     train = importlib.import_module("kernels_under_test.train")
+    norm = importlib.import_module("kernels_under_test.norm")
+    norm_backward = importlib.import_module("kernels_under_test.norm_backward")
 
 
 @pytest.fixture(autouse=True)

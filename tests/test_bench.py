@@ -17,8 +17,9 @@ import fastdiff as fd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import brownian, measure, ops, peers, run, table, train_ops
+from bench import brownian, measure, ops, peers, run, stream, table, train, train_ops
 from bench.measure import Task, Timing
+from fastdiff.training import objectives
 
 pytest.importorskip("diffusers")
 
@@ -245,6 +246,33 @@ def test_results_of_another_version_are_not_mixed(tmp_path: Path) -> None:
         table.append(results, [fact_line()])
 
 
+def test_columns_that_came_later_are_added(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    table.append(results, [fact_line()])
+    before = results.read_text().splitlines()
+    results.write_text("\n".join(line.rpartition(",")[0] for line in before) + "\n")
+    table.append(results, [fact_line(solver="ddpm")])
+    with results.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == table.COLUMNS and [line["solver"] for line in lines] == ["ddim", "ddpm"]
+
+
+def test_stream_has_a_table_and_a_gate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {f"{way}_latency{suffix}": 0.25 for way in stream.CONTENDERS for suffix in ("", "_p95")}
+    numbers |= {f"{way}_seconds{s}": 0.0125 for way in stream.CONTENDERS for s in ("", "_p20", "_p80")}
+    text = table.render([fact_line(bench="stream", network="tiny", batch=4, **numbers)])
+    assert text.endswith("| tiny | 4 |" + " 12.5 [12.5–12.5] | 0.25 / 0.25 |" * 3)
+
+    real = stream._streamed
+
+    def slightly_off(*arguments: Any) -> Any:
+        return [(1.01 * image, seconds) for image, seconds in real(*arguments)]
+
+    monkeypatch.setattr(stream, "_streamed", slightly_off)
+    (line,) = stream.run(CPU, quick=True)
+    assert line["gate"] == "red" and "stream_seconds" not in line
+
+
 @pytest.fixture
 def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     """k-diffusion's samplers, and a law checked on fewer numbers."""
@@ -352,7 +380,7 @@ def test_train_ops_has_a_table_of_its_own() -> None:
     assert "| 4.4 |" in text
 
 
-@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "train-ops"])
+@pytest.mark.parametrize("command", ["ops", "loop", "brownian", "pipelines", "stream", "train-ops", "norm", "unet"])
 def test_quick_mode_runs_one_tiny_case(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +394,7 @@ def test_quick_mode_runs_one_tiny_case(
         torch.set_num_threads(threads)
         peers._compiled.cache_clear()
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "train-ops"))
+    assert "WRONG" not in printed and ("%" in printed or command in ("brownian", "pipelines", "stream", "train-ops"))
     assert not results.exists(), "quick figures are not worth keeping"
 
 
@@ -385,3 +413,15 @@ def test_a_busy_machine_records_nothing(
     assert not results.exists()
     assert run.main([*command, "--force"]) == 0
     assert results.exists()
+
+
+def test_the_train_step_is_held_against_diffusers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate compares gradients for the same draw; a schedule that is slightly another one turns it red."""
+    assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 0
+    assert "optimizer + EMA" in capsys.readouterr().out
+    cosine = objectives.get("ddpm", schedule="cosine")
+    monkeypatch.setattr(train.objectives, "get", lambda name: cosine)
+    assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 1
+    assert "WRONG: no figure" in capsys.readouterr().out

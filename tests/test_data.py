@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastdiff.training.data import load_idx, pad_square, read_idx
+from fastdiff.training.data.idx import load_idx, pad_square, read_idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

@@ -124,7 +124,6 @@ SCHEDULERS = [
 ]
 
 
-@pytest.mark.slow  # needs transformers, which the tests' set-up leaves out
 @pytest.mark.parametrize(("name", "config"), SCHEDULERS)
 def test_stable_diffusion(name: str, config: dict[str, Any]) -> None:
     """Text to image: other prompts, sizes, steps and guidance through one pipeline."""
@@ -152,7 +151,6 @@ def test_stable_diffusion(name: str, config: dict[str, Any]) -> None:
     assert type(fast_one).__name__ == f"{name}Scheduler"
 
 
-@pytest.mark.slow  # likewise
 @pytest.mark.parametrize(("name", "config"), SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.5, 0.8])
 def test_stable_diffusion_from_an_image(name: str, config: dict[str, Any], strength: float) -> None:

@@ -9,6 +9,8 @@ from train_cases import Case, fresh
 
 import fastdiff as fd
 from fastdiff.engine import train_ops
+from fastdiff.engine.request import Request
+from fastdiff.errors import BatchTooLarge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +64,7 @@ def test_one_capture_serves_new_seeds_labels_and_guidance_without_a_sync(executo
     model = denoiser("cuda")
     plan = fd.plan("dpmpp_2m", model.schedule, 12, "karras")
     sampler, eager = fd.Sampler(plan, model, executor, graph=True), fd.Sampler(plan, model, executor, graph=False)
-    shape, graphs = (4, 3, 16, 16), set()
+    shape = (4, 3, 16, 16)
     for seed, label, guidance in ((0, 1.0, 2.0), (9, 3.0, 5.0), (9, 0.0, [1.0, 2.0, 3.0, 4.0])):
         arguments = {
             "seed": seed,
@@ -71,17 +73,105 @@ def test_one_capture_serves_new_seeds_labels_and_guidance_without_a_sync(executo
             "guidance": guidance,
         }
         got = sampler.sample(shape, **arguments)
-        graphs.add(id(sampler._buffers.graph))  # type: ignore[union-attr]
         assert torch.equal(got, eager.sample(shape, **arguments))
-    assert len(graphs) == 1
+    assert sampler.memory().captured == 1 and sampler.memory().graphs > 0
 
-    graph = sampler._buffers.graph  # type: ignore[union-attr]
+    (graphs,) = [entry.graphs for entry in sampler._shelf.entries if entry.graphs is not None]
+    (replay,) = graphs._replays.values()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(12):
-            graph.replay()
+            replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("graph", [True, "loop"])
+def test_captures_are_shared_by_samplers_and_serve_rows_of_several_kinds(executor: str, graph: bool | str) -> None:
+    model = denoiser("cuda")
+    shape, seen = (3, 3, 16, 16), []
+    both = {"cond": {"label": torch.ones(3, device="cuda")}, "uncond": {"label": torch.zeros(3, device="cuda")}}
+    for solver, options in (
+        ("dpmpp_2m", {}),
+        ("res_multistep", {}),
+        ("dpmpp_2m", {"guidance_interval": (0.5, 10.0)}),
+        ("dpmpp_2m", {"skipping": {"every": 3, "order": 1}}),
+    ):
+        plan = fd.plan(solver, model.schedule, 9, **options)
+        sampler = fd.Sampler(plan, model, executor, graph=graph)
+        got = sampler.sample(shape, seed=5, guidance=3.0, **both)
+        assert torch.equal(
+            got, fd.Sampler(plan, model, executor, graph=False).sample(shape, seed=5, guidance=3.0, **both)
+        )
+        seen.append(sampler.memory().captured)
+        assert sampler.last_run is not None and sampler.last_run.graph == ("loop" if graph == "loop" else "step")
+    assert seen[0] == seen[1] == 1 and seen[2] > 1
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_compiled_networks_are_captured_too(executor: str) -> None:
+    plain = denoiser("cuda")
+    compiled = plain.around(torch.compile(plain.net))  # type: ignore[arg-type]
+    for model in (plain, compiled):
+        draws = [fd.sample(model, (4, 3, 16, 16), steps=6, backend=executor, graph=graph) for graph in (True, False)]
+        assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_stream_gives_what_each_request_gives_alone_and_never_waits_for_the_device(
+    executor: str, graph: bool
+) -> None:
+    model = denoiser("cuda")
+    stream = fd.stream(model, (3, 16, 16), slots=5, backend=executor, graph=graph)
+    both = {"cond": {"label": torch.ones(1, device="cuda")}, "uncond": {"label": torch.zeros(1, device="cuda")}}
+    wanted = [("dpmpp_2m", 7, 1.0), ("heun", 3, 2.0), ("ddpm", 9, 1.0), ("dpmpp_2m_sde", 6, 4.0), ("ddim", 2, 1.0)] * 3
+
+    def submit() -> list[Request]:
+        return [stream.submit(s, steps=n, seed=i, guidance=w, **both) for i, (s, n, w) in enumerate(wanted)]
+
+    for _ in range(2):  # the first time its buffers grow, the second all sizes are captured on the last ones
+        list(submit() and stream)
+    requests = submit()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = list(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(done) == len(wanted)
+    for i, ((solver, steps, w), request) in enumerate(zip(wanted, requests, strict=True)):
+        solo = fd.sample(
+            model, (1, 3, 16, 16), solver, steps, seed=i, guidance=w, backend=executor, graph=False, **both
+        )
+        assert torch.equal(request.result(), solo[0])
+    assert stream.stats().bytes > 0 and stream.stats().throughput > 0
+
+
+def test_reused_features_in_a_graph() -> None:
+    config = fd.models.UNetConfig(
+        sample_size=16,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
+    net = fd.models.UNet(config).cuda().eval().requires_grad_(False)
+    model = fd.models.reuse_features(fd.Denoiser(net, "linear"), every=3)
+    eager = fd.sample(model, (2, 3, 16, 16), "ddim", 8, graph=False)
+    for graph in (True, "loop"):
+        assert (fd.sample(model, (2, 3, 16, 16), "ddim", 8, graph=graph) - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+def test_more_than_the_device_has() -> None:
+    model = denoiser("cuda")
+    with pytest.raises(BatchTooLarge, match="largest batch that fits") as caught:
+        fd.sample(model, (1 << 20, 3, 512, 512), steps=2)
+    total = torch.cuda.get_device_properties(0).total_memory
+    image = 4 * 3 * 512 * 512
+    assert 0 < caught.value.largest < total / (3 * image)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -102,7 +192,7 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning() -> No
 
     model = fd.Denoiser(syncs, fd.schedules.edm(), "edm", sigma_data=0.5, device="cuda")
     eager = fd.sample(model, (2, 3, 8, 8), steps=3, graph=False)
-    with pytest.warns(UserWarning, match="cannot be captured"):
+    with pytest.warns(UserWarning, match=r"cannot be captured.*item\(\)"):
         assert torch.equal(eager, fd.sample(model, (2, 3, 8, 8), steps=3))
 
 

@@ -21,10 +21,10 @@ MAY_IMPORT = {
     "process": set(),
     "images": {"files"},
     "compiler": {"process"},
-    "models": {"process", "engine.ops"},
+    "models": {"process", "engine.ops", "engine.norm"},
     "engine": {"process", "compiler", "models.denoiser", "files"},
     "report": {"process", "compiler", "files"},
-    "training": {"process", "compiler", "engine", "models"},
+    "training": {"process", "compiler", "engine", "models", "files", "images"},
     "integrations": {"process", "compiler", "engine", "models"},
 }
 NATIVE_USERS = {
@@ -32,6 +32,7 @@ NATIVE_USERS = {
     "engine.guide",
     "engine.train_ops",
     "engine.native",
+    "engine.norm",
     "engine.backends",
 }  # only these see fastdiff.kernels and fastdiff._C
 TOP = {"", "cli"}  # the package itself and its command line see everything

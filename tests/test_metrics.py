@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastdiff.training.metrics import class_agreement, fit_gaussian, frechet_distance
+from fastdiff.training.evaluation.metrics import class_agreement, fit_gaussian, frechet_distance
 
 
 def rotation(size: int, seed: int) -> NDArray[np.float64]:

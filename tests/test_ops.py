@@ -8,6 +8,7 @@ import torch
 import fastdiff as fd
 from fastdiff.engine import ops
 from fastdiff.engine.buffers import Buffers
+from fastdiff.engine.room import Room
 
 EXECUTORS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 
@@ -19,7 +20,7 @@ def step_tensors(
     model = fd.Denoiser(lambda x, t: x, fd.schedules.edm(), "edm", sigma_data=0.5)
     plan = fd.plan(solver, model.schedule, 6, "karras")
     shape = torch.Size((2, 3, 5, 4))
-    buffers = Buffers(plan, shape, 2, True, model.device, model.dtype, layout)
+    buffers = Buffers(Room.of(plan, shape, 2, model, layout, keep_denoised=True))
     buffers.start(plan, model, torch.tensor([3, 4]), [2.0, 1.0], None, "state", "white", {}, "reference")
     generator = torch.Generator().manual_seed(0)
     buffers.tensors.state.copy_(torch.randn(buffers.tensors.state.shape, generator=generator))

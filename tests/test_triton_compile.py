@@ -7,20 +7,17 @@ a GPU would run. That happens in another process, because this one may have been
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from compiled import ARCHITECTURES, Compiled, describe, elsewhere
 
 from fastdiff.compiler import layout as at
 
-ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -112,46 +109,25 @@ def uses_e(coef: torch.Tensor) -> bool:
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
     """Launch each specialisation on a stand-in driver and describe the kernel that a GPU would have got."""
     from fastdiff.kernels import affine, guide, train
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", architecture, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-
-    driver.set_active(Driver())
-    compiled: dict[str, tuple[Any, int]] = {}
-
-    class Launches:
-        def __init__(self, module: Any, name: str) -> None:
-            self.name, self.kernel = name, getattr(module, name)
-            setattr(module, name, self)
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, **options: Any) -> None:
-                compiled[self.name] = self.kernel.warmup(*args, grid=grid, **options), options["BLOCK"]
-
-            return launch
-
-    for module, name in (
+    kernels = (
         (affine, "affine_kernel"),
         (guide, "guide_kernel"),
         (guide, "quantile_kernel"),
         (train, "train_kernel"),
-    ):
-        Launches(module, name)
+    )
+    compiled = Compiled(architecture, kernels)
     reports = []
     for specialisation in wanted:
         t = tensors(specialisation)
         if specialisation.kernel in ("noising", "loss"):
             train.bind(**t, factor=1.0)()
-            reports.append(describe(*compiled["train_kernel"]))
+            reports.append(report(*compiled.last["train_kernel"]))
             continue
         branches = t["model_out"], t["unguided"], t["perturbed"]
         if specialisation.kernel == "row":
             affine.bind(**t, second=uses_e(t["coef"]))(*branches)
-            reports.append(describe(*compiled["affine_kernel"]))
+            reports.append(report(*compiled.last["affine_kernel"]))
             continue
         rule, _, name = specialisation.kernel.rpartition(" ")
         wanted_rule = rule or ("plain" if name == "quantile" else name)
@@ -166,7 +142,7 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
             threshold=True,
         )
         find(*branches)
-        reports.append(describe(*compiled["quantile_kernel" if name == "quantile" else "guide_kernel"]))
+        reports.append(report(*compiled.last["quantile_kernel" if name == "quantile" else "guide_kernel"]))
     return reports
 
 
@@ -214,41 +190,11 @@ def tensors(specialisation: Specialisation) -> dict[str, Any]:
     }
 
 
-def describe(kernel: Any, block: int) -> dict[str, Any]:
-    import triton
-
-    ptx = kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {
-        "vectors": block // (4 * 32 * kernel.metadata.num_warps),
-        "accesses": Counter(re.findall(r"\b((?:ld|st)\.(?:global|shared|local)[\w.:]*)", ptx)),
-        "doubles": len(re.findall(r"\.f64\b", ptx)),
-        "local": len(re.findall(r"\.local\b", ptx)),
-        "shuffles": len(re.findall(r"\bshfl\.", ptx)),
-        "resources": {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
-    }
+def report(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {"vectors": options["BLOCK"] // (4 * 32 * kernel.metadata.num_warps)} | describe(kernel)
 
 
 # ---- in pytest
-
-
-def compile_elsewhere(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(architecture)],
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def assert_good(specialisation: Specialisation, report: dict[str, Any]) -> None:
@@ -306,7 +252,7 @@ def train_accesses(specialisation: Specialisation) -> Counter[str]:
 
 
 def check(architecture: int, wanted: list[Specialisation], capsys: pytest.CaptureFixture[str]) -> None:
-    reports = compile_elsewhere(architecture, wanted)
+    reports = elsewhere(__file__, architecture, wanted)
     assert len(reports) == len(wanted)
     registers: dict[str, set[int]] = {}
     for specialisation, report in zip(wanted, reports, strict=True):
@@ -333,14 +279,9 @@ def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_guide_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, fewer(architecture, GUIDES), capsys)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
-    check(architecture, wanted, capsys)
+def test_guide_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    training = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
+    check(architecture, [*fewer(architecture, GUIDES), *training], capsys)
 
 
 @pytest.mark.slow

@@ -119,6 +119,9 @@ def test_the_bound_of_gaussian_data(variance: str) -> None:
     count, size = 4, 30000
     x0 = math.sqrt(VARIANCE) * torch.randn(count, size, generator=torch.Generator().manual_seed(0))
     got = objectives.bound(objective, exact(SHORT), x0, None, torch.arange(count), variance=variance, clip=False)
+    perturbed = objectives.get("ddpm", schedule=SHORT, perturbation=0.5)  # which is for training alone
+    again = objectives.bound(perturbed, exact(SHORT), x0[:1], None, torch.arange(1), variance=variance, clip=False)
+    assert torch.equal(again.terms, got.terms[:1])
     prior, terms = closed_form(SHORT, variance)
     # what is random of a term is a mean of squares, whose relative error is sqrt(2 / count)
     small, spread = (np.exp(reverse.log_variance(SHORT, name)) for name in ("posterior", variance))
@@ -214,5 +217,7 @@ def test_refusals() -> None:
         weightings.Weighting("eps", variance="beta")
     with pytest.raises(ValueError, match="discrete schedule"):
         objectives.get("hybrid", schedule="vp")
+    with pytest.raises(ValueError, match="leave out log_variance and perturbation"):
+        objectives.get("hybrid", perturbation=0.1)
     with pytest.raises(ValueError, match="one step"):
         reverse.log_variance(schedules.linear(1), "posterior")

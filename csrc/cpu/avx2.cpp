@@ -1,6 +1,7 @@
 // The executor for AVX2, FMA and F16C (compiled with their flags).
 #include "lanes_avx2.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -14,6 +15,7 @@ const Executor avx2_executor = {
     Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
     torch_normals_avx2,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
+    norm_sums<Avx2>, norm_map<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

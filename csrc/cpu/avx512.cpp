@@ -1,6 +1,7 @@
 // The executor for AVX-512 F, BW, DQ, VL (compiled with their flags).
 #include "lanes_avx512.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -11,6 +12,7 @@ const Executor avx512_executor = {
     Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
+    norm_sums<Avx512>, norm_map<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

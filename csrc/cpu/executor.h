@@ -4,6 +4,7 @@
 
 #include "../guide.h"
 #include "../mersenne.h"
+#include "../norm.h"
 #include "../philox.h"
 #include "../train.h"
 
@@ -90,6 +91,19 @@ struct Pixels {
   int64_t first, units, channels, width;
 };
 
+// Pixels first .. first + count of sample b for the norm op.
+struct NormPatch {
+  const NormArgs* args;
+  int64_t b, first, count;
+};
+
+// y = (u - middle) factor + constant of every channel, then SiLU.
+struct NormMap {
+  const float *factor, *middle, *constant;
+  void* to;
+  bool from_total, act;
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -108,6 +122,9 @@ struct Executor {
   void (*noised)(const Lesson&);
   // The sum of squared errors, and the gradient.
   double (*squares)(const Lesson&);
+  // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
+  void (*norm_sums)(const NormPatch&, double* sums);
+  void (*norm_map)(const NormPatch&, const NormMap&);
 };
 
 constexpr int64_t kFillSlack = 128;

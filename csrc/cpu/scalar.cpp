@@ -1,6 +1,7 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
 #include "noise.h"
+#include "norm.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -12,6 +13,7 @@ const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
+    norm_sums<Plain>, norm_map<Plain>,
 };
 
 }  // namespace fastdiff::cpu

@@ -36,9 +36,20 @@ FASTDIFF_INLINE void unpack(const Pixels& p, float* to, const Convert& convert) 
 
 template <class L>
 void pixels(const Pixels& p, float* to) {
+  constexpr int w = L::kWidth;
+  if (p.dtype != kUInt8 && !p.flip) {
+    const int64_t first = p.first * p.channels;
+    each_group(first, p.units * p.channels, [&](auto partial, int64_t at, int64_t n) {
+      typename L::F v[registers<L>];
+      load_model<L, partial.value>(p.images, p.dtype, at, n, v);
+      for (int u = 0; u < registers<L>; ++u)
+        store<L, partial.value>(to + at - first + u * w, v[u], clip(n - u * w, w));
+    });
+    return;
+  }
   const auto half = [](uint16_t h) {
-    float lane[L::kWidth];
-    uint16_t cell[L::kWidth] = {h};
+    float lane[w];
+    uint16_t cell[w] = {h};
     L::store(lane, L::from_half(L::load16(cell)));
     return lane[0];
   };

@@ -150,6 +150,10 @@ class AdaptivePlan(Plan):
         known = {**self.guidance, **{name: value for name, value in given.items() if value is not None}}
         return replace(self, guidance=known, rows=_guided(self.rows, known))
 
+    def skipping(self, rows: Sequence[int] | None = None, *, every: int | None = None, order: int = 2) -> Plan:
+        """ValueError: its rows are not known beforehand."""
+        raise ValueError(f"{self.solver} makes its rows as it goes, so none can be skipped; use a solver with a grid")
+
     @property
     def first(self) -> Level:
         """Where the first step starts, with alpha = 1."""

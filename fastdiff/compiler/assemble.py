@@ -43,6 +43,7 @@ class Row:
     estimate: what E is, "unguided" (P x + Q Fu) or "unclamped" (D before its clamp); None where it is not used.
     spread: (log, slope), the noise times exp(log + slope V), V the network's learned variance; None: as it is.
     perturb: how much of the perturbed branch's scale applies here. muted: the network's output is taken as 0.
+    reused: the network is not asked; its outputs have no D, and level is where it would have been evaluated.
     """
 
     level: Level | None
@@ -57,6 +58,7 @@ class Row:
     spread: tuple[float, float] | None = None
     perturb: float = 1.0
     muted: bool = False
+    reused: bool = False
 
 
 def assemble(solver: str, segments: list[Segment], givens: int = 0) -> tuple[tuple[Row, ...], int, int]:

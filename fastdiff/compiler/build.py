@@ -33,6 +33,7 @@ def plan(
     perturbed_interval: tuple[float, float] | None = None,
     cfg_pp: bool = False,
     clamp: tuple[float, float] | None = None,
+    skipping: Mapping[str, Any] | None = None,
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -43,7 +44,8 @@ def plan(
     times on the schedule's clock, without the final clean one). grid_options: options of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
-    step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`. An
+    step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`.
+    skipping: the arguments of `Plan.skipping`, {"every": 2} say: an approximation, some rows do not ask the network. An
     adaptive solver (dpm_adaptive, rk45) goes from the grid's first level to its last, whatever lies between, and makes
     its own steps; its plan is an `AdaptivePlan`, which `Sampler` runs like any other. Raises ValueError or TypeError,
     naming what is wrong, and never a half-built plan.
@@ -68,13 +70,14 @@ def plan(
         if chosen.upward:
             levels.reverse()
         compiled = compile_levels(solver, levels, process, name, options)
-    return compiled.guided(
+    compiled = compiled.guided(
         interval=guidance_interval,
         schedule=guidance_schedule,
         perturbed_interval=perturbed_interval,
         cfg_pp=cfg_pp,
         clamp=clamp,
     )
+    return compiled if skipping is None else compiled.skipping(**skipping)
 
 
 def compile_levels(

@@ -42,7 +42,8 @@ def row_lines(i: int, row: Row) -> list[str]:
     else:
         level = row.level
         where = f"alpha={level.alpha:.6g} sigma={level.sigma:.6g} time={level.time:.6g}"
-        head = f"row {i - 1:<3d} D = model(r{row.x}) at {where}"
+        asked = "the network is not asked" if row.reused else f"D = model(r{row.x})"
+        head = f"row {i - 1:<3d} {asked} at {where}"
         if row.clamp is not None:
             head += f", clamped to [{row.clamp[0]:g}, {row.clamp[1]:g}]"
         if row.gain != 1.0:

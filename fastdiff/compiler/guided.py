@@ -77,6 +77,8 @@ def plus_plus(plan: Plan) -> Plan:
     """
     if any(row.estimate is not None for row in plan.rows):
         raise ValueError(f"cfg_pp: {plan.solver} uses the second estimate of its rows itself; take another solver")
+    if any(row.reused for row in plan.rows):
+        raise ValueError("cfg_pp: some rows of this plan reuse outputs of others, which have no unguided estimate kept")
     reached = [row.level for row in plan.rows[2:]] + [plan.levels[-1]]
     if any(level is None or math.isnan(level.alpha) for level in reached):
         raise ValueError(f"cfg_pp: {plan.solver} does not say what levels it reaches, so alpha' is not known")

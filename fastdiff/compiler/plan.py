@@ -70,7 +70,7 @@ class Plan:
     @property
     def nfe(self) -> int:
         """Model evaluations in one run."""
-        return len(self.rows) - 1
+        return sum(not row.reused for row in self.rows[1:])
 
     @property
     def reads_unguided(self) -> bool:
@@ -133,6 +133,18 @@ class Plan:
             rows = guided.scheduled(rows, schedule)
         return replace(self, rows=rows if clamp is None else guided.clamped(rows, clamp))
 
+    def skipping(self, rows: Sequence[int] | None = None, *, every: int | None = None, order: int = 2) -> Plan:
+        """An approximation: some rows do not ask the network, its output is extrapolated (fastdiff.compiler.skipping).
+
+        rows: which, counted from 0, or every: all but each every-th and the last. order: from how many outputs it is
+        extrapolated; 1 repeats the last one, which is what samplers that add noise want. `nfe` counts the rows that
+        ask. A clamp is not applied to what is extrapolated. Raises ValueError for rows that cannot be skipped, and
+        where a row would need more registers than the kernel has.
+        """
+        from fastdiff.compiler.skipping import extrapolated
+
+        return extrapolated(self, rows, every, order)
+
     def pack(
         self,
         prediction: str | None = None,
@@ -165,11 +177,9 @@ class Plan:
         ids = np.zeros((len(self.rows), at.IDS_FIXED + at.TERM_IDS_STRIDE * terms), dtype=np.int32)
         folds = [self._reading(row, prediction or "x0", sigma_data) for row in self.rows[1:]]
         for i, row in enumerate(self.rows):
-            if i:
-                coef[i, [at.P, at.Q]] = folds[i - 1].P, folds[i - 1].Q
+            if i and not row.reused:
+                coef[i, [at.P, at.Q]] = folds[i - 1].P, 0.0 if row.muted else folds[i - 1].Q
                 ids[i, at.FLAGS] = at.READS_MODEL + at.E_UNGUIDED * (row.estimate == "unguided")
-                if row.muted:
-                    coef[i, at.Q] = 0.0
             if row.spread is not None:
                 ids[i, at.FLAGS] += at.SPREADS_NOISE
                 coef[i, [at.SPREAD_LOG, at.SPREAD_SLOPE]] = row.spread
@@ -322,6 +332,7 @@ def _row(body: dict[str, Any]) -> Row:
         spread=_pair(body.get("spread")),
         perturb=body.get("perturb", 1.0),
         muted=body.get("muted", False),
+        reused=body.get("reused", False),
     )
 
 

@@ -111,7 +111,7 @@ def execute_row(
     """One row of `execute`, in place."""
     x = registers[row.x]
     read = [registers[slot] for slot in row.slots]
-    estimates = x if row.level is None else denoise(x, row.level)
+    estimates = x if row.level is None or row.reused else denoise(x, row.level)
     denoised, other = estimates if isinstance(estimates, tuple) else (estimates, estimates)
     if row.noise and normal is None:
         raise ValueError("this plan draws noise: give normal(id, stream), a function that returns the unit normals")

@@ -70,19 +70,24 @@ def solve(
 
 
 def norm(error: Tensor, before: Tensor, after: Tensor, rtol: float, atol: float) -> Tensor:
-    """fp32 [B]: the root mean square over each sample of error / max(atol, rtol max(|before|, |after|)), [B, *S] each.
+    """fp32 [B]: the root mean square of error / max(atol, rtol max(|before|, |after|)) over each sample, [B, *S]."""
+    allowed = torch.maximum(before.abs(), after.abs()).mul_(rtol).clamp_(min=atol)
+    return mean((error / allowed).square_()).sqrt()
+
+
+def mean(values: Tensor) -> Tensor:
+    """fp32 [B] from [B, *S], which is overwritten.
 
     Summed by halves, elementwise, so that a sample's number depends on no other, on no thread count and on no memory
     format, which a reduction does not promise.
     """
-    allowed = torch.maximum(before.abs(), after.abs()).mul_(rtol).clamp_(min=atol)
-    squares = (error / allowed).square_().reshape(error.shape[0], -1)
-    count = size = squares.shape[1]
+    values = values.reshape(values.shape[0], -1)
+    count = size = values.shape[1]
     while size > 1:
         half = (size + 1) // 2
-        squares[:, : size - half] += squares[:, half:size]
+        values[:, : size - half] += values[:, half:size]
         size = half
-    return (squares[:, 0] / count).sqrt()
+    return values[:, 0] / count
 
 
 class _Tables:

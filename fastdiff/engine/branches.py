@@ -8,7 +8,7 @@ same network on another condition, in one batch with Fc, or from a network of it
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.assemble import Row
-from fastdiff.engine.conditions import clone, stacks
+from fastdiff.engine.conditions import stacks
 from fastdiff.engine.ops import MODEL_DTYPES
 from fastdiff.models.denoiser import Condition, Denoiser
 
@@ -67,6 +67,8 @@ class Branches:
 
     def needed(self, row: Row) -> tuple[str, ...]:
         """The branches this row reads."""
+        if row.reused:
+            return ()
         off = set()
         if row.gain == 0.0 and row.estimate != "unguided":
             off.add(UNGUIDED)
@@ -74,25 +76,49 @@ class Branches:
             off.add(PERTURBED)
         return tuple(name for name in self.names if name not in off)
 
+    def modes(self, rows: Sequence[Row]) -> list[Any]:
+        """How the main network works in each row of a run, where it has ways to choose from; None where it has not.
+
+        A network whose calls are not alike (fastdiff.models.feature_reuse) has `modes(batches)`, which says it of every
+        call of a run, and an attribute `mode`, which is set before each.
+        """
+        net: Any = self.model.net
+        if not has_modes(self.model):
+            return [None] * len(rows)
+        needed = [self.needed(row) for row in rows]
+        return net.modes([self.copies(names) * self.batch if names else 0 for names in needed])
+
+    def kind(self, row: Row, mode: Any = None) -> Hashable:
+        """Equal for rows that evaluate the same networks on the same batch in the same mode."""
+        needed = self.needed(row)
+        return needed, mode if needed else None
+
     def copies(self, needed: Sequence[str]) -> int:
         """How much of the stack is evaluated: up to the last branch that is needed."""
         return max(i + 1 for i, name in enumerate(self.stack) if name in needed)
 
-    def evaluate(self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format) -> Outputs:
+    def evaluate(
+        self, row: Row, x: Tensor, time: Tensor, memory_format: torch.memory_format, mode: Any = None
+    ) -> Outputs | None:
         """Ask the networks at x [nB, *S] and time [nB]: a copy of one input for each of the n branches, in order.
 
-        A network may write into its input, so no two of them are given the same copy.
+        A network may write into its input, so no two of them are given the same copy. None: the row asks nothing.
         """
         needed = self.needed(row)
+        if not needed:
+            return None
+        if mode is not None:
+            net: Any = self.model.net
+            net.mode = mode
         copies = self.copies(needed)
         count = copies * self.batch
         own = (x, time) if count == x.shape[0] else (x[:count], time[:count])
-        stacked, variance = self._ask(self.model, *own, self.conditions[copies - 1], memory_format)
+        stacked, variance = ask(self.model, *own, self.conditions[copies - 1], memory_format)
         apart: dict[str, Tensor] = {}
         for i, (name, (network, condition)) in enumerate(self.apart.items(), len(self.stack)):
             if name in needed:
                 place = slice(i * self.batch, (i + 1) * self.batch)
-                apart[name] = self._ask(network, x[place], time[place], condition, memory_format)[0]
+                apart[name] = ask(network, x[place], time[place], condition, memory_format)[0]
                 if apart[name].dtype != stacked.dtype:
                     apart[name] = apart[name].to(stacked.dtype)
         if self.stack[:copies] == (CONDITIONAL, PERTURBED):
@@ -100,35 +126,54 @@ class Branches:
             stacked = stacked[: self.batch]
         return Outputs(stacked, apart.get(UNGUIDED), apart.get(PERTURBED), variance)
 
-    def with_own_conditions(self) -> Branches:
-        """The same branches, their conditions' tensors in memory of their own."""
+    def conditions_of_all(self) -> list[Any]:
+        """Every condition of every network, as one tree."""
+        return [self.conditions, [condition for _, condition in self.apart.values()]]
+
+    def with_conditions(self, tree: list[Any]) -> Branches:
+        """The same branches on a tree like `conditions_of_all` gives."""
         own = copy.copy(self)
-        own.conditions = clone(self.conditions)
-        own.apart = {name: (network, clone(condition)) for name, (network, condition) in self.apart.items()}
+        own.conditions = tree[0]
+        own.apart = {
+            name: (network, condition)
+            for (name, (network, _)), condition in zip(self.apart.items(), tree[1], strict=True)
+        }
         return own
 
-    def same_in(self, rows: Sequence[Row]) -> bool:
-        """True when every row evaluates the same networks on the same batch."""
-        return len({self.needed(row) for row in rows}) <= 1
 
-    def _ask(
-        self, network: Denoiser, x: Tensor, time: Tensor, condition: Any, memory_format: torch.memory_format
-    ) -> tuple[Tensor, Tensor | None]:
-        output = network(x.to(network.dtype), time, condition)
-        variance = None
-        if network.learned_variance and output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
-            output, variance = output.chunk(2, dim=1)
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; they must "
-                "be equal. One that also predicts a variance needs Denoiser(..., learned_variance=True)"
-            )
-        if output.dtype not in MODEL_DTYPES or output.device != x.device:
-            raise TypeError(
-                f"the network returned {output.dtype} on {output.device}, expected float32, float16 or bfloat16 "
-                f"on {x.device}"
-            )
-        return output.contiguous(memory_format=memory_format), variance
+def has_modes(model: Denoiser) -> bool:
+    """Whether the network's calls in a run are not alike."""
+    return hasattr(model.net, "modes")
+
+
+def refuse_modes(model: Denoiser, what: str) -> None:
+    """ValueError for a network whose calls are not alike, where samples at different rows share one."""
+    if has_modes(model):
+        raise ValueError(
+            f"{what} has samples at different rows in one call of the network, and this one reuses features of the row "
+            "before; give it the network without reuse_features"
+        )
+
+
+def ask(
+    network: Denoiser, x: Tensor, time: Tensor, condition: Any, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor | None]:
+    """F and, of a network with a learned variance, V, like x and in `memory_format`; ValueError or TypeError if not."""
+    output = network(x.to(network.dtype), time, condition)
+    variance = None
+    if network.learned_variance and output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
+        output, variance = output.chunk(2, dim=1)
+    if output.shape != x.shape:
+        raise ValueError(
+            f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; they must "
+            "be equal. One that also predicts a variance needs Denoiser(..., learned_variance=True)"
+        )
+    if output.dtype not in MODEL_DTYPES or output.device != x.device:
+        raise TypeError(
+            f"the network returned {output.dtype} on {output.device}, expected float32, float16 or bfloat16 "
+            f"on {x.device}"
+        )
+    return output.contiguous(memory_format=memory_format), variance
 
 
 def arrange(

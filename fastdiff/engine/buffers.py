@@ -1,6 +1,6 @@
-"""Everything a run reads and writes on the device, allocated once per shape and reused.
+"""Everything a run reads and writes on the device, allocated once for a room and reused.
 
-May import: ops, external, guide, guidance, branches, compiler, models.denoiser.
+May import: room, ops, external, guide, guidance, branches, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
@@ -20,42 +21,23 @@ from fastdiff.engine.branches import Outputs
 from fastdiff.engine.guidance import Reduction
 from fastdiff.engine.guide import GuideTensors
 from fastdiff.engine.guide import bind as bind_guide
+from fastdiff.engine.room import Room
 from fastdiff.models.denoiser import Denoiser
 
 
 class Buffers:
-    """The state's registers, the network's input and time, the table, and the bound step.
+    """The state's registers, the network's input and time, the table, and the bound step, of the room they are for."""
 
-    key: what they fit. copies: of the network's input, one per branch. work: the guidance rule
-    to run before each row, and whether it thresholds. perturbed: a perturbed branch has a scale of its own.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        shape: torch.Size,
-        copies: int,
-        keep_denoised: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        work: tuple[int, bool] | None = None,
-        perturbed: bool = False,
-    ) -> None:
-        if len(shape) < 2 or min(shape) < 1:
-            raise ValueError(f"shape must be [batch, *sample] with every size >= 1, got {tuple(shape)}")
-        self.key = (id(plan), shape, copies, keep_denoised, work, perturbed)
-        self.batch, self.copies = shape[0], copies
-        self.work = work
-        self._learns_spread, self._uses_e = plan.learns_spread, plan.uses_second_estimate
-        self.memory_format = memory_format if len(shape) == 4 else torch.contiguous_format
-        self._sample = shape[1:]
-        self.model_in = self._images(copies * self.batch, dtype, device)
-        self.model_time = torch.zeros(copies * self.batch, dtype=torch.float32, device=device)
-        opening, *rows = (len(row.noise) for row in plan.rows)
-        coef, ids = _empty_table(len(rows), max(rows), device)
+    def __init__(self, room: Room) -> None:
+        self.room, self.batch, self.copies, self.work = room, room.batch, room.copies, room.work
+        self.memory_format = room.memory_format
+        self._sample = room.shape[1:]
+        device = room.device
+        self.model_in = self._images(room.copies * self.batch, room.dtype, device)
+        self.model_time = torch.zeros(room.copies * self.batch, dtype=torch.float32, device=device)
+        coef, ids = empty_table(room.rows, room.terms, device)
         self.tensors = ops.StepTensors(
-            state=self._registers(plan.registers, device),
+            state=self._registers(room.registers, device),
             model_out=self.model_in,
             model_in=self.model_in,
             model_time=self.model_time,
@@ -65,26 +47,33 @@ class Buffers:
             seed=torch.zeros(self.batch, dtype=torch.int64, device=device),
             guidance=torch.ones(self.batch, dtype=torch.float32, device=device),
             noise=None,
-            denoised=self._images(self.batch, torch.float32, device) if keep_denoised else None,
+            denoised=self._images(self.batch, torch.float32, device) if room.keep_denoised else None,
             status=torch.full((self.batch,), -1, dtype=torch.int32, device=device),
             ticket=torch.zeros(self.batch, dtype=torch.int32, device=device),
             mix=torch.zeros(self.batch, at.MIX, dtype=torch.float32, device=device)
-            if work is not None or perturbed
+            if room.work is not None or room.perturbed
             else None,
             momentum=(
-                self._images(self.batch, torch.float32, device) if work is not None and work[0] == at.APG else None
+                self._images(self.batch, torch.float32, device)
+                if room.work is not None and room.work[0] == at.APG
+                else None
             ),
         )
         self._settings = torch.zeros(at.SETTINGS, dtype=torch.float32, device=device)
-        parts = self.batch if work is not None else 0
+        parts = self.batch if room.work is not None else 0
         self._partial = torch.zeros(parts, at.PARTS, at.SUMS, dtype=torch.float32, device=device)
-        # the opening row has a table of its own: it draws the latents, which would widen a deterministic plan's
-        self._opening_table = _empty_table(1, opening + 1, device)
+        self._opening_table = empty_table(1, room.opening_terms, device)
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
         self._steps: dict[Any, tuple[ops.Step, ...]] = {}
         self._opening_step: ops.Step | None = None
-        self._table: object = None  # what the loaded table was packed from
-        self.graph: Any = None
+        self._table: tuple[Any, ...] = ()  # what the loaded table was packed from
+        self.captured = 0  # grows when addresses change that a graph has captured
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors here."""
+        own = (*self.tensors.arguments(), self._settings, self._partial, *self._opening_table)
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in own if t is not None}.values())
 
     def start(
         self,
@@ -107,11 +96,10 @@ class Buffers:
         self._check_given(plan, given)
         t.seed.copy_(seeds)
         made = external.fill(noise, plan, t, lambda count: self._registers(count, t.state.device), executor)
-        if (made is None) != (t.noise is None):
-            self._steps.clear()
-            self._opening_step = self.graph = None
-            t.noise = made
-        elif made is not None and t.noise is not None:
+        if made is None or t.noise is None or made.shape != t.noise.shape:
+            if made is not None or t.noise is not None:
+                self._rebind(made)
+        else:
             t.noise.copy_(made)
         self._load_table(plan, model, "noise" if init is None else opening, plan.draws if made is not None else 0)
         t.guidance.copy_(torch.tensor(guidance, dtype=torch.float32))
@@ -120,7 +108,7 @@ class Buffers:
             mix[:, at.MIX_S] = torch.tensor(perturbed_scale, dtype=torch.float32)
             t.mix.copy_(mix)
         if reduction is not None:
-            self._settings.copy_(torch.tensor(reduction.settings, dtype=torch.float32))
+            self.set_reduction(reduction)
         if t.momentum is not None:
             t.momentum.zero_()
         t.row.zero_()
@@ -129,6 +117,16 @@ class Buffers:
             t.state[plan.rows[0].x].copy_(init)
         for name, image in given.items():
             t.state[plan.given[name]].copy_(image)
+
+    def set_reduction(self, reduction: Reduction) -> None:
+        """The numbers of the guidance rule that this room's work names."""
+        self._settings.copy_(torch.tensor(reduction.settings, dtype=torch.float32))
+
+    def _rebind(self, noise: Tensor | None) -> None:
+        self.tensors.noise = noise
+        self._steps.clear()
+        self._opening_step = None
+        self.captured += 1
 
     def _check_given(self, plan: Plan, given: Mapping[str, Tensor]) -> None:
         if set(given) != set(plan.given):
@@ -152,14 +150,12 @@ class Buffers:
             raise ValueError(f"{name} holds inf or nan; give a finite image or state")
 
     def _load_table(self, plan: Plan, model: Denoiser, opening: str, latent_id: int) -> None:
-        wanted = (id(plan), model.prediction, model.sigma_data, opening, latent_id)
-        if self._table == wanted:
+        wanted = (plan, model.prediction, model.sigma_data, opening, latent_id)
+        if self._table and self._table[0] is plan and self._table[1:] == wanted[1:]:
             return
         packed = plan.pack(model.prediction, model.sigma_data, opening, latent_id)
-        tables = ((self._opening_table, slice(0, 1)), ((self.tensors.coef, self.tensors.ids), slice(1, None)))
-        for (coef, ids), rows in tables:
-            coef.copy_(torch.from_numpy(packed.coef[rows, : coef.shape[1]]))
-            ids.copy_(torch.from_numpy(packed.ids[rows, : ids.shape[1]]))
+        write_rows(*self._opening_table, packed.coef[:1], packed.ids[:1])
+        write_rows(self.tensors.coef, self.tensors.ids, packed.coef[1:], packed.ids[1:])
         self._table = wanted
 
     def open(self, executor: str) -> None:
@@ -188,18 +184,27 @@ class Buffers:
         for step in steps:
             step(*given)
 
+    def reuse(self, executor: str) -> None:
+        """Run a row that reads no output of the network."""
+        steps = self._steps.get(executor)
+        if steps is None:
+            step = ops.bind(dataclasses.replace(self.tensors, model_out=self.model_in), executor, self.room.second)
+            steps = self._steps[executor] = (step,)
+        steps[0](self.model_in)
+
     def _bind(self, executor: str, outputs: Outputs) -> tuple[ops.Step, ...]:
         t = self.tensors
-        if self._learns_spread and (t.variance is None or t.variance.dtype != outputs.model_out.dtype):
+        if self.room.learns_spread and (t.variance is None or t.variance.dtype != outputs.model_out.dtype):
             with torch.inference_mode(False):  # a later call outside it writes here too
                 t.variance = self._images(self.batch, outputs.model_out.dtype, t.state.device)
             self._steps.clear()
+            self.captured += 1
         given = {
             "model_out": outputs.model_out,
             "unguided": outputs.unguided,
             "perturbed": outputs.perturbed,
         }
-        step = ops.bind(dataclasses.replace(t, **given), executor, self._uses_e)  # type: ignore[arg-type]
+        step = ops.bind(dataclasses.replace(t, **given), executor, self.room.second)  # type: ignore[arg-type]
         if self.work is None:
             return (step,)
         own = {name: getattr(t, name) for name in ("state", "coef", "ids", "row", "guidance", "ticket", "momentum")}
@@ -223,7 +228,26 @@ class Buffers:
         return self._images(count * self.batch, torch.float32, device).unflatten(0, (count, self.batch))
 
 
-def _empty_table(rows: int, terms: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def empty_table(rows: int, terms: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """coef fp32 and ids int32 of a table, zeros: rows that are not run."""
     coef = torch.zeros(rows, at.COEF_FIXED + at.NOISE_STRIDE * terms, dtype=torch.float32, device=device)
     ids = torch.zeros(rows, at.IDS_FIXED + at.TERM_IDS_STRIDE * terms, dtype=torch.int32, device=device)
     return coef, ids
+
+
+def write_rows(
+    coef: Tensor, ids: Tensor, new_coef: NDArray[np.float32], new_ids: NDArray[np.int32], place: int = 0
+) -> None:
+    """Copy packed rows into a table from row `place` on; columns that one of the two does not have are unused."""
+    for table, new in ((coef, new_coef), (ids, new_ids)):
+        width = min(table.shape[1], new.shape[1])
+        upload(table[place : place + len(new), :width], np.ascontiguousarray(new[:, :width]))
+
+
+def upload(into: Tensor, values: NDArray[Any]) -> None:
+    """Copy host values to a device without waiting for what it is doing: torch keeps pinned memory until it is read."""
+    given = torch.from_numpy(values)
+    if into.is_cuda:
+        into.copy_(given.pin_memory(), non_blocking=True)
+    else:
+        into.copy_(given)

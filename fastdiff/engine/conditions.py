@@ -54,6 +54,38 @@ def tensors(cond: Any) -> list[Tensor]:
     return found
 
 
+def select(cond: Any, index: Tensor) -> Any:
+    """The entries `index` [n] of every tensor of the tree."""
+    return _each("cond", cond, lambda name, tensor: tensor.index_select(0, index) if tensor.dim() else tensor)
+
+
+def part(cond: Any, place: slice) -> Any:
+    """These entries of every tensor of the tree, in its own memory."""
+    return _each("cond", cond, lambda name, tensor: tensor[place] if tensor.dim() else tensor)
+
+
+def stretched(cond: Any, count: int) -> Any:
+    """The tree with `count` entries, the first ones those it has, the others 0."""
+
+    def stretch(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        longer = tensor.new_zeros(count, *tensor.shape[1:])
+        longer[: len(tensor)] = tensor
+        return longer
+
+    return _each("cond", cond, stretch)
+
+
+def of_an_entry(cond: Any) -> Any:
+    """What must be equal for two trees' entries to run in one batch: structure, an entry's shape, dtypes, values."""
+
+    def entry(name: str, tensor: Tensor) -> Any:
+        return ("entries", tuple(tensor.shape[1:]), tensor.dtype) if tensor.dim() else ("number", tensor.item())
+
+    return signature(_each("cond", cond, entry))
+
+
 def signature(cond: Any) -> Any:
     """What must be equal for a captured graph to serve: structure, shapes, dtypes, and every value not a tensor."""
     if isinstance(cond, Tensor):

@@ -19,8 +19,9 @@ from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.layout import STREAM_LATENT
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine.arguments import batch_shape
+from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.noise import normal
-from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.sampler import Sampler
 from fastdiff.engine.seeds import per_sample
 from fastdiff.files import check_writable_file, write_atomically
 from fastdiff.models.denoiser import Condition, Denoiser

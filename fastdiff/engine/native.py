@@ -20,6 +20,7 @@ from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from fastdiff.engine.guide import GuideTensors
+    from fastdiff.engine.norm_checks import Inputs
     from fastdiff.engine.ops import StepTensors
     from fastdiff.engine.train_ops import TrainTensors
 
@@ -37,6 +38,9 @@ _GUIDE_POINTERS = (
     "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
 )  # fmt: skip
 _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
+_NORM_POINTERS = (
+    "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
+)  # fmt: skip
 
 
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
@@ -76,6 +80,18 @@ class TrainArgs(ctypes.Structure):
     )
 
 
+class NormArgs(ctypes.Structure):
+    """Mirror of struct NormArgs in csrc/norm.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _NORM_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "C", "C1", "P", "groups")]
+        + [(f"{name}_stride", ctypes.c_int64) for name in ("residual", "before", "scale", "shift")]
+        + [("eps", ctypes.c_float)]
+        + [(name, ctypes.c_int32) for name in ("act", "dtype", "channels_last")]
+    )
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
@@ -85,10 +101,13 @@ def load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = (library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size)
+        sizes = (
+            library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size,
+            library.fastdiff_norm_args_size,
+        )  # fmt: skip
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs), strict=True):
+    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs), strict=True):
         size.restype = ctypes.c_int64
         if size() == ctypes.sizeof(block):
             continue
@@ -100,7 +119,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_affine_step_apart_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 5]
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "noise_images", "loss"):
+    for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -124,6 +143,42 @@ def arguments(tensors: StepTensors) -> AffineArgs:
         tensor = getattr(tensors, name)
         setattr(args, f"{name}_batch", 0 if tensor is None else tensor.shape[0] // max(args.B, 1))
     return args
+
+
+def norm(
+    given: Inputs, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
+) -> None:
+    """Write y, the sum and the statistics of checked tensors (fastdiff.engine.norm) on the CPU. Deterministic."""
+    args = NormArgs(groups=groups, eps=eps, act=act, C=y.shape[1])
+    names = ("weight", "bias", "before", "scale", "shift")
+    pointers = {
+        name: None if vector is None else vector.float() for name, vector in zip(names, given[1:6], strict=True)
+    }
+    for name in ("before", "scale", "shift"):
+        vector = pointers[name]
+        setattr(args, f"{name}_stride", 0 if vector is None else vector.stride(0))
+    others = {"skip": given.skip, "y": y, "total": total, "stats": stats}
+    _norm(args, given.x, given.residual, last, pointers | others)
+
+
+def norm_sum(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:
+    """total = x + before + residual, of checked tensors on the CPU."""
+    before = None if before is None else before.float()
+    args = NormArgs(C=x.shape[1], before_stride=0 if before is None else before.stride(0))
+    _norm(args, x, residual, last, {"before": before, "total": total})
+
+
+def _norm(args: NormArgs, x: Tensor, residual: Tensor | None, last: bool, others: dict[str, Tensor | None]) -> None:
+    for name, tensor in ({"x": x, "residual": residual} | others).items():
+        setattr(args, name, None if tensor is None else tensor.data_ptr())
+    args.B, args.C1 = x.shape[:2]
+    args.P = x.shape[2:].numel()
+    args.dtype, args.channels_last = _DTYPES[x.dtype], last
+    args.residual_stride = 0 if residual is None or residual.shape[0] < args.B else residual[0].numel()
+    library = load()
+    code = library.fastdiff_norm_cpu(ctypes.addressof(args))
+    if code:
+        raise RuntimeError(f"norm_act on cpp: {library.fastdiff_error(code).decode()} (code {code})")
 
 
 def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, pointers: tuple[str, ...]) -> None:

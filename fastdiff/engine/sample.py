@@ -15,7 +15,9 @@ from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
-from fastdiff.engine.sampler import RowInfo, Sampler
+from fastdiff.engine.loop import RowInfo
+from fastdiff.engine.sampler import Sampler
+from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.models.denoiser import Condition, Denoiser
 
 
@@ -47,6 +49,8 @@ def sample(
     perturbed_cond: Condition = None,
     perturbed_scale: float | Sequence[float] | Tensor = 0.0,
     given: Mapping[str, Tensor] | None = None,
+    skip: AdaptiveSkip | None = None,
+    max_batch: int | str | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw samples from a model: fp32 [B, *S].
@@ -84,7 +88,7 @@ def sample(
         )
     return Sampler(plan, model, backend, graph, memory_format, guide, perturbed).sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
-        rule, threshold, perturbed_cond, perturbed_scale, given,
+        rule, threshold, perturbed_cond, perturbed_scale, given, skip, max_batch,
     )  # fmt: skip
 
 

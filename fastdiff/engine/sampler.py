@@ -1,77 +1,52 @@
-"""The loop: model, row, model, row. Binds a plan to a model and a device and owns the buffers.
+"""Binds a plan to a model and a device: checks what is asked, finds buffers and graphs for it, and runs the loop.
 
-May import: arguments, buffers, branches, guidance, seeds, graphs, backends, adaptive, compiler, models.denoiser.
+May import: asked, arguments, chunks, loop, held, kept, room, branches, guidance, graphs, backends, memory, skipping,
+stream, compiler, models.denoiser.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastdiff.compiler import layout
 from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine import adaptive, backends
-from fastdiff.engine.arguments import batch_shape, check_alike, check_fits, number_per_sample
-from fastdiff.engine.branches import PERTURBED, Branches, arrange
-from fastdiff.engine.buffers import Buffers
+from fastdiff.compiler.skipping import twins
+from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
+from fastdiff.engine.arguments import batch_shape, check_alike, check_fits
+from fastdiff.engine.asked import Asked
+from fastdiff.engine.branches import PERTURBED, Branches, arrange, refuse_modes
+from fastdiff.engine.crowd import POSITIONS
 from fastdiff.engine.external import Noise
-from fastdiff.engine.graphs import StepGraph
-from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
-from fastdiff.engine.seeds import per_sample as seeds_of
+from fastdiff.engine.guidance import DynamicThreshold, Rule
+from fastdiff.engine.held import Held, Memory
+from fastdiff.engine.kept import Kept
+from fastdiff.engine.loop import Loop, RowInfo, RunStats
+from fastdiff.engine.room import Room
+from fastdiff.engine.skipping import AdaptiveSkip
+from fastdiff.engine.stream import Stream
 from fastdiff.models.denoiser import Condition, Denoiser
-from fastdiff.process.schedules import Level
-
-
-@dataclass(frozen=True)
-class RowInfo:
-    """What a callback receives after each row: the row, its level, D and the new state (live buffers: clone them).
-
-    Of an adaptive run: rows is 0, since it is not known; level is the noisiest of the batch, levels has one for each
-    sample (None where it is finished); the state is x / alpha.
-    """
-
-    row: int
-    rows: int
-    level: Level
-    denoised: Tensor
-    state: Tensor
-    levels: tuple[Level | None, ...] = ()
-
-
-@dataclass(frozen=True)
-class RunStats:
-    """One finished run: model evaluations, wall seconds, and the part spent in the model (None on a GPU).
-
-    adaptive: of an adaptive run, the evaluations and steps of each sample; nfe is then the most that one needed.
-    """
-
-    nfe: int
-    seconds: float
-    model_seconds: float | None
-    backend: str
-    adaptive: adaptive.Counts | None = None
 
 
 class Sampler:
     """Runs a plan with a model: D = P x + Q F after each evaluation, then one fused row (fastdiff.engine.ops).
 
     backend: "auto" or an executor of `fd.backends()`. graph: "auto" captures model + row into one CUDA graph where
-    there is a GPU, True insists, False never. memory_format: of the state and the network's input. guide: a network for
-    the unguided branch (autoguidance: a weaker model); perturbed: one for the perturbed branch. Deterministic: a
-    sample depends on its seed, not on the batch it is in, as far as the network treats each sample alone. One thread
-    at a time: the buffers are kept between calls.
+    there is a GPU, True insists, "loop" captures all rows of a run into one and insists, False never. memory_format: of
+    the state and the network's input. guide: a network for the unguided branch (autoguidance: a weaker model);
+    perturbed: one for the perturbed branch. kept_bytes: buffers and graphs are kept for later runs of this model, of
+    any sampler, up to so many bytes; those used longest ago go first. Deterministic: a sample depends on its seed, not
+    on the batch it is in, as far as the network treats each sample alone. One thread at a time.
     """
 
     def __init__(
@@ -83,32 +58,34 @@ class Sampler:
         memory_format: torch.memory_format = torch.contiguous_format,
         guide: Denoiser | None = None,
         perturbed: Denoiser | None = None,
+        kept_bytes: int = 1 << 30,
     ) -> None:
-        if graph not in (True, False, "auto"):
-            raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
+        if graph not in (True, False, "auto", "loop"):
+            raise ValueError(f"graph must be 'auto', 'loop', True or False, got {graph!r}")
         check_fits(plan, model)
         for name, other in (("guide", guide), ("perturbed", perturbed)):
             if other is not None:
                 check_alike(name, other, model)
         self.plan = plan
-        self.model, self.guide, self.perturbed = model, guide, perturbed
+        packed = plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
+        times = None if isinstance(plan, AdaptivePlan) else torch.from_numpy(packed.coef[:, layout.EMIT_TIME].copy())
+        self.model, self.guide, self.perturbed = _ready(model, times), guide, perturbed
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
-        captures = model.device.type == "cuda" and self.backend in ("triton", "cuda")
-        if graph is True and not captures:
+        captures = graphs.recorder_for(model.device, self.backend) is not None
+        if graph in (True, "loop") and not captures:
             raise ValueError(
-                "graph=True needs a CUDA device and executor 'triton' or 'cuda', "
+                f"graph={graph!r} needs a CUDA device and executor 'triton' or 'cuda', "
                 f"got {model.device} and {self.backend!r}"
             )
         self.graph = captures and graph is not False
-        self._insist = graph is True
+        self._insist, self._whole = graph in (True, "loop"), graph == "loop"
+        self.kept_bytes = kept_bytes
         self.memory_format = memory_format
         self._idle = threading.Lock()
-        self._variants: dict[tuple[bool, int], Plan] = {}
+        self._variants: dict[tuple[bool, int, bool], Plan] = {}
         self._batch_plan: tuple[int, Plan] | None = None
         self.last_run: RunStats | None = None
-        self._buffers: Buffers | None = None
-        plan.pack(model.prediction, model.sigma_data)  # an undefined prediction fails here, not in the loop
 
     @torch.no_grad()
     def sample(
@@ -128,6 +105,8 @@ class Sampler:
         perturbed_cond: Condition = None,
         perturbed_scale: float | Sequence[float] | Tensor = 0.0,
         given: Mapping[str, Tensor] | None = None,
+        skip: AdaptiveSkip | None = None,
+        max_batch: int | str | None = None,
     ) -> Tensor:
         """Draw samples: fp32 [B, *S] on the model's device.
 
@@ -139,21 +118,17 @@ class Sampler:
         an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 evaluates cond only. rule:
         `fd.guidance.Rescale`, `APG` or `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of
         s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond.
-        given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). callback:
-        called after each row. Raises ValueError or TypeError for arguments that do not fit and FloatingPointError,
-        naming the row, when the network returns inf or nan.
+        given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). skip: an
+        approximation, `fd.AdaptiveSkip()`: samples skip evaluations where their path is smooth. max_batch: draw in
+        batches of at most so many, the same samples; "auto": as many as fit in memory, by estimate. callback: called
+        after each row. Raises ValueError or TypeError for arguments that do not fit, FloatingPointError, naming the
+        row, when the network returns inf or nan, and BatchTooLarge, with the batch that would fit, when memory runs
+        out.
         """
         shape = batch_shape(shape)
-        seeds = seeds_of(seed, shape[0])
-        weights = number_per_sample("guidance", guidance, shape[0])
-        scales = number_per_sample("perturbed_scale", perturbed_scale, shape[0])
-        reduces = reduction(rule, threshold)
-        if isinstance(rule, APG) and any(scales):
-            raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
-        branches = arrange(
-            self.model, shape[0], cond, uncond, perturbed_cond,
-            guided=any(w != 1.0 for w in weights), perturbed=any(scales), guide=self.guide,
-            perturbed_net=self.perturbed, reads_unguided=self.plan.reads_unguided,
+        asked = Asked.checked(
+            shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening, rule, threshold,
+            perturbed_cond, perturbed_scale, given or {}, skip,
         )  # fmt: skip
         if not self._idle.acquire(blocking=False):
             raise RuntimeError(
@@ -161,101 +136,149 @@ class Sampler:
             )
         try:
             with self._on_device():
-                path = isinstance(noise, str) and noise == "brownian"
-                if isinstance(self.plan, AdaptivePlan):
-                    plan = self._of_batch(self.plan, shape[0], noise, reduces)
-                else:
-                    plan = self._variant(path, reduces)
-                buffers = self._prepare(plan, shape, branches, callback is not None, reduces)
-                with torch.inference_mode(False), torch.no_grad():
-                    buffers.start(
-                        plan,
-                        self.model,
-                        seeds,
-                        weights,
-                        init,
-                        opening,
-                        noise,
-                        given or {},
-                        self.backend,
-                        scales,
-                        reduces,
-                    )
-                if isinstance(self.plan, AdaptivePlan):
-                    return self._run_adaptive(self.plan, buffers, branches, callback, progress, path)
-                return self._run(buffers, branches, callback, progress)
+                size = self._at_once(shape, asked, max_batch)
+                if size >= shape[0]:
+                    result, self.last_run = self._draw(shape, asked)
+                    return result
+                return self._in_parts(shape, asked, size)
         finally:
             self._idle.release()
 
-    def _run(
-        self,
-        buffers: Buffers,
-        branches: Branches,
-        callback: Callable[[RowInfo], None] | None,
-        progress: bool,
-    ) -> Tensor:
-        started = time.perf_counter()
-        rows = tqdm(range(self.plan.nfe), disable=not progress, desc=self.plan.solver, unit="row")
-        model_seconds = self._loop(buffers, branches, rows, callback)
-        self._check_finite(buffers)
-        result = self._result(buffers)
-        self.last_run = RunStats(self.plan.nfe, time.perf_counter() - started, model_seconds, self.backend)
-        return result
+    def stream(self, shape: Sequence[int], slots: int = 16, **options: Any) -> Stream:
+        """A running batch of `slots` samples of shape [*S] for this sampler's networks (fastdiff.engine.stream).
 
-    def _run_adaptive(
-        self,
-        plan: AdaptivePlan,
-        buffers: Buffers,
-        branches: Branches,
-        callback: Callable[[RowInfo], None] | None,
-        progress: bool,
-        path: bool,
-    ) -> Tensor:
-        started, spent = time.perf_counter(), 0.0
-        buffers.open(self.backend)
-        graph = self._graph_for(buffers, branches, callback) if self.graph else None
-        bar = tqdm(disable=not progress, desc=plan.solver, unit="row")
+        Requests that bring no plan run this one. options: queue, rule, threshold, table_rows.
+        """
+        return Stream(
+            self.model, shape, slots, plan=self.plan, backend=self.backend, graph=self.graph and "auto",
+            memory_format=self.memory_format, guide=self.guide, perturbed=self.perturbed, **options,
+        )  # fmt: skip
 
-        def advance(row: Row) -> None:
-            nonlocal spent
-            bar.update()
-            if graph is not None:
-                graph.replay()
-                return
-            before = time.perf_counter()
-            outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
-            spent += time.perf_counter() - before
-            buffers.advance(self.backend, outputs)
+    def memory(self) -> Memory:
+        """What this model's samplers keep now."""
+        return held.memory(self.model, self.kept_bytes)
 
-        def report(row: int, levels: tuple[Level | None, ...], state: Tensor) -> None:
-            if callback is not None and buffers.tensors.denoised is not None:
-                noisiest = max((level for level in levels if level is not None), key=lambda level: level.rho)
-                callback(RowInfo(row, 0, noisiest, buffers.tensors.denoised, state, levels))
+    def release(self) -> None:
+        """Give back what this model's samplers keep; their next runs make it again."""
+        self._shelf.clear()
 
-        with bar:
-            counts = adaptive.solve(plan, buffers, self.model, self.backend, path, advance, report)
-        result = self._result(buffers)
-        model_seconds = spent if self.model.device.type == "cpu" else None
-        seconds = time.perf_counter() - started
-        self.last_run = RunStats(max(counts.nfe), seconds, model_seconds, self.backend, counts)
-        return result
+    def _at_once(self, shape: torch.Size, asked: Asked, max_batch: int | str | None) -> int:
+        """The largest batch to draw at once."""
+        if max_batch is None:
+            return shape[0]
+        if max_batch == "auto":
+            return min(shape[0], max(1, self._largest(shape, asked)))
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise ValueError(f"max_batch must be an integer >= 1, 'auto' or None, got {max_batch!r}")
+        return max_batch
 
-    def _result(self, buffers: Buffers) -> Tensor:
-        result = buffers.tensors.state[self.plan.result].clone(memory_format=torch.preserve_format)
-        if not bool(result.isfinite().all()):
-            raise FloatingPointError(
-                "the sample is inf or nan although every network output was finite: a weighted sum overflowed float32. "
-                "Lower the guidance, or check the scale of the network's output"
-            )
-        return result
+    def _in_parts(self, shape: torch.Size, asked: Asked, size: int) -> Tensor:
+        if asked.callback is not None:
+            raise ValueError(f"a callback sees a batch as a whole, this one of {shape[0]} is drawn {size} at a time")
+        drawn, runs = [], []
+        for count, part in asked.parts(size):
+            result, run = self._draw(torch.Size((count, *shape[1:])), part)
+            drawn.append(result)
+            runs.append(run)
+        self.last_run = chunks.together(runs)
+        return torch.cat(drawn)
 
-    def _of_batch(self, plan: AdaptivePlan, batch: int, noise: Noise, reduces: Reduction | None) -> Plan:
-        if reduces is not None and (reduces.muted or reduces.remembers):
+    def _draw(self, shape: torch.Size, asked: Asked) -> tuple[Tensor, RunStats]:
+        """One batch; BatchTooLarge, with an estimate of what would fit, where memory runs out."""
+        try:
+            return self._run(shape, asked)
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            memory.let_go(error, self.model.device)
+            why = str(error)
+        self._shelf.clear()
+        room = self._room(self._plan_for(shape, asked), shape, asked, self._branches(shape[0], asked))
+        raise chunks.too_large(room, self._largest(shape, asked), why)
+
+    def _run(self, shape: torch.Size, asked: Asked) -> tuple[Tensor, RunStats]:
+        branches = self._branches(shape[0], asked)
+        plan = self._plan_for(shape, asked)
+        room = self._room(plan, shape, asked, branches)
+        with self._held(room, branches) as own:
+            with torch.inference_mode(False), torch.no_grad():
+                own.buffers.start(
+                    plan, self.model, asked.seed, asked.guidance, asked.init, asked.opening, asked.noise, asked.given,
+                    self.backend, asked.perturbed_scale, asked.reduces,
+                )  # fmt: skip
+            own.buffers.open(self.backend)
+            adaptive = isinstance(self.plan, AdaptivePlan)
+            base = plan if asked.skip is None and not adaptive else self.plan
+            loop = Loop(base, own, branches, self.backend, asked.callback, asked.progress)
+            if asked.skip is not None:
+                return loop.with_skips(plan, asked.skip)
+            rows = plan.rows[1:2] if adaptive else plan.rows[1:]
+            replays = self._captured(own, branches, rows, asked.callback) if self.graph else None
+            if isinstance(self.plan, AdaptivePlan):
+                return loop.with_own_steps(self.plan, asked.path, replays is not None)
+            if replays is None:
+                return loop.eager()
+            return loop.whole(replays[0]) if self._whole else loop.replayed(replays)
+
+    def _branches(self, batch: int, asked: Asked) -> Branches:
+        return arrange(
+            self.model, batch, asked.cond, asked.uncond, asked.perturbed_cond,
+            guided=any(w != 1.0 for w in asked.guidance), perturbed=any(asked.perturbed_scale), guide=self.guide,
+            perturbed_net=self.perturbed, reads_unguided=self.plan.reads_unguided,
+        )  # fmt: skip
+
+    def _room(self, plan: Plan, shape: torch.Size, asked: Asked, branches: Branches) -> Room:
+        copies = len(branches.names)
+        if asked.skip is not None:
+            copies = 1 + max(POSITIONS[name] for name in branches.names)
+        work, perturbs = None if asked.reduces is None else asked.reduces.work, PERTURBED in branches.names
+        keep_denoised = asked.callback is not None
+        return Room.of(plan, shape, copies, self.model, self.memory_format, keep_denoised, work, perturbs)
+
+    def _largest(self, shape: torch.Size, asked: Asked) -> int:
+        """The largest batch of this shape that fits, by estimate."""
+        plan, branches = self._plan_for(shape, asked), self._branches(shape[0], asked)
+        room = self._room(plan, shape, asked, branches)
+        parts = dict(next(asked.parts(n)) for n in (1, 2))
+        return chunks.largest(room, lambda n: self._branches(n, parts[n]), self.plan.rows[1])
+
+    @property
+    def _shelf(self) -> Kept[Held]:
+        return held.shelf(self.model)
+
+    @contextmanager
+    def _held(self, room: Room, branches: Branches) -> Iterator[Held]:
+        """Buffers of a room, and what was captured on them for these networks; not kept where the run fails."""
+        key = (room, self.backend, graphs.signature(branches) if self.graph else ())
+        with torch.inference_mode(False):  # a later call outside it writes here too
+            own = self._shelf.lend(key, lambda: Held(room))
+        yield own
+        self._shelf.give_back(key, own, self.kept_bytes)
+
+    def _plan_for(self, shape: torch.Size, asked: Asked) -> Plan:
+        """The plan as this run needs it, made once."""
+        if asked.skip is not None:
+            skipping.check_plan(self.plan)
+            refuse_modes(self.model, "adaptive skipping")
+            if self._insist:
+                raise ValueError("adaptive skipping finds out while it runs which row comes next: use graph='auto'")
+        if isinstance(self.plan, AdaptivePlan):
+            return self._of_batch(self.plan, shape[0], asked)
+        key = (asked.path, 0 if asked.reduces is None else asked.reduces.muted, asked.skip is not None)
+        if key not in self._variants:
+            plan = on_path(self.plan) if asked.path else self.plan
+            plan = muted(plan, key[1]) if key[1] else plan
+            self._variants[key] = twins(plan) if asked.skip is not None else plan
+        return self._variants[key]
+
+    def _of_batch(self, plan: AdaptivePlan, batch: int, asked: Asked) -> Plan:
+        refuse_modes(self.model, plan.solver)
+        if asked.reduces is not None and (asked.reduces.muted or asked.reduces.remembers):
             raise ValueError(
                 f"{plan.solver} evaluates the network in steps it may reject, so a rule cannot count evaluations: use "
                 "CFGZero(zero_init=0), or APG with momentum=0"
             )
-        if plan.stochastic and not isinstance(noise, str):
+        if plan.stochastic and not isinstance(asked.noise, str):
             raise ValueError(
                 f"{plan.solver} with eta > 0 draws as often as its steps turn out to need, so the noise cannot be "
                 "given; use noise='white' or noise='brownian'"
@@ -267,90 +290,33 @@ class Sampler:
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
 
-    def _variant(self, on_a_path: bool, reduces: Reduction | None) -> Plan:
-        """The plan as this run needs it, made once."""
-        rows = 0 if reduces is None else reduces.muted
-        if (on_a_path, rows) not in self._variants:
-            plan = on_path(self.plan) if on_a_path else self.plan
-            self._variants[on_a_path, rows] = muted(plan, rows) if rows else plan
-        return self._variants[on_a_path, rows]
-
-    def _prepare(
-        self, plan: Plan, shape: torch.Size, branches: Branches, keep_denoised: bool, reduces: Reduction | None
-    ) -> Buffers:
-        copies, perturbed = len(branches.names), PERTURBED in branches.names
-        work = None if reduces is None else reduces.work
-        wanted = (id(plan), shape, copies, keep_denoised, work, perturbed)
-        if self._buffers is None or self._buffers.key != wanted:
-            with torch.inference_mode(False):
-                self._buffers = Buffers(
-                    plan, shape, copies, keep_denoised, self.model.device, self.model.dtype, self.memory_format,
-                    work, perturbed,
-                )  # fmt: skip
-        return self._buffers
-
-    def _loop(
-        self,
-        buffers: Buffers,
-        branches: Branches,
-        rows: Any,
-        callback: Callable[[RowInfo], None] | None,
-    ) -> float | None:
-        buffers.open(self.backend)
-        if self.graph:
-            graph = self._graph_for(buffers, branches, callback)
-            if graph is not None:
-                for _ in rows:
-                    graph.replay()
-                return None
-        spent = 0.0
-        for i in rows:
-            row = self.plan.rows[i + 1]
-            before = time.perf_counter()
-            outputs = branches.evaluate(row, buffers.model_in, buffers.model_time, buffers.memory_format)
-            spent += time.perf_counter() - before
-            buffers.advance(self.backend, outputs)
-            if self.model.device.type == "cpu":
-                self._check_finite(buffers)
-            if callback is not None:
-                assert row.level is not None and buffers.tensors.denoised is not None
-                state = buffers.tensors.state[row.outputs[0].dest]
-                callback(RowInfo(i, self.plan.nfe, row.level, buffers.tensors.denoised, state))
-        return spent if self.model.device.type == "cpu" else None
-
-    def _graph_for(
-        self, buffers: Buffers, branches: Branches, callback: Callable[[RowInfo], None] | None
-    ) -> StepGraph | None:
-        """The step graph, or None where this run must be eager; ValueError or the capture's error if it may not be."""
-        differ = not branches.same_in(self.plan.rows[1:])
-        if isinstance(self.plan, AdaptivePlan):
-            differ = self.plan.partly_guided
-        if callback is not None or differ:
-            if self._insist:
-                why = "a callback" if callback is not None else "rows that leave out a branch and run a smaller batch"
-                raise ValueError(f"{why} cannot be part of one captured step; use graph='auto'")
-            return None
+    def _captured(
+        self, own: Held, branches: Branches, rows: Sequence[Row], callback: Callable[[RowInfo], None] | None
+    ) -> list[Callable[[], None]] | None:
+        """What replays the rows; None, with a warning, where they cannot be captured and need not be."""
+        if self._whole and callback is not None:
+            raise ValueError("a callback cannot be part of a captured loop; use graph='auto'")
+        if own.graphs is None:
+            recorder = graphs.recorder_for(self.model.device, self.backend)
+            assert recorder is not None
+            own.graphs = graphs.Graphs(own.buffers, branches, recorder)
+        own.graphs.load(branches)
         try:
-            return StepGraph.of(buffers, branches, self.plan.rows[1], self.backend)
+            if self._whole and not isinstance(self.plan, AdaptivePlan):
+                return [own.graphs.loop(branches, rows, self.backend)]
+            return own.graphs.steps(branches, rows, self.backend)
         except RuntimeError as error:
-            if self._insist or isinstance(error, torch.OutOfMemoryError):
+            if self._insist or memory.ran_out(error):
                 raise
-            self.graph = False
-            warnings.warn(
-                f"the network cannot be captured in a CUDA graph, running eagerly: {error}. "
-                "graph=False silences this; the usual causes are a host sync (.item()) or a CPU tensor in its forward",
-                stacklevel=4,
-            )
+            self.graph, own.graphs = False, None
+            warnings.warn(graphs.cannot_capture(error), stacklevel=6)
             return None
 
-    def _check_finite(self, buffers: Buffers) -> None:
-        worst = buffers.first_failure()
-        if worst is None:
-            return
-        sample, row = worst
-        level = self.plan.rows[row + 1].level
-        where = "" if level is None else f", time={level.time:.6g}, sigma/alpha={level.rho:.4g}"
-        raise FloatingPointError(
-            f"the network returned inf or nan at row {row} of {self.plan.nfe} (sample {sample}{where}); "
-            "no image was made. Check its weights, its input range and dtype (float16 overflows before bfloat16)"
-        )
+
+def _ready(model: Denoiser, times: Tensor | None) -> Denoiser:
+    """The model, its network made ready for these times where it offers `prepare_times` (models.unet_fast)."""
+    prepare = getattr(model.net, "prepare_times", None)
+    if prepare is None or times is None:
+        return model
+    with torch.inference_mode(False), torch.no_grad():
+        return model.around(prepare(model.as_time(times)))

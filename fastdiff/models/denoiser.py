@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import unknown_name
+from fastdiff.models.from_diffusers import describe
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
@@ -99,7 +100,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
-        clock = time if self.time_dtype == time.dtype else self._as_time(time)
+        clock = time if self.time_dtype == time.dtype else self.as_time(time)
         output = ask(self.net, x, clock, cond) if isinstance(cond, Tensor) else ask(self.net, x, clock, **(cond or {}))
         if isinstance(output, tuple | list):
             output = output[0]
@@ -109,6 +110,23 @@ class Denoiser:
                 f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample"
             )
         return output
+
+    @classmethod
+    def from_diffusers(cls, pipe_or_unet: Any, scheduler: Any = None) -> Denoiser:
+        """The network of a diffusers pipeline, or a network and a scheduler, with what the scheduler's config says.
+
+        Schedule and prediction are the config's. Conditions are the network's own keyword arguments:
+        cond={"encoder_hidden_states": ...}. Raises TypeError or ValueError where the config names what is not known.
+        """
+        found = describe(pipe_or_unet, scheduler)
+        return cls(
+            found.call,
+            found.schedule,
+            found.prediction,
+            sigma_data=found.sigma_data,
+            shape=found.shape,
+            learned_variance=found.learned_variance,
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
         """The same denoiser with its network moved and cast (a module is moved in place, as torch does)."""
@@ -136,5 +154,6 @@ class Denoiser:
             learned_variance=self.learned_variance,
         )
 
-    def _as_time(self, time: Tensor) -> Tensor:
+    def as_time(self, time: Tensor) -> Tensor:
+        """Times as the network is shown them."""
         return (time if self.time_dtype.is_floating_point else time.round()).to(self.time_dtype)

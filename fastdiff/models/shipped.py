@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -19,36 +20,52 @@ SHIPPED = ("fashion",)
 
 
 def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = "cpu") -> Denoiser:
-    """The denoiser called `name` (one of SHIPPED), or the one in a safetensors file with the same metadata.
+    """The denoiser called `name` (one of SHIPPED), or that of a run's folder or a safetensors file like a run's.
 
-    Weights are read with safetensors, never unpickled. Raises ValueError for an unknown name or a file whose
-    metadata does not say what the network predicts, and FileNotFoundError for a missing file.
+    Classes without names are called by their numbers. Weights are read with safetensors, never unpickled. Raises
+    ValueError for an unknown name or a file whose metadata does not say what the network predicts, and
+    FileNotFoundError for a missing file.
     """
     path = _path(name)
     metadata = read_metadata(path)
-    if metadata.get("prediction") != "edm" or "sigma_data" not in metadata:
-        raise ValueError(
-            f"{path} does not say what its network predicts: expected metadata prediction='edm' and sigma_data, "
-            f"got {sorted(metadata)}; load it with UNet.load and wrap it in fd.Denoiser yourself"
-        )
+    schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
     net = UNet.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = net.config.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
+    names = json.loads(metadata.get("class_names", "[]")) or map(str, range(int(metadata.get("classes", "0"))))
     return Denoiser(
         net,
-        schedules.edm(),
-        "edm",
-        sigma_data=float(metadata["sigma_data"]),
+        schedule,
+        metadata["prediction"],
+        sigma_data=None if sigma_data is None else float(sigma_data),
         shape=(net.config.in_channels, height, width) if height and width else None,
-        class_names=tuple(json.loads(metadata.get("class_names", "[]"))),
+        class_names=tuple(names),
         null_label=int(metadata["null_class"]) if "null_class" in metadata else None,
+        learned_variance=metadata.get("learned_variance") == "true",
     )
+
+
+def _schedule(path: Path, metadata: Mapping[str, str]) -> schedules.Schedule:
+    """The schedule a file says it was trained on; EDM's where it names only the prediction, as older files do."""
+    prediction = metadata.get("prediction")
+    if prediction is None or (prediction == "edm" and "sigma_data" not in metadata):
+        raise ValueError(
+            f"{path} does not say what its network predicts: expected metadata prediction (and sigma_data for 'edm'), "
+            f"got {sorted(metadata)}; load it with UNet.load and wrap it in fd.Denoiser yourself"
+        )
+    if "schedule" in metadata:
+        return schedules.Schedule.from_dict(json.loads(metadata["schedule"]))
+    if prediction != "edm":
+        raise ValueError(f"{path} names no schedule for prediction {prediction!r}; expected metadata schedule, as JSON")
+    return schedules.edm()
 
 
 def _path(name: str | os.PathLike[str]) -> Path:
     if isinstance(name, str) and name in SHIPPED:
         return Path(str(resources.files("fastdiff.models.weights") / f"{name}.safetensors"))
     path = Path(name)
+    if path.is_dir():
+        path = path / "model.safetensors"
     if path.suffix != ".safetensors" and not path.exists():
         raise unknown_name("model", str(name), SHIPPED)
     if not path.is_file():

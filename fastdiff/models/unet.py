@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from . import guided_diffusion_names
 from .class_labels import check_labels
-from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel
+from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel, normalised
 from .unet_config import UNetConfig
 from .weight_files import read_metadata, read_safetensors, read_tensors
+
+if TYPE_CHECKING:
+    from .unet_fast import FastUNet
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -68,6 +71,19 @@ class UNet(nn.Module):
         class_labels: [B] int64, required exactly when the network has classes.
         Returns [B, out_channels, H, W]. Raises ValueError on shapes that do not fit.
         """
+        x, act_time, time = self.enter(x, t, class_labels)
+        states = [x]
+        for down in self.down_blocks:
+            states += down(states[-1], act_time)
+        x = states[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, act_time)
+        for up in self.up_blocks:
+            x = up(x, states, act_time)
+        return self.leave(x, time)
+
+    def enter(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` does before its levels: the first state, the activated time embedding, and the clock [B]."""
         self._check(x, class_labels)
         time = self._expand(t, x)
         features = self.time_proj(time * self.config.time_scale if self.config.time_scale != 1.0 else time)
@@ -78,18 +94,23 @@ class UNet(nn.Module):
 
         patch = self.config.patch_size
         x = 2 * x - 1 if self.config.center_input_sample else x
-        x = self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x)
-        states = [x]
-        for down in self.down_blocks:
-            states += down(states[-1], act_time)
-        x = states[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, act_time)
-        for up in self.up_blocks:
-            x = up(x, states, act_time)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x), act_time, time
+
+    def leave(self, x: Tensor, time: Tensor) -> Tensor:
+        """What `forward` does after its levels."""
+        patch = self.config.patch_size
+        x = self.conv_out(normalised(self.conv_norm_out, x))
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
+
+    def fast(self, dtype: torch.dtype | None = None) -> FastUNet:
+        """This network for inference (fastdiff.models.unet_fast): copied weights, cast once to `dtype`, fewer kernels.
+
+        dtype: float32, float16 or bfloat16; None is the network's own. Where it has another, TypeError.
+        """
+        from .unet_fast import FastUNet
+
+        return FastUNet(self, dtype)
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)

@@ -1,7 +1,7 @@
 """The parts of the DDPM/ADM UNet: residual, attention and resampling blocks.
 
 Parameter names follow diffusers, so that its weights load unchanged.
-All blocks keep the memory format of their input and are deterministic and capturable.
+All blocks keep the memory format of their input and are deterministic and capturable. May import: engine.norm.
 """
 
 from __future__ import annotations
@@ -12,13 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.engine.norm import norm_act
+
 from .unet_config import UNetConfig
+
+FUSES = ("cuda",)  # where the norm op has a backward pass of its own; elsewhere torch's functions train faster
 
 
 def set_to_zero(layer: nn.Module) -> None:
     """Makes the residual branch that ends in `layer` start as nothing (Ho et al. 2020, released code)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def normalised(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    before: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = True,
+) -> Tensor:
+    """silu(norm(x + before) (1 + scale) + shift), in one pass where that is there and x is channels_last.
+
+    before, scale, shift: [B, C]. torch.compile fuses torch's own functions, and hooks want the module called.
+    """
+    fused = x.device.type in FUSES and x.is_contiguous(memory_format=torch.channels_last)
+    if fused and not (torch.compiler.is_compiling() or norm._forward_hooks or norm._forward_pre_hooks):
+        affine = norm.weight, norm.bias, norm.num_groups, norm.eps
+        return norm_act(x, *affine, act=act, before=before, scale=scale, shift=shift)
+    h = norm(x if before is None else x + before[:, :, None, None])
+    h = h if scale is None else h * (1 + scale[:, :, None, None])
+    h = h if shift is None else h + shift[:, :, None, None]
+    return F.silu(h) if act else h
 
 
 class PositionalTime(nn.Module):
@@ -91,16 +117,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, act_time: Tensor) -> Tensor:
         """x: [B, channels_in, H, W]; act_time: [B, time_dim], SiLU already applied -> [B, channels, H', W']."""
-        h = self._resize(F.silu(self.norm1(x)))
+        h = self._resize(normalised(self.norm1, x))
         x = self._resize(x)
         h = self.conv1(h)
-        time = self.time_emb_proj(act_time)[:, :, None, None]
+        time = self.time_emb_proj(act_time)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = normalised(self.norm2, h, scale=scale, shift=shift)
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = normalised(self.norm2, h, before=time)
+        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return x + h if self.scale == 1.0 else (x + h) / self.scale
@@ -128,7 +154,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, channels, H, W] -> same shape."""
-        h = x if self.group_norm is None else self.group_norm(x)
+        h = x if self.group_norm is None else normalised(self.group_norm, x, act=False)
         h = h.flatten(2).transpose(1, 2)
         q, k, v = (self._split(layer(h)) for layer in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -41,6 +41,7 @@ class Hosted:
     def keep(self, scheduler: Any) -> Hosted:
         """This, without what the scheduler no longer has."""
         held = {id(value) for value in vars(scheduler).values()}
+        held |= {id(host) for key, (_, _, host, _) in self._known.items() if key in held}
         self._known = {key: value for key, value in self._known.items() if key in held}
         return self
 

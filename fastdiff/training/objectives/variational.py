@@ -68,6 +68,7 @@ def bound(
     for index in reversed(range(total)):
         time = np.full(len(x0), float(index))
         draw = objective.at(time, torch.from_numpy(counters.keys(seeds.numpy(), index))).to(x0.device)
+        draw.table[:, at.INPUT_Y] = 0.0  # a perturbed input is for training alone
         with torch.no_grad():
             noisy = train_ops.noised(x0, draw.table, draw.key)
             output = network(noisy, draw.model_time, cond)
@@ -160,8 +161,11 @@ class Hybrid(Regression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.log_variance or self.prediction in ("edm", "flow"):
-            raise ValueError(f"{self.name} learns the variance of DDPM's steps: no log_variance, no 'edm', no 'flow'")
+        if self.log_variance or self.perturbation or self.prediction in ("edm", "flow"):
+            raise ValueError(
+                f"{self.name} learns the variance of DDPM's steps: leave out log_variance and perturbation, predict "
+                f"'eps', 'x0', 'v' or 'score'; got {self.prediction!r}"
+            )
         reverse.log_variance(self.schedule, "posterior")
 
     @property

@@ -1,4 +1,4 @@
-"""The command line: fastdiff sample | plan | info | verify. Parses, calls the library, prints; holds no maths."""
+"""The command line: sample | train | eval | plan | info | verify. Parses, calls the library, prints; holds no maths."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from tqdm import tqdm
 
 import fastdiff as fd
 from fastdiff import images
+from fastdiff.cli.commands import add_command
+from fastdiff.cli.evaluate import add_eval
+from fastdiff.cli.train import add_train
 from fastdiff.compiler import convergence
 from fastdiff.compiler.solvers.from_file import load_file, load_module
 from fastdiff.engine import machine, selfcheck, suite
+from fastdiff.models.unet_nodes import cost
+from fastdiff.models.unet_presets import PRESETS, config_of
 from fastdiff.report import page
 
-_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, fd.BackendUnavailable)
+_FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, ImportError, fd.BackendUnavailable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,21 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastdiff {fd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_sample(commands)
+    add_train(commands)
+    add_eval(commands)
     _add_plan(commands)
-    info = _command(commands, "info", "version, machine, and each backend: ok, or why not", "fastdiff info")
-    info.set_defaults(run=_info)
+    _add_info(commands)
     _add_verify(commands)
-    return parser
-
-
-def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     return parser
 
 
@@ -69,13 +64,15 @@ def _add_table_options(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def _add_sample(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "sample",
-        "draw pictures with the shipped network or a file of the same form",
+        "draw pictures with the shipped network, or with a run of fastdiff train",
         "fastdiff sample --solver dpmpp_2m --steps 20 --class Sneaker --class Bag --count 8 --out samples.png",
     )
-    parser.add_argument("--model", default="fashion", help="'fashion' or a .safetensors file (default fashion)")
+    parser.add_argument(
+        "--model", default="fashion", help="'fashion', the folder of a run or a .safetensors file (default fashion)"
+    )
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
     _add_table_options(parser, 20)
     parser.add_argument(
@@ -100,7 +97,7 @@ def _add_sample(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands, "plan", "print a sampler's table, its NFE and its checks", "fastdiff plan dpmpp_2m --steps 20"
     )
     parser.add_argument("solver", help=f"one of {', '.join(fd.solvers.names())}")
@@ -116,7 +113,7 @@ def _plain_schedules() -> list[str]:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "verify",
         "check tables, noise and executors on this machine, or measure samplers",
@@ -131,6 +128,21 @@ def _add_verify(commands: Any) -> None:
     chosen.add_argument("--all", action="store_true", help="write the table and the plot of all samplers")
     parser.add_argument("--out", type=Path, help="with --all: a .md file, the plot goes beside it (default solvers.md)")
     parser.set_defaults(run=_verify)
+
+
+def _add_info(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "info",
+        "version, machine, and each backend: ok, or why not; or what a UNet costs",
+        "fastdiff info --unet ddpm-cifar10 --batch 1",
+    )
+    parser.add_argument(
+        "--unet", metavar="NAME", help=f"one of {', '.join(PRESETS)}, a config.json or a .safetensors file"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images in a forward pass (default 1)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.set_defaults(run=_info)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -252,8 +264,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    del arguments
-    print(machine.describe())
+    if arguments.unet is None:
+        print(machine.describe())
+        return 0
+    config = config_of(arguments.unet)
+    print(f"{arguments.unet}, batch {arguments.batch}, {arguments.dtype}: kernels of one forward pass, bytes it moves")
+    for name, fast in (("fast", True), ("plain", False)):
+        found = cost(config, arguments.batch, getattr(torch, arguments.dtype), fast=fast)
+        parts = ", ".join(f"{count} {kernel}" for kernel, count in found.kernels.most_common())
+        print(f"{name:<6} {found.nodes:>5} kernels  {found.bytes / 1e6:>9,.1f} MB  {parts}")
+        for block, reason in found.fallbacks.items():
+            print(f"       {block} runs as it is: it {reason}")
     return 0
 
 
@@ -315,7 +336,3 @@ def _verify_all(out: Path) -> int:
     print(f"wrote {out} and {picture}: {len(measured)} samplers")
     print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all keep their laws and their declared order")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,7 @@
-"""Reader of IDX files, the format MNIST and Fashion-MNIST are distributed in (yann.lecun.com/exdb/mnist)."""
+"""Reader of IDX files, the format MNIST and Fashion-MNIST are distributed in (yann.lecun.com/exdb/mnist).
+
+May import: nothing of the package.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ _UINT8 = 0x08
 
 
 def load_idx(
-    folder: str | os.PathLike[str] = FASHION_FOLDER, split: str = "train", size: int = 32
+    folder: str | os.PathLike[str] = FASHION_FOLDER, split: str = "train", size: int | None = 32
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images and labels of one split, the images centred on a black square of `size` pixels.
+    """Images and labels of one split, the images centred on a black square of `size` pixels (None: as they are).
 
     folder: holds `{train,t10k}-images-idx3-ubyte` and `{train,t10k}-labels-idx1-ubyte`, gzipped (.gz) or not;
-    split: "train" or "test". Returns ([N, 1, size, size] uint8, [N] uint8).
+    split: "train" or "test". Returns ([N, 1, H, W] uint8, [N] uint8).
     Raises: FileNotFoundError saying how to get the files; ValueError for damaged or mismatched files.
     """
     if split not in _STEMS:
@@ -37,7 +40,7 @@ def load_idx(
     labels = read_idx(_find(Path(folder), f"{stem}-labels-idx1-ubyte"), dims=1)
     if len(images) != len(labels):
         raise ValueError(f"load_idx: got {len(images)} images but {len(labels)} labels in {folder}, expected as many")
-    return pad_square(images, size)[:, None], labels.copy()
+    return (images.copy() if size is None else pad_square(images, size))[:, None], labels.copy()
 
 
 def read_idx(path: str | os.PathLike[str], dims: int) -> NDArray[np.uint8]:

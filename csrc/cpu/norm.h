@@ -1,0 +1,275 @@
+// Sums and the normalised image of some pixels of one sample, on L's lanes.
+// Bytes per element: 2 or 4 each for x, the residual and the total where they are there, for x or the total again (from
+// cache), and for y. Must reach 50 % of copy bandwidth where a sample fits the second-level cache: SiLU's exponential is
+// the limit there, memory beyond.
+#pragma once
+
+#include <type_traits>
+
+#include "../normal.h"
+#include "access.h"
+#include "executor.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+// Pixels after which lanes go to double precision, and those whose mean a channel counts from: near the true one, so
+// that neither a large mean nor an odd pixel drowns the squares.
+constexpr int64_t kNormSpan = 64, kNormHead = 4;
+
+template <class L, int32_t dtype, bool kPartial>
+FASTDIFF_INLINE typename L::F read(const void* p, int64_t at, int n) {
+  if constexpr (dtype == kFloat32) {
+    return load<L, kPartial>(static_cast<const float*>(p) + at, n);
+  } else {
+    const typename L::H cells = load16<L, kPartial>(p, at, n);
+    return dtype == kFloat16 ? L::from_half(cells) : L::from_bfloat(cells);
+  }
+}
+
+template <class L, int32_t dtype, bool kPartial>
+FASTDIFF_INLINE void write(void* p, int64_t at, typename L::F v, int n) {
+  if constexpr (dtype == kFloat32) {
+    store<L, kPartial>(static_cast<float*>(p) + at, v, n);
+  } else {
+    const typename L::H cells = dtype == kFloat16 ? L::to_half(v) : L::to_bfloat(v);
+    uint16_t* cell = static_cast<uint16_t*>(p) + at;
+    if (kPartial) {
+      L::store16(cell, cells, n);
+    } else {
+      L::store16(cell, cells);
+    }
+  }
+}
+
+// Where channel c of pixel 0 of the patch's sample lies in each image; elements from one pixel to the next.
+struct Places {
+  const void *x, *residual;  // residual: null where the channel has none
+  int64_t at, residual_at, out;
+  int64_t step, out_step;
+};
+
+FASTDIFF_INLINE Places places(const NormPatch& patch, int64_t c) {
+  const NormArgs& a = *patch.args;
+  const bool first = c < a.C1;
+  const int64_t width = first ? a.C1 : a.C - a.C1, own = first ? c : c - a.C1;
+  const int64_t channel = a.channels_last ? own : own * a.P;
+  Places p{};
+  p.x = first ? a.x : a.skip;
+  p.residual = first ? a.residual : nullptr;
+  p.at = patch.b * width * a.P + channel;
+  p.residual_at = patch.b * a.residual_stride + channel;
+  p.out = patch.b * a.C * a.P + (a.channels_last ? c : c * a.P);
+  p.step = a.channels_last ? width : 1;
+  p.out_step = a.channels_last ? a.C : 1;
+  return p;
+}
+
+template <class L>
+FASTDIFF_INLINE typename L::F silu(typename L::F v) {
+  return v / (L::set(1.0f) + exponential<L>(L::set(0.0f) - v));
+}
+
+// ---- channels last: `count` registers of consecutive channels, pixel after pixel
+
+template <class L, int32_t dtype, bool kPartial, int count>
+void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
+  using F = typename L::F;
+  constexpr int w = L::kWidth;
+  const NormArgs& a = *patch.args;
+  const Places p = places(patch, c);
+  F head[count], added[count];
+  const auto get = [&](int64_t pixel, int u) {
+    F v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
+    if (p.residual) v = v + read<L, dtype, kPartial>(p.residual, p.residual_at + pixel * p.step + u * w, n);
+    return v + added[u];
+  };
+  for (int u = 0; u < count; ++u)
+    added[u] = a.before ? load<L, kPartial>(a.before + patch.b * a.before_stride + c + u * w, n) : L::set(0.0f);
+  const int64_t few = patch.count < kNormHead ? patch.count : kNormHead;
+  for (int u = 0; u < count; ++u) {
+    head[u] = get(patch.first, u);
+    for (int64_t i = 1; i < few; ++i) head[u] = head[u] + get(patch.first + i, u);
+    head[u] = head[u] / L::set(static_cast<float>(few));
+  }
+  for (int64_t done = 0; done < patch.count; done += kNormSpan) {
+    const int64_t size = patch.count - done < kNormSpan ? patch.count - done : kNormSpan;
+    F sum[count], square[count];
+    for (int u = 0; u < count; ++u) sum[u] = square[u] = L::set(0.0f);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t pixel = patch.first + done + i;
+      for (int u = 0; u < count; ++u) {
+        const F v = get(pixel, u);
+        if (a.total) write<L, dtype, kPartial>(a.total, p.out + pixel * p.out_step + u * w, v, n);
+        const F away = v - head[u];
+        sum[u] = sum[u] + away;
+        square[u] = L::fma(away, away, square[u]);
+      }
+    }
+    for (int u = 0; u < count; ++u) {
+      float s[w], q[w], h[w];
+      L::store(s, sum[u]);
+      L::store(q, square[u]);
+      L::store(h, head[u]);
+      for (int i = 0; i < (kPartial ? n : w); ++i) {
+        double* to = sums + 2 * (c + u * w + i);
+        const double k = h[i], total = s[i];
+        to[0] += total + static_cast<double>(size) * k;
+        to[1] += q[i] + 2.0 * k * total + static_cast<double>(size) * k * k;
+      }
+    }
+  }
+}
+
+template <class L, int32_t dtype, bool kPartial, int count>
+void map_channels(const NormPatch& patch, const NormMap& map, int64_t c, int n) {
+  using F = typename L::F;
+  constexpr int w = L::kWidth;
+  const NormArgs& a = *patch.args;
+  const Places p = places(patch, c);
+  F factor[count], middle[count], constant[count];
+  for (int u = 0; u < count; ++u) {
+    factor[u] = load<L, kPartial>(map.factor + c + u * w, n);
+    middle[u] = load<L, kPartial>(map.middle + c + u * w, n);
+    constant[u] = load<L, kPartial>(map.constant + c + u * w, n);
+  }
+  for (int64_t pixel = patch.first; pixel < patch.first + patch.count; ++pixel) {
+    for (int u = 0; u < count; ++u) {
+      const int64_t out = p.out + pixel * p.out_step + u * w;
+      F v;
+      if (map.from_total) {
+        v = read<L, dtype, kPartial>(a.total, out, n);
+      } else {
+        v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
+        if (p.residual) v = v + read<L, dtype, kPartial>(p.residual, p.residual_at + pixel * p.step + u * w, n);
+      }
+      v = L::fma(v - middle[u], factor[u], constant[u]);
+      write<L, dtype, kPartial>(map.to, out, map.act ? silu<L>(v) : v, n);
+    }
+  }
+}
+
+// Calls step(partial, registers, channel, lanes of the last register) over the channels from c to end.
+template <class L, class Step>
+FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
+  constexpr int w = L::kWidth;
+  for (; c + 4 * w <= end; c += 4 * w) step(std::false_type{}, std::integral_constant<int, 4>{}, c, w);
+  for (; c + w <= end; c += w) step(std::false_type{}, std::integral_constant<int, 1>{}, c, w);
+  if (c < end) step(std::true_type{}, std::integral_constant<int, 1>{}, c, static_cast<int>(end - c));
+}
+
+// ---- channels first: one channel, a register of consecutive pixels after the other
+
+template <class L, class Step>
+FASTDIFF_INLINE void each_pixels(int64_t first, int64_t count, const Step& step) {
+  constexpr int w = L::kWidth;
+  int64_t i = 0;
+  for (; i + w <= count; i += w) step(std::false_type{}, first + i, w);
+  if (i < count) step(std::true_type{}, first + i, static_cast<int>(count - i));
+}
+
+template <class L, int32_t dtype>
+void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
+  using F = typename L::F;
+  constexpr int w = L::kWidth;
+  const NormArgs& a = *patch.args;
+  const Places p = places(patch, c);
+  const F added = L::set(a.before ? a.before[patch.b * a.before_stride + c] : 0.0f);
+  const auto get = [&](auto partial, int64_t pixel, int n) {
+    F v = read<L, dtype, partial.value>(p.x, p.at + pixel, n);
+    if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
+    return v + added;
+  };
+  float lanes[w];
+  const int few = clip(patch.count, w < 4 ? w : 4);
+  L::store(lanes, get(std::true_type{}, patch.first, few));
+  float middle = 0.0f;
+  for (int i = 0; i < few; ++i) middle += lanes[i] / static_cast<float>(few);
+  const F head = L::set(middle);
+  const double k = static_cast<double>(middle);
+  for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
+    const int64_t size = patch.count - done < kNormSpan * w ? patch.count - done : kNormSpan * w;
+    F sum = L::set(0.0f), square = sum;
+    each_pixels<L>(patch.first + done, size, [&](auto partial, int64_t pixel, int n) {
+      const F v = get(partial, pixel, n);
+      if (a.total) write<L, dtype, partial.value>(a.total, p.out + pixel, v, n);
+      F away = v - head;
+      if (partial.value) away = L::select(L::mask((1u << n) - 1u), away, L::set(0.0f));
+      sum = sum + away;
+      square = L::fma(away, away, square);
+    });
+    double total = 0.0, squares = 0.0;
+    L::store(lanes, sum);
+    for (int i = 0; i < w; ++i) total += static_cast<double>(lanes[i]);
+    L::store(lanes, square);
+    for (int i = 0; i < w; ++i) squares += static_cast<double>(lanes[i]);
+    sums[2 * c] += total + static_cast<double>(size) * k;
+    sums[2 * c + 1] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
+  }
+}
+
+template <class L, int32_t dtype>
+void map_plane(const NormPatch& patch, const NormMap& map, int64_t c) {
+  using F = typename L::F;
+  const NormArgs& a = *patch.args;
+  const Places p = places(patch, c);
+  const F factor = L::set(map.factor[c]), middle = L::set(map.middle[c]), constant = L::set(map.constant[c]);
+  each_pixels<L>(patch.first, patch.count, [&](auto partial, int64_t pixel, int n) {
+    F v;
+    if (map.from_total) {
+      v = read<L, dtype, partial.value>(a.total, p.out + pixel, n);
+    } else {
+      v = read<L, dtype, partial.value>(p.x, p.at + pixel, n);
+      if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
+    }
+    v = L::fma(v - middle, factor, constant);
+    write<L, dtype, partial.value>(map.to, p.out + pixel, map.act ? silu<L>(v) : v, n);
+  });
+}
+
+// ---- what the driver calls
+
+template <class L, int32_t dtype>
+void norm_sums_of(const NormPatch& patch, double* sums) {
+  const NormArgs& a = *patch.args;
+  if (!a.channels_last) {
+    for (int64_t c = 0; c < a.C; ++c) sum_plane<L, dtype>(patch, c, sums);
+    return;
+  }
+  const auto step = [&](auto partial, auto count, int64_t c, int n) {
+    sum_channels<L, dtype, partial.value, count.value>(patch, c, n, sums);
+  };
+  each_channels<L>(0, a.C1, step);
+  each_channels<L>(a.C1, a.C, step);
+}
+
+template <class L, int32_t dtype>
+void norm_map_of(const NormPatch& patch, const NormMap& map) {
+  const NormArgs& a = *patch.args;
+  if (!a.channels_last) {
+    for (int64_t c = 0; c < a.C; ++c) map_plane<L, dtype>(patch, map, c);
+    return;
+  }
+  const auto step = [&](auto partial, auto count, int64_t c, int n) {
+    map_channels<L, dtype, partial.value, count.value>(patch, map, c, n);
+  };
+  each_channels<L>(0, a.C1, step);
+  each_channels<L>(a.C1, a.C, step);
+}
+
+template <class L>
+void norm_sums(const NormPatch& patch, double* sums) {
+  const int32_t dtype = patch.args->dtype;
+  if (dtype == kFloat32) return norm_sums_of<L, kFloat32>(patch, sums);
+  return dtype == kFloat16 ? norm_sums_of<L, kFloat16>(patch, sums) : norm_sums_of<L, kBFloat16>(patch, sums);
+}
+
+template <class L>
+void norm_map(const NormPatch& patch, const NormMap& map) {
+  const int32_t dtype = patch.args->dtype;
+  if (dtype == kFloat32) return norm_map_of<L, kFloat32>(patch, map);
+  return dtype == kFloat16 ? norm_map_of<L, kFloat16>(patch, map) : norm_map_of<L, kBFloat16>(patch, map);
+}
+
+}  // namespace
+}  // namespace fastdiff::cpu

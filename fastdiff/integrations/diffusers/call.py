@@ -1,0 +1,371 @@
+"""One call of an accelerated pipeline: what its own loop sees instead of its scheduler, network and guidance.
+
+May import: torch, and the other files of this folder. Everything before and after the loop is the pipeline's own code.
+In the loop the network that it sees only remembers what it was asked, and the first `step` runs every row; the
+iterations that are left are skipped as an interrupt skips them. With a callback each `step` runs its one row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.engine.ops import MODEL_DTYPES
+from fastdiff.integrations.diffusers.asking import Asked, Asking
+from fastdiff.integrations.diffusers.desk import Desk, Needs
+from fastdiff.integrations.diffusers.pipelines import Arguments, Kind
+from fastdiff.integrations.diffusers.program import Like, Start
+from fastdiff.integrations.diffusers.solving import Solving
+
+CALLBACKS = ("callback_on_step_end", "callback")
+
+
+class Call:
+    """The state of one call.
+
+    solving: what stands for the scheduler, None where it stands for itself. looping: the pipeline's own loop is
+    asking, and nobody else. finished: all rows have run. hoists: one step runs all rows.
+    """
+
+    def __init__(self, pipe: Any, base: type, kind: Kind, engine: Any, arguments: Arguments, solving: Solving | None):
+        self.pipe, self.base, self.kind, self.engine = pipe, base, kind, engine
+        self.solving = solving
+        self._arguments = arguments
+        self.thread = threading.get_ident()
+        self.hoists = all(arguments[name] is None for name in CALLBACKS)
+        self._watch(arguments)
+        self.looping = self.finished = False
+        self.stand_ins = {"scheduler": Steps(self), kind.network: Network(self)}
+        self._asked: list[Asked] = []
+        self._loop: Loop | None = None
+        self.bar: Any = None
+        self.iterations = 0
+
+    def component(self, name: str) -> Any:
+        """The scheduler or the network, as the pipeline is to see it now."""
+        if self.looping:
+            return self.stand_ins[name]
+        if name == "scheduler" and self.solving is not None:
+            return self.solving
+        return self.own(name)
+
+    def own(self, name: str) -> Any:
+        """The pipeline's own component."""
+        return vars(self.pipe)[name]
+
+    def _watch(self, arguments: Arguments) -> None:
+        """Callbacks see the pipeline as it is, not the stand-ins."""
+        for name in CALLBACKS:
+            function = arguments[name]
+            if function is None:
+                continue
+            if hasattr(function, "tensor_inputs"):
+                arguments[f"{name}_tensor_inputs"] = function.tensor_inputs
+            if name in arguments.more:
+                arguments.more[name] = self._aside(function)
+            else:
+                arguments[name] = self._aside(function)
+
+    def _aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kw: Any) -> Any:
+            self.looping = False
+            try:
+                return function(*args, **kw)
+            finally:
+                self.looping = True
+
+        return called
+
+    def progress_bar(self, iterable: Any, total: int | None) -> Any:
+        """The bar that the pipeline's loop begins with: from here to its end the stand-ins are there."""
+        if iterable is None:
+            self.iterations = self.pipe.num_timesteps
+            return Bar(self, self.base.progress_bar(self.pipe, total=total))  # type: ignore[attr-defined]
+        self.iterations = len(iterable)
+        return self._over(iterable, self.base.progress_bar(self.pipe, total=len(iterable)))  # type: ignore[attr-defined]
+
+    def _over(self, iterable: Any, bar: Any) -> Iterator[Any]:
+        with Bar(self, bar):
+            yield from iterable[:1]
+
+    def ask(self, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
+        """Remember what the network is asked; the answer has no numbers, in the form the pipeline asks for."""
+        self._asked.append(Asked.of(args, kw))
+        return SimpleNamespace(sample=NOTHING) if kw.get("return_dict", True) else (NOTHING,)
+
+    def step(self, timestep: Tensor, sample: Tensor, generator: Any, options: dict[str, Any]) -> Tensor:
+        """Run the rows that this step stands for; the state after them."""
+        asked, self._asked = self._asked, []
+        self.looping = False
+        try:
+            scale, rescale = self._guidance(asked)
+            guided = scale is not None
+            halved = guided and self.kind.doubled
+            latents = sample[: len(sample) // 2] if halved else sample
+            loop = self._loop
+            if loop is None:
+                start = self._start(timestep, latents, options)
+                desk = self.engine.desk(self._needs(latents, guided), start.program)
+                loop = self._loop = Loop(self, desk, start, tuple(sample.shape), generator)
+                loop.open(latents)
+            elif loop.changed(sample):
+                loop.put(latents)
+            loop.ask(asked, scale, rescale)
+            loop.run(len(loop.rows) if self.hoists else 1)
+            self.finished = self.hoists
+            state = loop.state(halved)
+        finally:
+            self.looping = True
+        return state
+
+    def _guidance(self, asked: Sequence[Asked]) -> tuple[float | None, float]:
+        """(guidance scale, None where this step has a single branch; phi of its rescaling)."""
+        kind, pipe = self.kind, self.pipe
+        if kind.branches is None:
+            return None, 0.0
+        if kind.branches == "apart":
+            return (float(self._arguments[kind.scale]), 0.0) if len(asked) == 2 else (None, 0.0)
+        if kind.scale:
+            scale = float(self._arguments[kind.scale])
+            return (scale, 0.0) if scale > 1 else (None, 0.0)
+        if not pipe.do_classifier_free_guidance:
+            return None, 0.0
+        return float(pipe.guidance_scale), float(getattr(pipe, "guidance_rescale", 0.0))
+
+    def _needs(self, latents: Tensor, guided: bool) -> Needs:
+        if latents.dtype not in MODEL_DTYPES:
+            raise TypeError(
+                f"{self.base.__name__}: its latents are {latents.dtype}, and accelerate computes in float32 for "
+                "float32, float16 and bfloat16; cast the pipeline, or restore(pipe)"
+            )
+        two = guided or (not self.hoists and self.kind.branches is not None)
+        return Needs(latents.shape, latents.dtype, latents.device, 2 if two else 1)
+
+    def _start(self, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Start:
+        name = type(self.own("scheduler")).__name__
+        if self.solving is None:
+            start = self.engine.start(self.pipe, timestep, options, latents)
+            if len(start.program) - start.first < self.iterations:
+                raise ValueError(
+                    f"accelerate: the pipeline makes {self.iterations} steps and {name} has "
+                    f"{len(start.program) - start.first} from where it stands"
+                )
+            return start
+        program = self.solving.program(self.kind, latents.dtype)
+        if not self.hoists and len(program) != self.iterations:
+            raise ValueError(
+                f"accelerate: {self.solving.solver} evaluates the network {len(program)} times in {self.iterations} "
+                "steps, so a callback after every step has no state to see; leave the callback out, or use a solver "
+                "with one evaluation a step, such as dpmpp_2m"
+            )
+        return Start(program, 0, 0)
+
+
+class Loop:
+    """The rows of one call."""
+
+    def __init__(self, call: Call, desk: Desk, start: Start, shape: tuple[int, ...], generator: Any) -> None:
+        self.call, self.desk, self.start = call, desk, start
+        self.program = start.program
+        last = len(self.program) if call.solving is not None else start.first + call.iterations
+        self.rows = range(start.first, last)
+        self.next = start.first
+        self._shape, self._generator = shape, generator
+        self._asked: tuple[Any, Sequence[Asked]] | None = None  # with its mark, and kept so that the mark holds
+        self._given: tuple[Tensor, int] | None = None
+        self._step: Callable[[int], None] | None = None
+        interrupt = getattr(call.base, "interrupt", None)
+        self._interrupted: Callable[[], bool] = (lambda: False) if interrupt is None else (
+            lambda: interrupt.fget(call.pipe)
+        )  # fmt: skip
+
+    def open(self, latents: Tensor) -> None:
+        """The first state and network input, and the seeds of a solver that draws."""
+        self.desk.open(self.start, latents)
+        if self.program.stochastic:
+            self.desk.tensors.seed.copy_(seeds(self._generator, self.desk.batch))
+
+    def changed(self, sample: Tensor) -> bool:
+        """Whether this is another state than the last step gave."""
+        assert self._given is not None
+        tensor, version = self._given
+        return sample is not tensor or sample.is_inference() or sample._version != version
+
+    def put(self, latents: Tensor) -> None:
+        """Another state for the next row."""
+        self.desk.put(self.program, self.next, latents)
+
+    def ask(self, asked: Sequence[Asked], scale: float | None, rescale: float) -> None:
+        """What the rows from here on ask of the network, and their guidance."""
+        rescaled = scale is not None and rescale > 0.0
+        mark = [_mark(one.cond) for one in asked], scale is not None, rescaled
+        if self._asked is None or mark != self._asked[0]:
+            self._asked = mark, asked
+            network = self.call.own(self.call.kind.network)
+            self._prepare(Asking(self.call.kind, network, asked, scale is not None, rescaled, self.desk))
+        self.desk.guide(1.0 if scale is None else 1.0 - scale if self._swapped else scale, rescale)
+
+    def _prepare(self, asking: Asking) -> None:
+        """How a row runs that asks so."""
+        self._swapped = asking.swapped
+        replay = self.call.engine.replay(asking)
+        if replay is not None:
+            self._step = lambda i: replay()
+            return
+        first = asking.asked[0].time
+        like = Like(asking.time_shape, first.dtype, first.device)
+        times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
+        self.call.engine.check_time(first, times[self.next])
+        evaluate, advance, form = asking.on(), self.desk.advance, asking.form
+
+        def step(i: int) -> None:
+            advance(*evaluate(times[i]), form)
+
+        self._step = step
+
+    def run(self, count: int) -> None:
+        """This many rows, fewer where the pipeline is interrupted."""
+        rows, draws, bar, total = self.rows, self.program.draws, self.call.bar, len(self.rows)
+        assert self._step is not None
+        step, interrupted = self._step, self._interrupted
+        ticks = self.call.hoists and not getattr(bar, "disable", False)
+        for i in range(self.next, min(self.next + count, rows.stop)):
+            if i > rows.start and interrupted():
+                break
+            if draws[i]:
+                self._draw(i)
+            step(i)
+            self.next = i + 1
+            if ticks:
+                done = i + 1 - rows.start
+                due = done * bar.total // total - (done - 1) * bar.total // total
+                if due:
+                    bar.update(due)
+        if self.call.solving is None and self.start.counted is not None:
+            self.call.own("scheduler")._step_index = self.start.counted + self.next - rows.start
+
+    def state(self, doubled: bool) -> Tensor:
+        """The state that the rows so far have left, as a tensor of its own."""
+        state = self.desk.state(self.program.states[self.next - 1]).to(self.program.dtype, copy=True)
+        if doubled:
+            state = torch.cat([state, state])
+        self._given = state, 0 if state.is_inference() else state._version
+        return state
+
+    def _draw(self, i: int) -> None:
+        """The step's normals, drawn as the scheduler draws them."""
+        for draw, slot in self.program.draws[i]:
+            noise = self.desk.noise[slot]
+            source = self._generator if draw.by_generator else None
+            alone = source is None or (isinstance(source, torch.Generator) and source.device.type == noise.device.type)
+            if alone and draw.dtype == torch.float32 and noise.shape == self._shape:
+                noise.normal_(generator=source)
+                continue
+            from diffusers.utils.torch_utils import randn_tensor
+
+            drawn = randn_tensor(self._shape, source, device=noise.device, dtype=draw.dtype)
+            noise.copy_(drawn[: len(noise)])
+
+
+class Steps:
+    """The scheduler that the pipeline's loop sees."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call.solving or self._call.own("scheduler"), name)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample: the row before has scaled what the network is given."""
+        return sample
+
+    def step(self, model_output: Nothing, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+        """The state after this step, in the form of a scheduler's output."""
+        whole = options.pop("return_dict", True)
+        state = self._call.step(timestep, sample, options.pop("generator", None), options)
+        return SimpleNamespace(prev_sample=state) if whole else (state,)
+
+
+class Network:
+    """The network that the pipeline's loop sees."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call.own(self._call.kind.network), name)
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        """Only remembered."""
+        return self._call.ask(args, kw)
+
+
+class Nothing:
+    """An output without numbers: whatever a pipeline's guidance makes of it is it."""
+
+    def _same(self, *_: Any) -> Nothing:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __getitem__ = _same
+
+    def __len__(self) -> int:
+        return 2
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Two of it where a tensor is split, else it."""
+        return (NOTHING, NOTHING) if func in (torch.split, torch.chunk) else NOTHING
+
+
+NOTHING = Nothing()
+
+
+class Bar:
+    """A progress bar: the loop runs between its ends. Where one step runs all rows, they move it."""
+
+    def __init__(self, call: Call, bar: Any) -> None:
+        self._call, self._bar = call, bar
+
+    def __enter__(self) -> Bar:
+        self._call.bar = self._bar.__enter__()
+        self._call.looping = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._call.looping = False
+        self._bar.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def update(self, n: int = 1) -> None:
+        """Another iteration of the pipeline's."""
+        if not self._call.hoists:
+            self._bar.update(n)
+
+
+def seeds(generator: Any, batch: int) -> Tensor:
+    """int64 [B], drawn from the caller's generator or generators."""
+    given = generator if isinstance(generator, list) else [generator]
+    each = batch if len(given) == 1 else 1
+    drawn = [
+        torch.randint(2**63 - 1, (each,), generator=one, device="cpu" if one is None else one.device) for one in given
+    ]
+    return torch.cat([one.cpu() for one in drawn])
+
+
+def _mark(value: Any) -> Any:
+    """What tells one condition from another while both live: which tensors they are, and how often written to."""
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, dict):
+        return tuple((key, _mark(part)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_mark(part) for part in value)
+    return id(value)

@@ -1,0 +1,166 @@
+"""The buffers of a pipeline's loop, and the calls that run its rows: kept from call to call where they fit.
+
+May import: torch, engine, and the program. Tables have room for more rows and terms than one program needs, so that
+another number of steps, schedule or guidance finds the same addresses, and a captured step the same graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, ops
+from fastdiff.engine.guide import GuideTensors
+from fastdiff.engine.guide import bind as bind_guide
+from fastdiff.integrations.diffusers.program import Program, Start
+
+Form = tuple[int, bool, bool]  # of a step: how many calls of the network, whether it guides, whether it rescales
+ROWS, TERMS, REGISTERS, SLOTS = 64, 4, 4, 2  # the least room a desk has
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a desk is made for. shape: of the latents, batch first. copies: of the network's input, of this dtype."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    copies: int
+
+
+class Desk:
+    """State, network input and time, tables, noise and guidance of one loop.
+
+    model_in: [copies * B, *S]. model_time: fp32 [copies * B]. noise: normals, [B, *S] each.
+    """
+
+    def __init__(self, needs: Needs, program: Program) -> None:
+        self.needs = needs
+        self.batch = needs.shape[0]
+        self._rows = max(ROWS, 1 << (len(program) - 1).bit_length())
+        self._width = at.COEF_FIXED + at.NOISE_STRIDE * max(TERMS, _terms(program))
+        self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * max(TERMS, _terms(program))
+        self._room, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
+        self._slots = slots if program.slots else 0
+        self.executor = backends.choose(needs.device)
+        with torch.inference_mode(False):  # a later call outside it writes here too
+            self._allocate()
+        self._steps: dict[Any, tuple[ops.Step, ...]] = {}
+        self._loaded: Start | None = None
+        self._guided: tuple[float, float] | None = None
+        self.recorded: dict[Any, Any] = {}
+
+    def _allocate(self) -> None:
+        device, batch = self.needs.device, self.batch
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        copies, sample = self.needs.copies * batch, tuple(self.needs.shape[1:])
+        noise = zeros(self._slots, batch, *sample)
+        self.noise = noise.unbind()
+        self.model_in = zeros(copies, *sample, dtype=self.needs.dtype)
+        self.model_time = zeros(copies)
+        self.tensors = ops.StepTensors(
+            state=zeros(self._room, batch, *sample),
+            model_out=self.model_in[:batch],
+            model_in=self.model_in,
+            model_time=self.model_time,
+            coef=zeros(self._rows, self._width),
+            ids=zeros(self._rows, self._ids_width, dtype=torch.int32),
+            row=zeros(batch, dtype=torch.int32),
+            seed=zeros(batch, dtype=torch.int64),
+            guidance=zeros(batch),
+            noise=noise if self._slots else None,
+            denoised=None,
+            status=zeros(batch, dtype=torch.int32),
+            ticket=zeros(batch, dtype=torch.int32),
+            mix=torch.tensor(at.PLAIN_MIX, device=device).repeat(batch, 1),
+        )
+        self._settings = zeros(at.SETTINGS)
+        self._partial = zeros(batch, at.PARTS, at.SUMS)
+        opening = zeros(1, self._width), zeros(1, self._ids_width, dtype=torch.int32)
+        self._opening = replace(self.tensors, coef=opening[0], ids=opening[1])
+        self._registers, self._unread = self.tensors.state.unbind(), self.tensors.model_out
+        self._open = ops.bind(self._opening, self.executor, uses_e=False)
+
+    def fits(self, needs: Needs, program: Program) -> bool:
+        """Whether this program runs here for these needs."""
+        return (
+            needs == self.needs
+            and len(program) <= self._rows
+            and program.plan.registers <= self._room
+            and at.COEF_FIXED + at.NOISE_STRIDE * _terms(program) <= self._width
+            and bool(program.slots) == bool(self._slots)
+            and program.slots <= self._slots
+        )
+
+    def open(self, start: Start, latents: Tensor) -> None:
+        """Begin at this row with these latents: the first state, network input and time."""
+        program, first = start.program, start.first
+        if self._loaded is None or self._loaded.program is not program or self._loaded.first != first:
+            self._load(program, first)
+            self._loaded = start
+        self._registers[program.plan.rows[0].x].copy_(latents)
+        row = self.tensors.row
+        row.zero_()
+        self._open(self._unread)
+        row.fill_(first)
+
+    def _load(self, program: Program, first: int) -> None:
+        head = program.opening.coef.copy()
+        if first:
+            head[0, [at.EMIT_SCALE, at.EMIT_TIME]] = program.rows.coef[first - 1, [at.EMIT_SCALE, at.EMIT_TIME]]
+        for into, coef, ids in (
+            (self._opening, head, program.opening.ids),
+            (self.tensors, program.rows.coef, program.rows.ids),
+        ):
+            into.coef[: len(coef), : coef.shape[1]].copy_(torch.from_numpy(coef))
+            into.ids[: len(ids), : ids.shape[1]].copy_(torch.from_numpy(np.ascontiguousarray(ids)))
+
+    def guide(self, scale: float, rescale: float) -> None:
+        """The guidance scale, and phi of its rescaling, from here on."""
+        if self._guided != (scale, rescale):
+            self.tensors.guidance.fill_(scale)
+            self._settings[at.PHI].fill_(rescale)
+            self._guided = scale, rescale
+
+    def state(self, register: int) -> Tensor:
+        """A register."""
+        return self._registers[register]
+
+    def put(self, program: Program, row: int, latents: Tensor) -> None:
+        """Other latents than this row was to begin with."""
+        self._registers[program.evaluated[row]].copy_(latents)
+        shown = latents.float() * float(program.input_scales[row])
+        self.model_in.view(self.needs.copies, *self.needs.shape).copy_(shown)
+
+    def advance(self, conditional: Tensor, unguided: Tensor | None, form: Form) -> None:
+        """Run the next row of every sample on the network's outputs: Fc or a stack, and Fu where it is apart."""
+        key = conditional.dtype, form
+        steps = self._steps.get(key)
+        if steps is None:
+            steps = self._steps[key] = self._bind(conditional, unguided, form[2])
+        for step in steps:
+            step(conditional, unguided)
+
+    def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
+        tensors = replace(self.tensors, model_out=conditional, unguided=unguided)
+        if not rescaled:
+            return (ops.bind(replace(tensors, mix=None), self.executor),)
+        assert tensors.mix is not None
+        shared = ("state", "coef", "ids", "row", "guidance", "ticket", "mix")
+        found = GuideTensors(
+            **{name: getattr(tensors, name) for name in shared},
+            model_out=conditional, unguided=unguided, settings=self._settings, partial=self._partial,
+        )  # fmt: skip
+        return bind_guide(found, at.RESCALE, False, self.executor), ops.bind(tensors, self.executor)
+
+
+def _terms(program: Program) -> int:
+    return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (program.rows, program.opening))

@@ -1,0 +1,206 @@
+"""What a pipeline's loop is to run: a table ready for the kernel, from its own scheduler or from a solver's plan.
+
+May import: NumPy, torch, compiler, and the tables of this folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.compiler import layout as at
+from fastdiff.compiler.plan import Packed, Plan
+from fastdiff.integrations.diffusers.pipelines import Kind
+from fastdiff.integrations.diffusers.standing import Hosted, first_index, look, plain_copy
+from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Rows, and what belongs to each.
+
+    opening: puts the latents into their registers. slots: how many normals are kept at once; 0: the kernel draws its
+    own. states: per row, the register with the state after it. evaluated: per row, the register with the state before
+    it. draws: per row, what is drawn before it and into which slot. times: per row, what the scheduler's timestep is.
+    dtype: of the state that the scheduler returns. stochastic: the kernel's own draws need seeds.
+    """
+
+    plan: Plan
+    opening: Packed
+    rows: Packed
+    slots: int
+    states: tuple[int, ...]
+    evaluated: tuple[int, ...]
+    draws: tuple[tuple[tuple[Draw, int], ...], ...]
+    times: tuple[float, ...]
+    dtype: torch.dtype
+    stochastic: bool
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @functools.cached_property
+    def input_scales(self) -> NDArray[np.float32]:
+        """Per row, c_in of its network input."""
+        return np.append(self.opening.coef[:, at.EMIT_SCALE], self.rows.coef[:-1, at.EMIT_SCALE])
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - programs are kept anyway
+    def shown(self, kind: Kind, latents: torch.dtype, like: Like) -> tuple[Tensor, ...]:
+        """Per row, what the network is shown: tensors that the network must not write into."""
+        with torch.inference_mode(False):
+            times = kind.clock(torch.tensor(self.times), latents).to(device=like.device, dtype=like.dtype)
+            return tuple(time.expand(like.shape) for time in times)
+
+
+class Like(NamedTuple):
+    """The form of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Start(NamedTuple):
+    """A program, and the row of it that the loop begins with.
+
+    position: which of the scheduler's timesteps that is. counted: what its `_step_index` is then, None where
+    it does not count.
+    """
+
+    program: Program
+    first: int
+    position: int
+    counted: int | None = None
+
+
+def captured(
+    scheduler: Any, timestep: Tensor, options: dict[str, Any], kind: Kind, dtypes: tuple[torch.dtype, torch.dtype],
+    hosted: Hosted,
+) -> Start:  # fmt: skip
+    """The steps of a diffusers scheduler as it stands, from `timestep` on.
+
+    timestep: an element of its timesteps. options: further arguments of its `step`. dtypes: of the network's output
+    and of the latents. Raises what `fd.capture` raises where the steps are no table, and TypeError for one that draws
+    from a Brownian tree.
+    """
+    own: Any = getattr(type(scheduler), "_fast_of", type(scheduler))
+    plain = plain_copy(scheduler, own, hosted)
+    if hasattr(plain, "is_scale_input_called"):
+        plain.is_scale_input_called = True
+    position = _position(scheduler.timesteps, timestep)
+    first, counts = 0, hasattr(plain, "_step_index")
+    if counts:
+        first = plain._step_index = first_index(plain, plain.timesteps[position])
+        plain._begin_index = None
+    defaults = parameters(own)
+    chosen = {name: value for name, value in options.items() if value != defaults.get(name, options)}
+    table = table_of(plain, first, chosen, False, hosted)
+    if table.keeps_time == "order" and position:
+        table, first = table_of(plain, position, chosen, False, hosted), position
+    if table.on_path:
+        raise TypeError(
+            f"accelerate: {own.__name__} draws from a Brownian tree, which starts with a run of its own; "
+            f"pipe.scheduler = fast({own.__name__}).from_config(pipe.scheduler.config) makes its steps fast"
+        )
+    row = position if table.keeps_time == "value" else 0
+    return Start(_from_table(table, dtypes, kind), row, position, first if counts else None)
+
+
+class Starts:
+    """Where loops have begun: the last one is found again without looking at every number of the scheduler."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._hosted = Hosted()
+        self._last: tuple[dict[str, tuple[Any, int]], Any, Start] | None = None
+
+    def of(
+        self, scheduler: Any, timestep: Tensor, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Start:
+        """As `captured`."""
+        seen = look(scheduler)
+        passing = tuple(vars(scheduler).get(name) for name in ("_step_index", "_begin_index"))
+        how = passing, _position(scheduler.timesteps, timestep), options, dtypes
+        if self._last is None or self._last[1] != how or not _stands(self._last[0], seen):
+            start = captured(scheduler, timestep, options, self._kind, dtypes, self._hosted.keep(scheduler))
+            self._last = seen, how, start
+        return self._last[2]
+
+
+def _stands(before: dict[str, tuple[Any, int]], now: dict[str, tuple[Any, int]]) -> bool:
+    """Whether two looks at a scheduler saw the same."""
+    return before.keys() == now.keys() and all(_alike(*before[name], *now[name]) for name in now)
+
+
+def _alike(one: Any, version: int, other: Any, now: int) -> bool:
+    if one is other:
+        return version == now
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        written = 0 if one.is_inference() else one._version
+        return written == version and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, list):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return isinstance(one, bool | int | float | str) and one == other
+
+
+def _position(timesteps: Tensor, timestep: Tensor) -> int:
+    """Which of the timesteps this is: by where it lies in memory, so that one on a GPU is not read."""
+    step = timesteps.stride(0) * timesteps.element_size()
+    found = (timestep.data_ptr() - timesteps.data_ptr()) // max(step, 1)
+    if 0 <= found < len(timesteps):
+        return found
+    values = timesteps.tolist()
+    if float(timestep) not in values:
+        raise ValueError(f"accelerate: timestep {float(timestep):g} is not one of the scheduler's {values}")
+    return values.index(float(timestep))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_table(table: Table, dtypes: tuple[torch.dtype, torch.dtype], kind: Kind) -> Program:
+    forms = table.forms(*dtypes)
+    slots = max(table.slots, 1)
+    draws = tuple(
+        tuple((draw, (first + k) % slots) for k, draw in enumerate(form.draws))
+        for form, first in zip(forms, table.slot_of, strict=True)
+    )
+    opening = table.plan.pack(opening="state")
+    rows = Packed(table.coef.copy(), table.ids)
+    rows.coef[:-1, at.EMIT_SCALE] = table.input_scales[1:]
+    last = forms[-1].dtypes[table.state_field]
+    assert last is not None
+    plan, times = table.plan, table.times
+    head = Packed(opening.coef[:1].copy(), opening.ids[:1])
+    return _timed(plan, head, rows, slots, draws, times, last, kind, dtypes[1], stochastic=False)
+
+
+def solved(
+    plan: Plan, prediction: str, sigma_data: float | None, scale: float, kind: Kind, dtype: torch.dtype
+) -> Program:
+    """A solver's plan. scale: the pipeline's timesteps over the schedule's model times. dtype: of the latents."""
+    packed = plan.pack(prediction, sigma_data, opening="state")
+    times = tuple(float(time) * scale for time in packed.coef[:-1, at.EMIT_TIME])
+    opening, rows = (Packed(packed.coef[part].copy(), packed.ids[part]) for part in (slice(0, 1), slice(1, None)))
+    undrawn = ((),) * len(times)
+    return _timed(plan, opening, rows, 0, undrawn, times, dtype, kind, dtype, stochastic=plan.stochastic)
+
+
+def _timed(
+    plan: Plan, opening: Packed, rows: Packed, slots: int, draws: Any, times: tuple[float, ...], dtype: torch.dtype,
+    kind: Kind, latents: torch.dtype, stochastic: bool,
+) -> Program:  # fmt: skip
+    """The program, its tables emitting what the pipeline shows its network."""
+    shown = kind.clock(torch.tensor(times, dtype=torch.float32), latents).float().numpy()
+    opening.coef[:, at.EMIT_TIME], rows.coef[:-1, at.EMIT_TIME] = shown[0], shown[1:]
+    states = tuple(row.outputs[0].dest for row in plan.rows[1:])
+    evaluated = tuple(row.x for row in plan.rows[1:])
+    return Program(plan, opening, rows, slots, states, evaluated, draws, times, dtype, stochastic)

@@ -1,0 +1,184 @@
+"""Checkpoints of a run: torch's distributed format under a temporary name, then renamed; the newest whole one counts.
+
+    RUN/checkpoints/000000012800/   .metadata and shards of tensors, progress.json with the size of each file
+May import: ranks, files. A folder without a dot in front of its name is whole, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from .ranks import Ranks
+
+# One process saves without a group on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is. images: seen so far; step: batches; skips: those left out, their gradient not finite.
+
+    updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
+    times: that of a distribution of times that follows the loss.
+    """
+
+    images: int = 0
+    step: int = 0
+    skips: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """Writes, finds and reads the checkpoints of one run.
+
+    keep: how many whole ones stay. in_background: `save` returns when the tensors are copied, and a thread writes.
+    All processes call `save` and `load` together; no other method needs the others.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks, keep: int = 2, in_background: bool = False) -> None:
+        self.folder, self.ranks, self.keep, self.in_background = run / "checkpoints", ranks, keep, in_background
+        self._pending: tuple[Future[Any], Path, Progress] | None = None
+        if ranks.first and self.folder.is_dir():
+            for left in self.folder.glob(".*"):
+                shutil.rmtree(left, ignore_errors=True)
+        ranks.wait()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose files are all there in full."""
+        return next((path for path in sorted(self._names(), reverse=True) if _is_whole(path)), None)
+
+    def save(self, tensors: dict[str, Any], progress: Progress) -> None:
+        """Store the state after `progress.images`. Raises: OSError, with the earlier checkpoints as they were.
+
+        Of a save in the background the error comes with the next `save` or `finish`.
+        """
+        self.finish()
+        target = self.folder / f"{progress.images:012d}"
+        if _is_whole(target):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = self.folder / f".{target.name}"
+        place: dict[str, Any] = {"checkpoint_id": staging, "no_dist": self.ranks.group is None}
+        place |= {} if self.ranks.group is None else {"process_group": self.ranks.group}
+        progress = Progress(**asdict(progress))
+        if self.in_background:
+            future = dcp.async_save(tensors, **place)
+            assert isinstance(future, Future)
+            self._pending = future, staging, progress
+            return
+        try:
+            dcp.save(tensors, **place)
+            self._commit(staging, progress)
+        except BaseException as error:
+            self._fail(staging, error)
+
+    def poll(self) -> None:
+        """Put the save in the background in its place, if its thread is done; without waiting."""
+        if self._pending is not None and self._pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one, and put it in its place."""
+        if self._pending is None:
+            return
+        future, staging, progress = self._pending
+        self._pending = None
+        try:
+            future.result()
+            self._commit(staging, progress)
+        except BaseException as error:
+            self._fail(staging, error)
+
+    def load(self, tensors: dict[str, Any], path: Path) -> Progress:
+        """Fill the tensors, however they are sharded now, and return how far the run was.
+
+        Raises: ValueError when the checkpoint is damaged or of another network.
+        """
+        place: dict[str, Any] = {"checkpoint_id": path, "no_dist": self.ranks.group is None}
+        place |= {} if self.ranks.group is None else {"process_group": self.ranks.group}
+        try:
+            dcp.load(tensors, **place)
+            content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise ValueError(f"{path} cannot be read into this network: {reason}") from error
+        content.pop("files")
+        return Progress(**content)
+
+    def _commit(self, staging: Path, progress: Progress) -> None:
+        """Rename what all processes have written: the first one's save ends when all have ended theirs."""
+        if not self.ranks.first:
+            return
+        files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        with (staging / PROGRESS).open("w", encoding="utf-8") as file:
+            json.dump(asdict(progress) | {"files": files}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        target = staging.with_name(staging.name[1:])
+        shutil.rmtree(target, ignore_errors=True)  # one that was damaged, or the save would not have begun
+        os.replace(staging, target)
+        _sync(self.folder)
+        for old in sorted(self._names(), reverse=True)[self.keep :]:
+            # Renamed first, so that one half removed is not taken for a whole one.
+            gone = old.with_name(f".{old.name}.old")
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _fail(self, staging: Path, error: BaseException) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not isinstance(error, Exception | dcp.api.CheckpointException):
+            raise error  # Ctrl-C
+        good = self.latest()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise OSError(
+            f"could not write checkpoint {staging.name[1:]} in {self.folder}: {reason}; "
+            f"the last good one is {good.name if good else 'none'}. Make room there and start again with --resume auto"
+        ) from error
+
+    def _names(self) -> list[Path]:
+        return [path for path in self.folder.glob("[0-9]*") if path.is_dir()]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / PROGRESS).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def tensors_of(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Nested dictionaries of tensors as one level of dotted names, so that nothing but tensors is stored."""
+    flat: dict[str, Any] = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.Tensor):
+            flat[name] = part
+        else:
+            flat |= {f"{name}/{key}": value for key, value in tensors_of(part).items()}
+    return flat

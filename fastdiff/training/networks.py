@@ -1,0 +1,142 @@
+"""The network of a run, made to fit the data, and its blocks. May import: config, data, models, objectives."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.unet import UNet
+from fastdiff.models.unet_blocks import Attention, ResBlock
+from fastdiff.models.unet_config import UNetConfig
+
+from . import objectives
+from .config import TrainConfig
+from .data import Source
+from .data.source import root_mean_square
+from .objectives import Objective
+
+_EDM_CLOCK = 16.0  # EDM's clock ln(sigma)/4 spans about 3; the embedding wants hundreds
+_CLOCK = 1000.0
+
+
+def fill(config: TrainConfig, source: Source) -> TrainConfig:
+    """The configuration with all that the data decide: channels, classes, their names, and EDM's sigma_data.
+
+    Raises: ValueError where names and classes do not agree.
+    """
+    options = dict(config.objective_options)
+    draft = objectives.get(config.objective, **options)
+    if draft.prediction == "edm" and "sigma_data" not in options:
+        options["sigma_data"] = round(root_mean_square(source) * (1.0 if _is_pixels(source) else config.scale), 4)
+    names = source.class_names or config.class_names
+    if names and source.num_classes and len(names) != source.num_classes:
+        if config.class_names and not source.class_names and not config.preset:
+            raise ValueError(f"class_names has {len(names)} names, but the data have {source.num_classes} classes")
+        names = ()
+    return config.change(
+        channels=source.shape[0],
+        classes=source.num_classes,
+        class_names=names if source.num_classes else (),
+        objective_options=options,
+        drop_label=config.drop_label if source.num_classes else 0.0,
+    )
+
+
+def _is_pixels(source: Source) -> bool:
+    """Whether the pictures are uint8."""
+    return source.fetch(np.zeros(1, np.int64))[0].dtype == torch.uint8
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """The objective of a filled configuration. Raises: ValueError for one that trains no denoiser."""
+    options = dict(config.objective_options)
+    if config.classes and config.drop_label > 0:
+        options |= {"drop_label": config.drop_label, "null_label": config.classes}
+    objective = objectives.get(config.objective, flip=config.flip, **options)
+    if isinstance(objective, objectives.Classifier):
+        raise ValueError(
+            f"objective {config.objective!r} trains a classifier, and this trainer builds denoisers; call its loss in "
+            "a loop of your own"
+        )
+    return objective
+
+
+def build_network(config: TrainConfig, objective: Objective) -> UNet:
+    """The UNet of a filled configuration, its weights drawn from the run's seed."""
+    channels, rows = config.channels or 3, config.classes or 0
+    given: dict[str, Any] = {
+        "sample_size": config.size,
+        "in_channels": channels,
+        "out_channels": channels * (2 if objective.learned_variance else 1),
+        "num_class_embeds": rows + (objective.drop_label > 0) if rows else None,
+        "time_scale": clock_scale(objective),
+    }
+    torch.manual_seed(config.seed)
+    return UNet(UNetConfig.from_dict(given | config.network))
+
+
+def with_head(net: UNet, objective: Objective, seed: int) -> nn.Module:
+    """What is trained: the network, and beside it the head that learns each level's variance, if the objective asks."""
+    if not getattr(objective, "log_variance", False):
+        return net
+    torch.manual_seed(seed)
+    return objectives.WithLogVariance(net, scale=clock_scale(objective) / _CLOCK, seed=seed)
+
+
+def without_head(net: nn.Module) -> UNet:
+    """The network that samples are drawn with."""
+    inner = net.net if isinstance(net, objectives.WithLogVariance) else net
+    assert isinstance(inner, UNet)
+    return inner
+
+
+def clock_scale(objective: Objective) -> float:
+    """What the model time is multiplied by before its sinusoids, so that it spans about a thousand."""
+    if objective.prediction == "edm":
+        return _EDM_CLOCK
+    if objective.schedule.steps is not None:
+        return 1.0
+    low, high = objective.schedule.time_range
+    return _CLOCK / (high - low)
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """The parts that are sharded, or computed again, one by one."""
+    return [module for module in net.modules() if isinstance(module, ResBlock | Attention)]
+
+
+def recompute(net: nn.Module) -> None:
+    """Keep only the inputs of each block for the backward pass, and compute the rest again there (Chen et al. 2016)."""
+    for block in blocks(net):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def denoiser(config: TrainConfig, objective: Objective, net: nn.Module) -> Denoiser:
+    """The network as samplers want it."""
+    shape = (config.channels or 3, config.size, config.size)
+    return objective.denoiser(net, shape=shape, class_names=config.class_names)
+
+
+def metadata(config: TrainConfig, objective: Objective, images: int) -> dict[str, str]:
+    """What model.safetensors says of itself, for `fd.load`."""
+    facts = {
+        "prediction": objective.prediction,
+        "schedule": json.dumps(objective.schedule.to_dict()),
+        "class_names": json.dumps(config.class_names),
+        "classes": str(config.classes or 0),
+        "value_range": "[-1, 1]",
+        "images_seen": str(images),
+        "learned_variance": str(objective.learned_variance).lower(),
+    }
+    if objective.sigma_data is not None:
+        facts["sigma_data"] = repr(objective.sigma_data)
+    if objective.null_label is not None:
+        facts["null_class"] = str(objective.null_label)
+    return facts

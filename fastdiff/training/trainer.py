@@ -1,0 +1,326 @@
+"""The run: opens data, builds or resumes, and trains until the images are spent or somebody says stop.
+
+    trainer = Trainer(config, Path("runs/mine"), resume="auto")
+    trainer.train()
+May import: everything of fastdiff.training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.files import write_atomically
+
+from . import flops, optimizer, records
+from .checkpoint import Checkpoints, Progress, tensors_of
+from .config import TrainConfig, check_resume
+from .data import Resident, Source, open_data
+from .data.loader import Batch, Loader
+from .ema import Ema
+from .graphed import GraphedStep
+from .interrupts import Interrupts
+from .networks import blocks, build_network, build_objective, fill, recompute, with_head
+from .previews import Previews
+from .ranks import Ranks, join, spread
+from .records import Records
+from .step import NotFinite, Outcome, Step
+
+RESIDENT_BYTES = 2 << 30  # sets up to this size are kept whole, on the device, when resident is "auto"
+
+
+class Trainer:
+    """One run in a folder; every process of it makes one.
+
+    config: what is asked for. run: folder of config.json, checkpoints/, model.safetensors, metrics.jsonl, samples/.
+    resume: "auto" goes on from the newest whole checkpoint if there is one; "" refuses a folder that has one.
+    ranks: of tests and callers that have joined already. source: a data set instead of that of config.data.
+    Raises: ValueError or OSError for bad data, a bad configuration, or one that differs from the run's.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        resume: str = "",
+        ranks: Ranks | None = None,
+        source: Source | None = None,
+    ) -> None:
+        if resume not in ("", "auto"):
+            raise ValueError(f"resume must be auto or left out, got {resume!r}")
+        self.run = run
+        self.ranks = join(config.device, config.threads) if ranks is None else ranks
+        self._check_batch(config)
+        self.source = _source(config, self.ranks.device) if source is None else source
+        self.config = fill(config, self.source)
+        if self.ranks.first:
+            run.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save)
+        found = self._found(resume)
+        self._build()
+        self.progress = Progress()
+        if found is not None:
+            self.progress = self.checkpoints.load(self.tensors(), found)
+            self.step.restore(self.progress)
+        if self.ranks.first:
+            self.config.save(run / "config.json")
+
+    def train(self, after: Callable[[Trainer, Batch, Outcome], None] | None = None) -> str:
+        """Train to the end; returns "done", or the name of the signal that ended it. Either way the state is saved.
+
+        after: called after each step with the trainer, the batch and the outcome.
+        Raises: NotFinite when the loss is not a number; OSError when the last state cannot be saved.
+        """
+        said = Records(self.run, self.progress.images, self.config.images, self.config.tensorboard, self.ranks.first)
+        self.records, self._window = said, _Window(self.progress)
+        reason = "done"
+        try:
+            with Interrupts() as interrupts:
+                stream = self.loader.stream(self.progress.images)
+                while self.progress.images < self.config.images:
+                    batch = next(stream)
+                    outcome = self._take(batch)
+                    if after is not None:
+                        after(self, batch, outcome)
+                    self._report(outcome)
+                    if self.ranks.any(bool(interrupts.name)):
+                        reason = interrupts.name or "a signal to another process"
+                        break
+                stream.close()
+            self.save(last=True)
+        finally:
+            said.close()
+        return reason
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors a resume needs, by name: weights, averages, the optimizer's moments."""
+        names = dict(self.net.named_parameters())
+        return tensors_of(
+            {
+                "net": {name: parameter.detach() for name, parameter in names.items()},
+                "ema": self.ema.averages,
+                "optimizer": optimizer.state(self.optimizer, names),
+            }
+        )
+
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint and the weights. A failure on the way is said and does not end the run; `last` raises."""
+        self.progress.updates = optimizer.steps(self.optimizer)
+        try:
+            self.checkpoints.save(self.tensors(), self.progress)
+            if last:
+                self.checkpoints.finish()
+            self.previews.save_weights(self.progress.images)
+        except OSError as error:
+            if last:
+                raise
+            self._failed_to_save(error)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.ranks.close()
+
+    def describe(self) -> list[str]:
+        """Lines that say what will be trained on what."""
+        size = sum(parameter.numel() for parameter in self.net.parameters())
+        classes = f", {self.config.classes} classes" if self.config.classes else ""
+        where = f"{self.ranks.device.type}, {self.ranks.world} process{'es' * (self.ranks.world > 1)}"
+        resumed = f", going on after {self.progress.images:,}" if self.progress.images else ""
+        how = f"{self.config.batch} a step, {self.config.precision}"
+        return [
+            f"data      {self.source.describe()}, trained at {self.config.size}x{self.config.size}{classes}",
+            f"network   {size:,} parameters, {self.flops / 1e9:.2f} GFLOP for an image forward and back",
+            f"objective {self.config.objective} on {self.objective.schedule!r}",
+            f"run       {self.config.images:,} images, {how}, {where}{resumed}",
+        ]
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of a training step for one image."""
+        shape = (self.config.channels or 3, self.config.size, self.config.size)
+        with torch.random.fork_rng(devices=[]):
+            net = with_head(build_network(self.config, self.objective), self.objective, self.config.seed)
+        return flops.of_one_image(net, shape, bool(self.config.classes))
+
+    @cached_property
+    def _peak(self) -> float:
+        if self.config.peak_tflops is not None:
+            return 1e12 * self.config.peak_tflops
+        return flops.peak(self.ranks.device, self.config.precision)[0]
+
+    def _build(self) -> None:
+        config, device = self.config, self.ranks.device
+        self.objective = build_objective(config)
+        net = with_head(build_network(config, self.objective), self.objective, config.seed).train()
+        if config.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net.to(device)
+        if config.recompute:
+            recompute(self.net)
+        wrapped = spread(self.net, self.ranks, config.parallel, config.precision, blocks(self.net))
+        self.optimizer = optimizer.build(self.net, config, capturable=config.graph)
+        self.ema = Ema(self.net, config.ema_halflife, config.ema_rampup, config.ema_profiles)
+        if config.graph and (device.type != "cuda" or self.ranks.world > 1 or not self.objective.capturable):
+            raise ValueError("graph=true needs one process on a GPU and an objective that asks the host nothing")
+        kind = GraphedStep if config.graph else Step
+        self.step = kind(
+            config, self.net, wrapped, self.objective, self.optimizer, self.ema, self.ranks
+        )  # fmt: skip
+        self.loader = Loader(
+            self.source, config.seed, config.batch, self.ranks.rank, self.ranks.world, config.scale, device
+        )
+        self.previews = Previews(config, self.objective, self.ema, self.ranks, self.run)
+        self._eval_source: Source | None = None
+
+    def _take(self, batch: Batch) -> Outcome:
+        skips = self.progress.skips
+        began = time.monotonic()
+        outcome = self.step.run(batch, self.progress)
+        self.progress.seconds += time.monotonic() - began
+        if self.progress.skips > skips:
+            self._not_finite(batch, outcome)
+        return outcome
+
+    def _not_finite(self, batch: Batch, outcome: Outcome) -> None:
+        """Keep what did it, and stop when it was once too often."""
+        step, images = self.progress.step, self.progress.images
+        out = self.run / f"not-finite-{images:012d}-{self.ranks.rank}.safetensors"
+        tensors = {**batch.tensors(), "per_sample": outcome.per_sample, "level": outcome.level}
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(
+            out, lambda temporary: save_file(stored, temporary, {"step": str(step), "images": str(images)})
+        )
+        bad = ~torch.isfinite(outcome.per_sample)
+        levels = ", ".join(f"{level:.6g}" for level in outcome.level[bad][:5].tolist())
+        where = f"at model times {levels}" if levels else "with finite losses: the gradient overflowed"
+        text = (
+            f"loss {outcome.loss} and gradient norm {outcome.norm} in step {step} (after {images} images), "
+            f"{int(bad.sum())} samples {where}; the batch is in {out}"
+        )
+        if self.progress.skips > self.config.max_skips:
+            raise NotFinite(
+                f"{text}. Study it, lower learning_rate or use precision=fp32 and start again with --resume auto; "
+                "max_skips=N leaves out up to N such steps"
+            )
+        self.records.say(f"fastdiff: warning: left out a step: {text}")
+        self.records.write("skipped", images, step=step, loss=str(outcome.loss))
+
+    def _failed_to_save(self, error: OSError) -> None:
+        self.records.say(f"fastdiff: warning: {error}")
+        self.records.write("save_failed", self.progress.images, reason=str(error))
+
+    def _report(self, outcome: Outcome) -> None:
+        config, images = self.config, self.progress.images
+        try:
+            self.checkpoints.poll()
+        except OSError as error:
+            self._failed_to_save(error)
+        self.records.advance(config.batch)
+        self._window.add(outcome)
+        if self._due(config.log_images) or images >= config.images:
+            self._log(outcome)
+        if self._due(config.eval_images):
+            loss = self.previews.evaluate(self._evaluation_set())
+            self.records.write("eval", images, loss=loss)
+        if self._due(config.sample_images):
+            self.previews.sample(images)
+        if self._due(config.save_images) and images < config.images:
+            self.save()
+
+    def _log(self, outcome: Outcome) -> None:
+        rate, loss = self._window.close(self.progress)
+        loss = self.ranks.total(loss) / self.ranks.world
+        used = self.ranks.largest(records.memory(self.ranks.device))
+        mfu = rate * self.flops / (self._peak * self.ranks.world)
+        self.records.write(
+            "train", self.progress.images, step=self.progress.step, loss=loss, gradient_norm=outcome.norm,
+            learning_rate=outcome.rate, images_per_s=rate, memory_bytes=int(used), mfu=mfu,
+            skips=self.progress.skips, unreadable_files=len(self.source.faults.reasons),
+            seconds=self.progress.seconds,
+        )  # fmt: skip
+        for name, why in self.source.faults.take():
+            self.records.say(f"fastdiff: warning: skipped {name}: {why}")
+        self.records.show(
+            loss=f"{loss:.4f}", images_s=f"{rate:.0f}", memory=f"{used / 2**30:.2f} GiB", mfu=f"{100 * mfu:.0f}%"
+        )
+
+    def _due(self, every: int) -> bool:
+        """Whether the step just taken passed a multiple of `every`."""
+        images = self.progress.images
+        return every > 0 and images // every > (images - self.config.batch) // every
+
+    def _evaluation_set(self) -> Source:
+        if self._eval_source is None:
+            other = replace(self.config, data=self.config.eval_data)
+            self._eval_source = _open(other) if self.config.eval_data else self.source
+        return self._eval_source
+
+    def _found(self, resume: str) -> Path | None:
+        """The checkpoint to go on from, after checking that it is of the same run."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return None
+        if not resume:
+            raise ValueError(
+                f"{self.run} holds a run already, of {int(latest.name)} images: add --resume auto to go on, or choose "
+                "another folder"
+            )
+        saved = TrainConfig.load(self.run / "config.json")
+        check_resume(saved, self.config)
+        return latest
+
+    def _check_batch(self, config: TrainConfig) -> None:
+        world = self.ranks.world
+        if config.batch % world:
+            raise ValueError(f"batch {config.batch} is not a multiple of the {world} processes; choose one that is")
+
+
+class _Window:
+    """Rate and mean loss since the last line of the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._began, self._images = time.monotonic(), progress.images
+        self._losses: list[float] = []
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.taken:
+            self._losses.append(outcome.loss)
+
+    def close(self, progress: Progress) -> tuple[float, float]:
+        now = time.monotonic()
+        rate = (progress.images - self._images) / max(now - self._began, 1e-9)
+        loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
+        self._began, self._images, self._losses = now, progress.images, []
+        return rate, loss
+
+
+def _open(config: TrainConfig) -> Source:
+    if not config.data:
+        raise ValueError("there is nothing to train on: give --data a folder of pictures, or a .npy, .npz or .tar file")
+    source = open_data(
+        config.data, size=config.size, resize=config.resize, channels=config.channels, classes=config.classes
+    )
+    if source.shape[1:] != (config.size, config.size):
+        raise ValueError(
+            f"{config.data} has pictures of {source.shape[1]}x{source.shape[2]}, expected {config.size}x{config.size}; "
+            f"use resize=crop, or size={source.shape[1]}"
+        )
+    return source
+
+
+def _source(config: TrainConfig, device: torch.device) -> Source:
+    """The data set, kept on the device where it is small enough or asked for."""
+    source = _open(config)
+    if hasattr(source, "workers"):
+        source.workers = config.workers
+    size = len(source) * source.shape[0] * source.shape[1] * source.shape[2]
+    if config.resident == "yes" or (config.resident == "auto" and size <= RESIDENT_BYTES):
+        return Resident(source, device)
+    return source

@@ -1,0 +1,309 @@
+"""The norm op on the CPU: against float64 and torch's own errors, its gradient, torch.compile, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastdiff.kernels import norm as kernel
+from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, error
+from torch import Tensor
+
+from bench.shapes import NETWORKS, Norm
+from fastdiff.engine import native, norm
+from fastdiff.errors import BackendUnavailable
+from fastdiff.models.unet import UNet
+from fastdiff.models.unet_presets import PRESETS
+
+EXECUTORS = ("reference", "cpp")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every output full of NaN before it is written, and the fastest instructions afterwards."""
+    real = norm._outputs
+
+    def outputs(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor.fill_(float("nan")) for tensor in real(*arguments))
+
+    monkeypatch.setattr(norm, "_outputs", outputs)
+    yield
+    native.load().fastdiff_cpu_isa(2) == 2 or native.load().fastdiff_cpu_isa(1)
+
+
+def run(case: Case, executor: str) -> tuple[Tensor, Tensor, Tensor]:
+    return norm._forward(*case.arguments(), True, executor=executor)
+
+
+# channels not divisible by a vector, one pixel, one channel a group, and sizes of several patches
+ODD = [
+    Case(1, 2, (1, 1), 1),
+    Case(2, 7, (5, 3), 7),
+    Case(3, 12, (9, 1), 4),
+    Case(1, 20, (6, 6), 2),
+    Case(2, 33, (7, 11), 3),
+    Case(5, 96, (13, 16), 8),
+    Case(1, 640, (8, 9), 32),
+]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64(dtype: torch.dtype, layout: torch.memory_format, executor: str) -> None:
+    for i, odd in enumerate(ODD):
+        for extras in ((), EXTRAS, EXTRAS[i % 5 :], EXTRAS[: i % 5]):
+            skip = odd.groups * (1 + i % 3)
+            case = Case(
+                odd.batch, odd.channels, odd.size, odd.groups, dtype, layout, extras, skip, i % 3 > 0, shared=i % 2 > 0
+            )  # fmt: skip
+            y, total, stats = run(case, executor)
+            assert_as_good_as_torch(case, y, total)
+            exact = case.in_torch(torch.float64)[1].flatten(2).unflatten(1, (case.groups, -1)).flatten(2)
+            torch.testing.assert_close(stats[:, :, 0].double(), exact.mean(2), rtol=1e-5, atol=1e-5)
+            rstd = (exact.var(2, correction=0) + case.eps).rsqrt()
+            torch.testing.assert_close(stats[:, :, 1].double(), rstd, rtol=1e-5, atol=0)
+            without = norm._forward(*case.arguments(), False, executor=executor)[0]
+            assert_as_good_as_torch(case, without, None)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_norm_of_the_networks(network: str) -> None:
+    for channels, size in sorted(set(NETWORKS[network])):
+        if channels * size**2 > 1_500_000:
+            continue  # more pixels of a kind that smaller images have too
+        case = Case(1, channels, (size, size), 32, layout=LAST, extras=("before",))
+        assert_as_good_as_torch(case, run(case, "cpp")[0], None)
+
+
+def test_counts_of_the_networks() -> None:
+    assert {name: len(shapes) for name, shapes in NETWORKS.items()} == {
+        "ddpm-cifar10": 51, "edm-cifar10": 73, "adm-64": 95, "sd-1.5": 61,
+    }  # fmt: skip
+    assert NETWORKS["ddpm-cifar10"].count(Norm(384, 32)) == 1
+    assert NETWORKS["sd-1.5"].count(Norm(960, 64)) == 1
+
+
+@pytest.mark.parametrize("network", ["ddpm-cifar10", "adm-64"])
+def test_norms_of_the_networks_are_those_that_run(network: str) -> None:
+    """In order, in this package's UNet of that configuration."""
+    config, seen = PRESETS[network], []
+    with torch.device("meta"), torch.no_grad():
+        net = UNet(config)
+        for module in net.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(lambda _, given: seen.append(Norm(*given[0].shape[1:3])))
+        labels = torch.empty(1, dtype=torch.int64) if config.num_class_embeds else None
+        net(torch.empty(1, 3, config.sample_size, config.sample_size), torch.empty(1), labels)
+    assert seen == NETWORKS[network]
+
+
+def test_kernels_fill_a_gpu_with_every_norm_of_the_networks() -> None:
+    for shape in {shape for shapes in NETWORKS.values() for shape in shapes}:
+        for size in (2, 4):
+            cut = kernel.geometry(shape.pixels, shape.channels, 32, size)
+            chunks = -(-32 // cut.groups)
+            assert cut.width >= cut.groups * shape.channels // 32
+            assert (cut.parts - 1) * cut.part < shape.pixels <= cut.parts * cut.part
+            assert cut.parts <= kernel.PARTS
+            assert cut.pixels * cut.width <= (kernel.WHOLE if cut.whole else 2 * kernel.TILE)
+            assert cut.whole or chunks * cut.parts >= 64, (shape, cut)
+            assert kernel.launches(64, shape.pixels, shape.channels, 32, size) == 1 or chunks <= 4
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
+def test_instruction_sets_and_threads_agree(layout: torch.memory_format) -> None:
+    """Threads and batch to the bit; instruction sets to a rounding, since their lanes add in another order."""
+    case = Case(3, 40, (30, 31), 4, layout=layout, extras=EXTRAS)
+    before, found = torch.get_num_threads(), []
+    library = native.load()
+    available = [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
+    for n in available:
+        library.fastdiff_cpu_isa(n)
+        found.append(run(case, "cpp"))
+    for other in found[:-1]:
+        torch.testing.assert_close(other[0], found[-1][0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(other[1], found[-1][1])
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(run(case, "cpp"), found[-1], strict=True))
+    finally:
+        torch.set_num_threads(before)
+    x, *rest = case.arguments()
+    vectors = [v[1:2] if v is not None and v.dim() > 1 else v for v in rest[:7]]
+    alone = norm._forward(x[1:2], *vectors, *rest[7:], True, executor="cpp")
+    assert torch.equal(alone[0][0], found[-1][0][1])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_mean_far_above_the_spread(executor: str) -> None:
+    case = Case(2, 8, (24, 24), 2, layout=LAST, offset=3000.0)
+    assert_as_good_as_torch(case, run(case, executor)[0], None)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_constant_image_and_one_that_is_not_finite(executor: str) -> None:
+    x = torch.full((3, 4, 6, 6), 2.5)
+    x[1, 2, 3, 3] = float("nan")
+    x[2] = torch.randn(4, 6, 6)
+    y = norm.norm_act(x, torch.ones(4), torch.full((4,), 0.5), 2, act=False, executor=executor)
+    torch.testing.assert_close(y[0], torch.full((4, 6, 6), 0.5), rtol=0, atol=1e-4)
+    assert y[1, 2:].isnan().all() and y[1, :2].isfinite().all() and y[2].isfinite().all()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_channel_add(executor: str) -> None:
+    for layout in (CONTIGUOUS, LAST):
+        for dtype in DTYPES:
+            case = Case(3, 21, (5, 6), 3, dtype, layout, ("before", "residual"), shared=dtype == torch.float16)
+            for before in (None, case.options["before"], case.options["before"][0]):
+                got = norm.channel_add(case.x, before, case.options["residual"], executor)
+                exact = case.x.double() + case.options["residual"].double()
+                exact = exact if before is None else exact + before.double().reshape(-1, 21, 1, 1)
+                torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=6e-7)
+                assert got.is_contiguous(memory_format=layout)
+    x = torch.randn(2, 3, 4)
+    assert norm.channel_add(x) is x
+    torch.testing.assert_close(norm.channel_add(x.transpose(1, 2), torch.ones(4)), x.transpose(1, 2) + 1)
+
+
+def test_other_strides_are_copied_once() -> None:
+    x = torch.randn(2, 6, 8, 8)
+    view = x[:, :, ::2, ::2]
+    expected = norm.norm_act(view.contiguous(), torch.ones(6), torch.zeros(6), 3)
+    assert torch.equal(norm.norm_act(view, torch.ones(6), torch.zeros(6), 3), expected)
+    mixed = norm.norm_act(x, torch.ones(6), torch.zeros(6), 3, residual=x.contiguous(memory_format=LAST))
+    torch.testing.assert_close(mixed, norm.norm_act(2 * x, torch.ones(6), torch.zeros(6), 3, eps=1e-5))
+    tokens = torch.randn(2, 6, 9)
+    assert norm.norm_act(tokens, torch.ones(6), torch.zeros(6), 2).shape == tokens.shape
+
+
+# -- gradients
+
+
+def wants_gradient(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [
+        None if t is None else t.double().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
+@pytest.mark.parametrize("extras", [(), ("before", "scale", "shift"), EXTRAS])
+def test_gradcheck(layout: torch.memory_format, extras: tuple[str, ...]) -> None:
+    case = Case(2, 4, (2, 3), 2, layout=layout, extras=extras, skip=2, act=bool(extras), shared=True)
+    tensors = wants_gradient(list(case.arguments()[:8]))
+
+    def call(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, weight, bias, before, scale, shift, residual, skip = given
+        return norm.sum_norm_act(
+            x, weight, bias, case.groups, act=case.act, before=before, scale=scale, shift=shift, residual=residual,
+            skip=skip, executor="reference",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("extras", [("before",), EXTRAS])
+def test_gradients_are_as_good_as_torch(dtype: torch.dtype, extras: tuple[str, ...]) -> None:
+    """Of a forward pass on cpp: each gradient's error against float64 at most twice that of torch in the same dtype."""
+    case = Case(3, 24, (7, 6), 4, dtype, LAST, extras)
+    seed = torch.randn(case.in_torch(torch.float32)[0].shape, generator=torch.Generator().manual_seed(5))
+
+    def gradients(inside: torch.dtype, ours: bool) -> dict[str, Tensor]:
+        leaves = {"x": case.x, "weight": case.weight, "bias": case.bias} | {
+            name: tensor for name, tensor in case.options.items() if tensor is not None
+        }
+        leaves = {
+            name: tensor.detach().to(inside).clone(memory_format=torch.preserve_format).requires_grad_()
+            for name, tensor in leaves.items()
+        }
+        twin = Case(3, 24, (7, 6), 4, dtype, LAST, extras)
+        twin.x, twin.weight, twin.bias = leaves["x"], leaves["weight"], leaves["bias"]
+        twin.options = {name: leaves.get(name) for name in EXTRAS}
+        if ours:
+            y = norm.norm_act(*twin.arguments()[:3], twin.groups, **twin.options, executor="cpp")
+        else:
+            y = twin.in_torch(inside)[0]
+        y.backward(seed.to(y.dtype))
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    exact, own, got = gradients(torch.float64, False), gradients(dtype, False), gradients(dtype, True)
+    assert got.keys() == exact.keys()
+    for name in exact:
+        assert got[name].dtype == dtype
+        least = torch.finfo(dtype).eps * float(exact[name].abs().max()) / 2
+        assert error(got[name], exact[name]) <= max(2 * error(own[name], exact[name]), least), name
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_opcheck(executor: str) -> None:
+    case = Case(2, 4, (3, 3), 2, layout=LAST, extras=("before", "scale", "residual"))
+    for tensor in (case.x, case.weight, case.options["before"]):
+        tensor.requires_grad_()
+    ops = torch.ops.fastdiff
+    torch.library.opcheck(ops.norm_act.default, (*case.arguments(), True), {"executor": executor})
+    grad, stats = torch.randn_like(case.x), torch.rand(2, 2, 2)
+    vectors = case.weight.detach(), case.bias, None, case.options["scale"], None
+    backward = (grad, case.x.detach(), *vectors, stats, 2, True)
+    torch.library.opcheck(ops.norm_act_backward.default, backward, {"executor": executor})
+    added = case.x.detach(), case.options["before"].detach(), case.options["residual"]
+    torch.library.opcheck(ops.channel_add.default, added, {"executor": executor})
+
+
+def test_compiles_without_a_break() -> None:
+    case = Case(2, 8, (4, 4), 2, layout=LAST, extras=("before", "residual"))
+    x, weight, bias = case.arguments()[:3]
+
+    def call(x: Tensor) -> Tensor:
+        added = norm.channel_add(x, bias, case.options["residual"])
+        return norm.norm_act(added, weight, bias, 2, before=case.options["before"]) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x), rtol=1e-6, atol=1e-6)
+    leaf, twin = (case.x.clone().requires_grad_() for _ in range(2))
+    compiled(leaf).sum().backward()
+    call(twin).sum().backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-5, atol=1e-5)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "failure", "words"),
+    [
+        ({"x": torch.zeros(2, 8)}, ValueError, r"x must be \[batch, channels, \*pixels\]"),
+        ({"x": torch.zeros(2, 8, 3, 3).double()}, TypeError, "float64, expected float32, float16 or bfloat16"),
+        ({"x": torch.zeros(2, 9, 3, 3)}, ValueError, "9 channels do not divide into 2 groups"),
+        ({"weight": torch.zeros(7)}, ValueError, r"weight has shape \(7,\), expected \(8,\)"),
+        ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta"),
+        ({"before": torch.zeros(3, 8)}, ValueError, r"before has shape \(3, 8\), expected \(2, 8\)"),
+        ({"scale": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "scale has dtype torch.int32"),
+        ({"shift": torch.zeros(2, 16)[:, ::2]}, ValueError, "shift must have consecutive channels"),
+        ({"residual": torch.zeros(2, 8, 3, 4)}, ValueError, "residual has shape"),
+        ({"residual": torch.zeros(2, 8, 3, 3).half()}, TypeError, "residual is torch.float16"),
+        ({"skip": torch.zeros(2, 8, 3, 4)}, ValueError, "skip has shape"),
+        ({"executor": "cuda"}, BackendUnavailable, "no CUDA C\\+\\+ kernel.*use executor 'triton'"),
+        ({"executor": "cpu"}, ValueError, "Unknown backend 'cpu'"),
+    ],
+)
+def test_refuses(change: dict[str, Any], failure: type[Exception], words: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.zeros(2, 8, 3, 3),
+        "weight": torch.zeros(8),
+        "bias": torch.zeros(8),
+        "groups": 2,
+    }
+    given |= {"executor": "cpp"} | change
+    with pytest.raises(failure, match=words):
+        norm.norm_act(**given)
+
+
+def test_an_empty_batch_is_an_empty_batch() -> None:
+    for executor in EXECUTORS:
+        assert norm.norm_act(torch.zeros(0, 4, 3, 3), torch.ones(4), torch.ones(4), 2, executor=executor).shape[0] == 0

@@ -1,0 +1,135 @@
+"""Several processes: the same run as one, killed at any moment, sharded, restarted by torch's elastic agent."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import (
+    assert_same,
+    die_once,
+    forked,
+    lines,
+    one_thread,
+    stored,
+    tiny,
+    train_in_process,
+    train_together,
+    weights,
+    write_data,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fastdiff.training.trainer import Trainer
+
+PLAIN = {"dropout": 0.0}  # masks are drawn for a place in the batch, so they do depend on the number of processes
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path)
+
+
+def alone(data: Path, run: Path, **changes: object) -> Trainer:
+    trainer = Trainer(tiny(data, **changes), run)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("how", "micro_batch", "objective"), [("ddp", None, "edm"), ("fsdp", 2, "edm"), ("ddp", 2, "ddpm")]
+)
+def test_two_processes_are_one(
+    data: Path, tmp_path: Path, how: str, micro_batch: int | None, objective: str
+) -> None:  # fmt: skip
+    """Loss, gradient and moments of two processes are those of one, to rounding, and so is their checkpoint.
+
+    With "ddpm" the times follow the loss, so each process must have heard the other's.
+    """
+    options = {"network": PLAIN, "images": 24, "log_images": 8, "epsilon": 1e-3, "objective": objective}
+    if objective == "ddpm":
+        options["objective_options"] = {
+            "times": {"name": "loss_second_moment", "history": 1},
+            "schedule": {"name": "linear", "options": {"steps": 3}},
+        }
+    one = alone(data, tmp_path / "one", **options)
+    train_together(tiny(data, parallel=how, micro_batch=micro_batch, **options), tmp_path / "two", 2)
+    two = stored(tmp_path / "two", one)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    for first, second in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-4)
+
+
+def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
+    """Two processes that shard the weights, then one that has them all: the checkpoint is resharded."""
+    options = {"network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48}
+    one = alone(data, tmp_path / "one", **options)
+    train_together(tiny(data, parallel="fsdp", **options | {"images": 24}), tmp_path / "two", 2)
+    resumed = Trainer(tiny(data, **options), tmp_path / "two", resume="auto")
+    assert resumed.progress.images == 24
+    resumed.train()
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(resumed.tensors()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> None:
+    """kill -9 three times, saves included (one follows the other); bench/kills.py does it fifty times."""
+    config = tiny(data, save_images=8, images=160)
+    whole = alone(data, tmp_path / "whole", save_images=8, images=160)
+    rng, killed = random.Random(0), 0
+    for _ in range(3):
+        process = forked().Process(target=train_in_process, args=(config, tmp_path / "run"))
+        process.start()
+        while process.is_alive() and not (tmp_path / "run" / "checkpoints").is_dir():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 1
+    resumed = Trainer(config, tmp_path / "run", resume="auto")
+    resumed.train()
+    assert_same(weights(resumed), weights(whole))
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_a_process_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:
+    """What torchrun does: the agent ends the others, starts all again, and they go on from the last checkpoint."""
+    options = {"network": PLAIN, "epsilon": 1e-3, "async_save": False, "images": 64}
+    one = alone(data, tmp_path / "one", **options)
+    forked()
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="dies", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+        max_restarts=1, monitor_interval=0.05, start_method="forkserver",
+    )  # fmt: skip
+    ended = elastic_launch(launch, die_once)(tiny(data, **options), tmp_path / "two")
+    assert ended == {0: 64, 1: 64}
+    two = stored(tmp_path / "two", one)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(data: Path, tmp_path: Path) -> None:
+    options = {"images": 80_000, "log_images": 8, "save_images": 80_000}
+    processes = train_together(tiny(data, **options), tmp_path / "run", 2, wait=False)
+    while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    processes[1].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    last = lines(tmp_path / "run")[-1]["images"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{last:012d}"]

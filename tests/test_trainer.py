@@ -1,0 +1,364 @@
+"""A run of the trainer: against plain torch, against itself after a kill, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import ALONE, COUNT, assert_same, lines, one_thread, stored, tiny, weights, write_data
+
+import fastdiff as fd
+from fastdiff import cli
+from fastdiff.training import graphed, objectives
+from fastdiff.training.config import TrainConfig, check_resume
+from fastdiff.training.data.loader import Loader
+from fastdiff.training.data.order import image_indices, sample_seeds
+from fastdiff.training.graphed import GraphedStep
+from fastdiff.training.optimizer import build as build_optimizer
+from fastdiff.training.step import NotFinite, Step
+from fastdiff.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path)
+
+
+class Killed(Exception):
+    """Stands for the end of the process: nothing after it is run."""
+
+
+def kill_after(images: int):
+    def check(trainer: Trainer, batch: object, outcome: object) -> None:
+        if trainer.progress.images >= images:
+            raise Killed
+
+    return check
+
+
+def test_steps_are_those_of_plain_torch(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, images=24, network={"dropout": 0.0}, ema_profiles=[])
+    trainer = Trainer(config, tmp_path / "run")
+    start = {name: parameter.detach().clone() for name, parameter in trainer.net.named_parameters()}
+    trainer.train()
+
+    peer = Trainer(config, tmp_path / "peer")
+    net, average = peer.net, dict(start)
+    assert all(torch.equal(parameter, start[name]) for name, parameter in net.named_parameters())
+    objective = objectives.get(
+        "edm", flip=True, drop_label=0.1, null_label=3, times={"name": "lognormal", "mean": -0.7, "std": 1.3},
+        sigma_data=trainer.config.objective_options["sigma_data"],
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(net.parameters(), 1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, fused=True)
+    archive = np.load(data)
+    for step in range(3):
+        seen = 8 * step
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (seen + 8) / 32) * 0.5 * (1 + np.cos(np.pi * seen / 24))
+        index = image_indices(COUNT, 0, seen, 8)
+        pictures = torch.from_numpy(archive["images"][index])[:, None]
+        labels, seeds = torch.from_numpy(archive["labels"][index]), torch.from_numpy(sample_seeds(0, seen, 8))
+        objective.loss(net, pictures, labels, seeds, 0).mean.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = 0.5 ** (8 / min(40, 0.05 * (seen + 8)))
+        average = {name: torch.lerp(average[name], p.detach(), 1 - decay) for name, p in net.named_parameters()}
+    for name, parameter in trainer.net.named_parameters():
+        torch.testing.assert_close(parameter, dict(net.named_parameters())[name], rtol=0, atol=1e-7)
+        torch.testing.assert_close(trainer.ema.weights[name], average[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_resume_is_bit_identical(data: Path, tmp_path: Path, in_background: bool) -> None:
+    config = tiny(data, async_save=in_background)
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    for killed_at in (32, 64, 80):  # in mid-epoch, each after a checkpoint
+        with pytest.raises(Killed):
+            killed = Trainer(config, tmp_path / "run", resume="auto")
+            killed.train(kill_after(killed_at))
+        killed.checkpoints.finish()  # the thread of a real process would have ended with it
+    resumed = Trainer(config, tmp_path / "run", resume="auto")
+    assert resumed.progress.images == 72
+    assert resumed.train() == "done"
+    assert_same(weights(resumed), weights(whole))
+    assert_same(stored(tmp_path / "run", resumed), weights(whole))
+    measured = ("images", "step", "loss", "gradient_norm", "learning_rate")
+    first, second = ([[line[key] for key in measured] for line in lines(tmp_path / name)] for name in ("whole", "run"))
+    assert [line[0] for line in first] == [line[0] for line in second] == [16, 32, 48, 64, 80, 96]
+    assert [line[3:] for line in first] == [line[3:] for line in second]
+    assert (
+        load_file(tmp_path / "run" / "model.safetensors").keys()
+        == load_file(tmp_path / "whole/model.safetensors").keys()
+    )
+
+
+def test_fp16_resumes_with_its_loss_scale(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, precision="fp16", images=48)
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Killed):
+        killed = Trainer(config, tmp_path / "run")
+        killed.train(kill_after(32))
+    killed.checkpoints.finish()
+    resumed = Trainer(config, tmp_path / "run", resume="auto")
+    assert resumed.progress.scaler["_growth_tracker"] == 3 and resumed.progress.images == 24
+    resumed.train()
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_times_that_follow_the_loss_resume_with_what_they_heard(data: Path, tmp_path: Path) -> None:
+    options = {
+        "times": {"name": "loss_second_moment", "history": 1},
+        "schedule": {"name": "linear", "options": {"steps": 4}},
+    }
+    config = tiny(data, objective="ddpm").change(objective_options=options)
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Killed):
+        killed = Trainer(config, tmp_path / "run")
+        killed.train(kill_after(80))
+    killed.checkpoints.finish()
+    resumed = Trainer(config, tmp_path / "run", resume="auto")
+    heard = resumed.objective.times.state()
+    assert resumed.progress.images == 72 and sum(heard["counts"]) == 72 and min(heard["counts"]) > 0
+    assert not np.allclose(resumed.objective.times.chances(resumed.objective.schedule), 0.25)
+    resumed.train()
+    assert_same(weights(resumed), weights(whole))
+    assert resumed.objective.times.state() == whole.objective.times.state()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(data: Path, tmp_path: Path, number: signal.Signals) -> None:
+    def press(trainer: Trainer, batch: object, outcome: object) -> None:
+        if trainer.progress.images == 40:
+            os.kill(os.getpid(), number)
+
+    trainer = Trainer(tiny(data), tmp_path / "run")
+    assert trainer.train(press) == number.name
+    assert trainer.progress.images == 40 and trainer.checkpoints.latest().name == f"{40:012d}"
+    assert_same(stored(tmp_path / "run", trainer), weights(trainer))
+    assert signal.getsignal(number) is not trainer  # handlers are put back
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) -> None:
+    Trainer(tiny(data, images=24), tmp_path / "run").train()
+    with pytest.raises(ValueError, match="holds a run already, of 24 images: add --resume auto"):
+        Trainer(tiny(data), tmp_path / "run")
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        Trainer(tiny(data, batch=4, seed=7, log_images=8), tmp_path / "run", resume="auto")
+    assert "batch: 8 in the run, 4 now" in str(caught.value) and "seed: 0 in the run, 7 now" in str(caught.value)
+    assert "log_images" not in str(caught.value)
+    assert Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").progress.images == 24
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: Path) -> None:
+    whole = Trainer(tiny(data), tmp_path / "run")
+    whole.train()
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == [f"{72:012d}", f"{96:012d}"]
+    shard = next(checkpoints[1].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (checkpoints[1].parent / ".000000000104").mkdir()  # a save that was killed
+    resumed = Trainer(tiny(data), tmp_path / "run", resume="auto")
+    assert resumed.progress.images == 72 and not list(checkpoints[1].parent.glob(".*"))
+    resumed.train()
+    assert_same(stored(tmp_path / "run", resumed), weights(whole))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, in_background: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(trainer: Trainer, batch: object, outcome: object) -> None:
+        if trainer.progress.images == 40:  # after the checkpoint at 24: files of 8 KB and no more
+            trainer.checkpoints.finish()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+
+    trainer = Trainer(tiny(data, async_save=in_background), tmp_path / "run")
+    try:
+        with pytest.raises(OSError, match="the last good one is 000000000024. Make room"):
+            trainer.train(fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert trainer.progress.images == 96  # a save on the way that fails does not end the run
+    assert "could not write checkpoint" in capfd.readouterr().err
+    assert {line["images"] for line in lines(tmp_path / "run", "save_failed")} & {48, 56, 72}
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{24:012d}"]
+    resumed = Trainer(tiny(data), tmp_path / "run", resume="auto")
+    resumed.train()
+    assert_same(weights(resumed), weights(trainer))
+
+
+def poisoned(tmp_path: Path) -> Path:
+    """Float pictures, number 5 of which is not a number."""
+    values = np.random.default_rng(0).standard_normal((COUNT, 1, 8, 8)).astype(np.float32)
+    values[5, 0, 3, 3] = np.nan
+    np.save(tmp_path / "bad.npy", values)
+    return tmp_path / "bad.npy"
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path: Path) -> None:
+    config = tiny(poisoned(tmp_path), objective_options={"sigma_data": 1.0}, save_images=8)
+    first = int(np.flatnonzero(image_indices(COUNT, 0, 0, COUNT) == 5)[0]) // 8
+    trainer = Trainer(config, tmp_path / "run")
+    with pytest.raises(
+        NotFinite, match=rf"in step {first + 1} \(after {8 * first + 8} images\), 1 samples at model times"
+    ):
+        trainer.train()
+    batch = load_file(tmp_path / "run" / f"not-finite-{8 * first + 8:012d}-0.safetensors")
+    place = int(torch.isnan(batch["pictures"]).flatten(1).any(1).nonzero()[0])
+    assert torch.isnan(batch["per_sample"]).nonzero().tolist() == [[place]]
+    assert batch["seeds"].tolist() == sample_seeds(0, 8 * first, 8).tolist()
+    objective = trainer.objective.loss(lambda x, t, c: x, torch.zeros(8, 1, 8, 8), None, batch["seeds"], 0)
+    assert torch.equal(objective.level, batch["level"])
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+
+
+def test_steps_that_are_no_number_can_be_left_out(tmp_path: Path) -> None:
+    config = tiny(poisoned(tmp_path), objective_options={"sigma_data": 1.0}, max_skips=2)
+    trainer = Trainer(config, tmp_path / "run")
+    with pytest.raises(NotFinite):
+        trainer.train()  # the picture comes once an epoch: the third epoch is one too many
+    assert trainer.progress.skips == 3 and 44 < trainer.progress.images <= 66 + 8
+    assert len(lines(tmp_path / "run", "skipped")) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+
+
+@pytest.mark.parametrize("change", [{"micro_batch": 3}, {"recompute": True}, {"channels_last": True}])
+def test_how_it_is_computed_changes_only_rounding(data: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    runs = []
+    for name, config in (("a", tiny(data)), ("b", tiny(data, **change))):
+        config = config.change(network={"dropout": 0.0}, images=16, epsilon=1e-3)
+        trainer = Trainer(config, tmp_path / name)
+        trainer.train()
+        runs.append(weights(trainer))
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_graphed_step_is_the_eager_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body of the graph, run in place of its replay: its buffers must hold what changes from step to step."""
+    monkeypatch.setattr(graphed, "captured", lambda body: body)
+    trained = []
+    for kind in (Step, GraphedStep):
+        trainer = Trainer(tiny(data, network={"dropout": 0.0}, micro_batch=4), tmp_path / kind.__name__)
+        optimizer = build_optimizer(trainer.net, trainer.config)
+        trainer.optimizer = optimizer
+        trainer.step = kind(
+            trainer.config, trainer.net, trainer.net, trainer.objective, optimizer, trainer.ema, ALONE
+        )  # fmt: skip
+        trainer.train()
+        trained.append(weights(trainer))
+    assert_same(*trained)
+
+
+def test_the_weights_file_is_the_average_and_samples(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(data, images=24, weights_dtype="float32", ema_profiles=[0.1]), tmp_path / "run")
+    trainer.train()
+    model = fd.load(tmp_path / "run")
+    assert model.prediction == "edm" and model.shape == (1, 8, 8) and model.class_names == ("0", "1", "2")
+    assert model.null_label == 3 and model.sigma_data == trainer.objective.sigma_data
+    for name, parameter in model.net.named_parameters():
+        assert torch.equal(parameter, trainer.ema.weights[name])
+    power = load_file(tmp_path / "run" / "model-power_0.1.safetensors")
+    assert torch.equal(power["conv_in.weight"], trainer.ema.averages["power_0.1"]["conv_in.weight"])
+
+
+def test_one_command_trains_on_a_folder_and_the_next_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (20, 30 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / kind / f"{i}.png")
+    run, out = tmp_path / "runs" / "mine", tmp_path / "samples.npy"
+    small = [
+        "--network", "block_out_channels=[8,8]", "--network", "norm_num_groups=4", "--network", "layers_per_block=1",
+        "--network", 'down_block_types=["DownBlock2D","AttnDownBlock2D"]', "--network", "attention_head_dim=8",
+        "--network", 'up_block_types=["AttnUpBlock2D","UpBlock2D"]', "--batch", "4", "--size", "16", "--threads", "1",
+    ]  # fmt: skip
+    command = ["train", "--preset", "cifar32", "--data", str(tmp_path / "pictures"), "--out", str(run), *small]
+    assert cli.main([*command, "--images", "8", "--sample-images", "8", "--sample-steps", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "12 pictures in" in shown.out and "2 classes" in shown.out and "done      8 images" in shown.out
+    assert (run / "samples" / f"{8:012d}.png").is_file()
+    assert TrainConfig.load(run / "config.json").class_names == ("cats", "dogs")
+    assert (
+        cli.main(["sample", "--model", str(run), "--class", "dogs", "--count", "2", "--steps", "2", "--out", str(out)])
+        == 0
+    )
+    assert np.load(out).shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "cifar"], "Did you mean 'cifar32'"),
+        (["--preset", "fashion32", "--data", "nowhere"], "no data at nowhere"),
+        (["--preset", "fashion32"], "nothing to train on"),
+        (["--preset", "fashion32", "--data", "x", "--batch", "many"], "batch must be int, got 'many'"),
+        (["--preset", "fashion32", "--data", "x", "--precision", "fp8"], "Unknown precision 'fp8'"),
+        (["--preset", "fashion32", "--data", "x", "--network", "wide"], "--network must be NAME=VALUE"),
+        (["--preset", "fashion32", "--data", "set.npz", "--objective", "ddmp"], "Did you mean 'ddpm'"),
+        (["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier"], "this trainer builds denoisers"),
+        (["--preset", "fashion32", "--data", "set.npz", "--objective-options", "p=1"], "Unknown option of objective"),
+        (["--preset", "fashion32", "--data", "set.npz", "--network", "widths=[3]"], "unknown entries ['widths']"),
+        (
+            ["--preset", "fashion32", "--data", "set.npz", "--classes", "2"],
+            "labels are out of range, the first is 2 of",
+        ),
+        (["--preset", "fashion32", "--data", "set.npz", "--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--preset", "fashion32", "--data", "set.npz", "--graph", "true"], "graph=true needs one process on a GPU"),
+        (["--preset", "fashion32", "--data", "set.npz", "--tensorboard", "true"], "pip install tensorboard"),
+    ],
+)
+def test_errors_say_how_to_go_on(
+    options: list[str], words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    assert cli.main(["train", *options, "--out", "run", "--threads", "1", "--images", "128"]) == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_configuration_survives_its_file_and_shows_what_changed(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, objective_options={"flip": True})
+    config.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == config
+    check_resume(config, config.change(images=5, workers=1, compile=True))
+    with pytest.raises(ValueError, match="learning_rate: 0.001 in the run, 0.1 now"):
+        check_resume(config, config.change(learning_rate=0.1))
+    with pytest.raises(ValueError, match="Did you mean 'batch'"):
+        config.change(bathc=3)
+
+
+def test_the_evaluation_is_the_loss_of_the_average(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(data, images=24, eval_images=24, eval_count=16), tmp_path / "run")
+    trainer.train()
+    net = fd.load(tmp_path / "run").net  # fp16 weights, so the loss agrees to a thousandth
+    batch = Loader(trainer.source, 0x5EED, 16).read(0)
+    loss = trainer.objective.loss(net, batch.pictures, batch.labels, batch.seeds, 0).mean
+    assert lines(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(float(loss), rel=2e-3)

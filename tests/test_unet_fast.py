@@ -1,0 +1,262 @@
+"""The UNet's inference form equals the plain one, in fewer kernels, and says which blocks it leaves as they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_unet import CONFIGS, random_inputs, random_peer, small_config
+
+import fastdiff as fd
+from fastdiff.models import packed_conv, unet_blocks
+from fastdiff.models.packed_conv import PackedConv
+from fastdiff.models.unet import UNet
+from fastdiff.models.unet_fast import FastUNet, PreparedUNet
+from fastdiff.models.unet_nodes import cost
+from fastdiff.models.unet_presets import PRESETS, config_of
+
+LAST = torch.channels_last
+
+
+def networks(name: str) -> tuple[UNet, tuple[torch.Tensor, ...]]:
+    return UNet.from_diffusers(random_peer(CONFIGS[name])), random_inputs(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_agrees_with_the_plain_network(name: str) -> None:
+    net, (x, *rest) = networks(name)
+    expected, fast = net(x, *rest), net.fast()
+    got = fast(x, *rest)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert got.is_contiguous(memory_format=LAST)
+    again = fast(x.contiguous(memory_format=LAST), *rest)
+    assert torch.equal(again, got), "the memory format of the input does not matter"
+    one = fast(x[:1], *(value[:1] for value in rest))
+    torch.testing.assert_close(one, expected[:1], rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_half_precision_errs_at_most_twice_as_much_as_torch(name: str, dtype: torch.dtype) -> None:
+    """Weights cast once, no autocast, against float64; the plain network in the same dtype is torch's own error."""
+    net, (x, *rest) = networks(name)
+    fast = net.fast(dtype)
+    got = fast(x, *rest)
+    assert got.dtype == dtype
+    exact = UNet.from_diffusers(random_peer(CONFIGS[name])).double()(x.double(), *rest)
+    own = net.to(dtype)(x.to(dtype), *rest)
+    for error in (torch.Tensor.abs, torch.Tensor.square):
+        assert error(got - exact).mean() <= 2 * error(own - exact).mean()
+    assert (got - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+@torch.no_grad()
+def test_weights_are_cast_once_and_only_where_it_costs_no_digits() -> None:
+    fast = networks("ddpm-cifar")[0].fast(torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in fast.named_parameters()}
+    halves = {name.rpartition(".")[2] for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert halves == {"weight", "conv", "far", "conv_out", "conv_out_bias", "shortcut", "qkv", "qkv_bias"}
+    assert dtypes["rows_weight"] == dtypes["layers.0.norm1_weight"] == torch.float32
+    assert next(iter(fast.parameters())).dtype == torch.bfloat16, "what a Denoiser takes for the network's dtype"
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+@torch.no_grad()
+def test_packed_weights_follow_a_change_and_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3).contiguous(memory_format=LAST), requires_grad=False)
+    conv = PackedConv(weight, stride=2)
+    for x in (torch.randn(2, 4, 9, 8), torch.randn(1, 4, 4, 6)):
+        x = x.contiguous(memory_format=LAST)
+        for module in (conv, copy.deepcopy(conv)):
+            torch.testing.assert_close(module(x), F.conv2d(x, weight, stride=2, padding=1), rtol=1e-5, atol=1e-5)
+        assert conv._packed is not None, "the library's order was used"
+        weight.mul_(1.5)
+    expected = conv(x)
+    monkeypatch.setattr(packed_conv, "_has_operators", lambda: False)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_network_it_is_made_from_is_not_changed_and_not_shared() -> None:
+    net, inputs = networks("scale-shift")
+    before = net(*inputs)
+    fast = net.fast()
+    got = fast(*inputs)
+    assert torch.equal(net(*inputs), before)
+    for parameter in net.parameters():
+        parameter.zero_()
+    assert torch.equal(fast(*inputs), got)
+
+
+@torch.no_grad()
+def test_blocks_that_are_not_covered_run_as_they_were() -> None:
+    net, inputs = networks("classes")
+    assert set(net.fast().fallbacks) == {f"mid_block.{kind}" for kind in ("resnets.0", "attentions.0", "resnets.1")}
+    assert all("divides its sum by 1.41" in reason for reason in net.fast().fallbacks.values())
+
+    class Louder(type(net.up_blocks[0].resnets[0])):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, act_time: torch.Tensor) -> torch.Tensor:
+            return 1.5 * super().forward(x, act_time)
+
+    net.up_blocks[0].resnets[1].__class__ = Louder  # type: ignore[union-attr]
+    net.down_blocks[0].attentions[0].register_forward_hook(lambda module, given, output: 2 * output)  # type: ignore[union-attr]
+    fast = net.fast()
+    assert "is a Louder" in fast.fallbacks["up_blocks.0.resnets.1"]
+    assert "has hooks" in fast.fallbacks["down_blocks.0.attentions.0"]
+    expected = net(*inputs)
+    torch.testing.assert_close(fast(*inputs), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+# -- times
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar", "scale-shift", "fourier"])
+@torch.no_grad()
+def test_prepared_times_give_the_same_and_others_nothing(name: str) -> None:
+    net, (x, t) = networks(name)
+    fast = net.fast()
+    prepared = fast.prepare_times(torch.tensor([901.5, 0.37, 17.0, 17.0]))
+    assert torch.equal(prepared(x, t), fast(x, t))
+    assert torch.equal(prepared(x, 17.0), fast(x, 17.0))
+    t = t.clone()
+    t[1] = torch.nextafter(t[1], torch.tensor(0.0))
+    got = prepared(x, t)
+    assert got[1].isnan().all() and got[0].isfinite().all() and got[2].isfinite().all()
+
+
+def test_a_network_with_classes_prepares_nothing() -> None:
+    fast = networks("classes")[0].fast()
+    assert fast.prepare_times(torch.tensor([1.0])) is fast
+
+
+@pytest.mark.parametrize("time_dtype", [torch.float32, torch.long])
+def test_the_sampler_prepares_every_row(time_dtype: torch.dtype) -> None:
+    net, (x, _) = networks("ddpm-cifar")
+    draw: dict[str, Any] = {"shape": x.shape, "solver": "dpmpp_2m", "steps": 4, "grid": "trailing", "seed": 3}
+    expected = fd.sample(fd.Denoiser(net, "linear", "eps", time_dtype=time_dtype), **draw)
+    model = fd.Denoiser(net.fast(), "linear", "eps", time_dtype=time_dtype)
+    plan = fd.plan("dpmpp_2m", "linear", 4, "trailing")
+    sampler = fd.Sampler(plan, model)
+    assert isinstance(sampler.model.net, PreparedUNet)
+    got = sampler.sample(x.shape, seed=3)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+# -- torch.compile
+
+
+@torch.no_grad()
+def test_compiles_without_a_break() -> None:
+    net, inputs = networks("no-middle")
+    fast = net.fast()
+    compiled = torch.compile(fast.run, fullgraph=True, backend="aot_eager")
+    rows = fast.project(inputs[1])
+    expected = fast(*inputs)
+    got = compiled(inputs[0], inputs[1], rows)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+# -- training
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar", "scale-shift"])
+def test_a_network_that_trains_with_the_norm_op_has_the_same_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on a GPU in channels_last, and here on the CPU because it is told to."""
+    net, (x, *rest) = networks(name)
+    x = x.contiguous(memory_format=LAST)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        net.zero_grad()
+        net(x, *rest).square().mean().backward()
+        return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+
+    calls: list[bool] = []
+    real = unet_blocks.norm_act
+    monkeypatch.setattr(
+        unet_blocks, "norm_act", lambda *given, **options: calls.append(True) or real(*given, **options)
+    )
+    expected = gradients()
+    assert not calls
+    monkeypatch.setattr(unet_blocks, "FUSES", ("cpu",))
+    got = gradients()
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in net.modules())
+    assert len(calls) == norms
+    # a bias before a norm of one channel has no gradient but its rounding
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(
+            got[key], gradient, rtol=1e-4, atol=1e-6 * largest, msg=lambda text, at=key: f"{at}: {text}"
+        )
+
+
+# -- cost
+
+
+def test_node_budgets() -> None:
+    """What a CUDA graph of one forward pass at batch 1 holds. One kernel for each convolution, GEMM, attention and
+    normalisation of the DDPM network would be 128."""
+    nodes = {name: cost(config, 1).nodes for name, config in PRESETS.items()}
+    assert nodes == {"ddpm-cifar10": 137, "edm-cifar10": 186, "adm-64": 302}
+    assert nodes["ddpm-cifar10"] < cost(PRESETS["ddpm-cifar10"], 1, fast=False).nodes / 3.5
+
+
+def test_bytes_are_counted_once_per_operand() -> None:
+    config = small_config(sample_size=8)
+    one, two = (cost(config, batch, torch.float32) for batch in (1, 2))
+    weights = sum(p.numel() * p.element_size() for p in UNet(config).fast().parameters())
+    assert one.kernels == two.kernels
+    images = two.bytes - one.bytes
+    assert 0 < images < two.bytes
+    assert 0 < one.bytes - images < 1.05 * weights, "what does not grow with the batch is the weights"
+    assert cost(config, 1, torch.bfloat16).bytes < 0.62 * one.bytes
+
+
+def test_cost_refuses() -> None:
+    with pytest.raises(ValueError, match="does not say the size"):
+        cost(small_config(), 1)
+    with pytest.raises(ValueError, match="batch must be >= 1, got 0"):
+        cost(PRESETS["adm-64"], 0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        cost(PRESETS["ddpm-cifar10"], 1, size=20)
+    with pytest.raises(ValueError, match="Unknown UNet 'ddpm'.*Did you mean 'ddpm-cifar10'"):
+        config_of("ddpm")
+    with pytest.raises(FileNotFoundError):
+        config_of("absent.json")
+
+
+def test_info_prints_the_cost(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    from fastdiff.cli import main
+
+    path = tmp_path / "net.safetensors"
+    UNet(small_config(sample_size=16, mid_block_scale_factor=2.0)).save(path)
+    assert main(["info", "--unet", str(path), "--batch", "3", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert "batch 3, float32" in printed and "mid_block.resnets.0 runs as it is: it divides its sum by 2" in printed
+    assert main(["info", "--unet", "none"]) == 2
+    assert "Unknown UNet 'none'" in capsys.readouterr().err
+
+
+# -- refusals
+
+
+def test_refuses_what_the_plain_network_refuses() -> None:
+    net = UNet(small_config(num_class_embeds=5)).eval()
+    fast = net.fast()
+    assert isinstance(fast, FastUNet)
+    labels = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected \[B, 1, H, W\].*multiples of 2"):
+        fast(torch.randn(2, 1, 7, 8), 0.0, labels)
+    with pytest.raises(ValueError, match="got no class_labels"):
+        fast(torch.randn(2, 1, 8, 8), 0.0)
+    with pytest.raises(ValueError, match="got t of shape"):
+        fast(torch.randn(2, 1, 8, 8), torch.zeros(3), labels)
+    with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got torch.float64"):
+        net.double().fast()
