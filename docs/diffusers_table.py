@@ -116,7 +116,7 @@ def line(name: str, kind: Any, case: Case, timed: bool) -> str:
                 set_up.append(setting)
                 taken += steps
         (theirs_us, ours_us), (before, after) = map(statistics.median, both), map(statistics.median, settings)
-        repaid = math.ceil((after - before) / (theirs_us - ours_us)) if ours_us < theirs_us else "no"
+        repaid = max(0, math.ceil((after - before) / (theirs_us - ours_us))) if ours_us < theirs_us else "never"
         speed = f"{theirs_us / ours_us:.1f} ({theirs_us:.1f} / {ours_us:.1f} µs), {repaid}"
     return f"| {name} | {shown} | yes | {off:.0e} | {speed} |"
 
