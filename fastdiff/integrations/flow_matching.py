@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff.models.denoiser import Denoiser, ask
+from fastdiff.models.denoiser import Denoiser, Misfit, ask
 from fastdiff.process import schedules
 
 CALLS = ("x, t", "t, x", "x=, t=")
@@ -31,11 +31,11 @@ class Network(nn.Module):
         own = self.time_scale * (1.0 - t if self.data_at else t)
         try:
             return self._ask(x, own, given, conditions)
-        except TypeError as error:
+        except Misfit as error:
             hint = f"it was called as {self.call!r}; flow_matching.wrap(model, call=...) has " + ", ".join(
                 repr(call) for call in CALLS if call != self.call
             )
-            raise TypeError(f"{error} ({hint})") from error
+            raise Misfit(f"{error} ({hint})") from error
 
     def _ask(self, x: Tensor, own: Tensor, given: tuple[Any, ...], conditions: dict[str, Any]) -> Tensor:
         if self.call == "x, t":

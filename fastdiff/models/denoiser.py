@@ -20,8 +20,12 @@ from fastdiff.process.schedules import Schedule
 Condition = Mapping[str, Any] | Tensor | None
 
 
+class Misfit(TypeError):
+    """A call that does not fit the network's signature; what the network itself raises is none."""
+
+
 def ask(net: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """net(*given, **named). Raises TypeError that says what the network takes where the call does not fit it."""
+    """net(*given, **named). Raises Misfit, which says what the network takes, where the call does not fit it."""
     try:
         return net(*given, **named)
     except TypeError as error:
@@ -33,7 +37,7 @@ def ask(net: Callable[..., Any], *given: Any, **named: Any) -> Any:
             takes.bind(*given, **named)
         except TypeError as misfit:
             names = "".join(f", {name}=..." for name in named)
-            raise TypeError(
+            raise Misfit(
                 f"the network takes {takes} and was called with {len(given)} tensors in order{names}: {misfit}. "
                 "It must take the state and the time; what else it takes is given by name in cond={...}"
             ) from error
