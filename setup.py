@@ -1,6 +1,7 @@
 """Builds the compiled extension, fastdiff/_C; everything else about the package is in pyproject.toml.
 
-The extension is a plain shared object with C functions (no Python or torch C++ interface), called through ctypes.
+The extension is a shared object with C functions, called through ctypes, and one for Python's stable interface; it has
+nothing of torch's C++ interface.
 It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked;
 FASTDIFF_REQUIRE_EXTENSION=1 makes a failed build an error.
 CUDA code is built when torch is a CUDA build and a toolkit is found, whether or not this machine has a GPU.
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("affine", "guide", "isa", "norm", "scalar", "torch_normal", "train")]
+PORTABLE = ("affine", "guide", "isa", "norm", "python", "scalar", "torch_normal", "train")
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]

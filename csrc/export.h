@@ -1,6 +1,9 @@
-// What the shared object shows to the outside: C functions, called through ctypes.
+// What the shared object shows to the outside: C functions, called through ctypes, and one to Python (cpu/python.cpp).
 #pragma once
 
 #include "affine.h"
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
+
+FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
+                                                   const float* x, float* next, void* model_in, float* denoised);

@@ -500,7 +500,7 @@ def test_short_rows_have_a_kernel_of_their_own(instruction_set: int) -> None:
     The same row with a model input to write goes the general way, which the tests above hold against float64.
     """
     native.load().fastdiff_cpu_isa(instruction_set)
-    short = 0
+    short = clipped = 0
     for seed in range(120):
         case = Case(shape=SHAPES[seed % len(SHAPES)], guided=False, terms=seed % 2, injected=True, rows=1, seed=seed)
         results = []
@@ -513,6 +513,11 @@ def test_short_rows_have_a_kernel_of_their_own(instruction_set: int) -> None:
                 coef[0, start : start + at.OUTPUT_STRIDE] = 0.0
                 coef[0, start + at.OUT_B] = 1.0
                 coef[0, at.NOISE + last :: at.NOISE_STRIDE] = 0.0
+            elif seed % 3 == 1:  # D clamped, and D before it, as DDIM with clip_sample has them
+                ids[0, at.SLOTS], ids[0, at.FLAGS] = 0, at.READS_MODEL
+                coef[0, [at.CLAMP_LO, at.CLAMP_HI]] = torch.tensor([-0.7, 0.9])
+                coef[0, [at.OUTPUT + at.OUT_E, at.OUTPUT + at.OUT_B]] = torch.tensor([0.4, 0.3])
+                tensors.state.nan_to_num_(0.25)
             if not emits:
                 tensors.model_in = None
             ops.bind(tensors, "cpp")(tensors.model_out)
@@ -521,5 +526,6 @@ def test_short_rows_have_a_kernel_of_their_own(instruction_set: int) -> None:
         for name in ("state", "denoised", "status"):
             assert torch.equal(getattr(general, name).nan_to_num(7e30), getattr(own, name).nan_to_num(7e30)), seed
         outputs = int((ids[0, at.DEST : at.DEST + 3] >= 0).sum())
-        short += outputs <= 2 and int(ids[0, at.SLOTS]) <= 3
-    assert short > 30
+        short += outputs <= 2 and int(ids[0, at.SLOTS]) <= 4
+        clipped += outputs <= 2 and seed % 3 == 1 and bool(ids[0, at.SLOT] >= 0)
+    assert short > 50 and clipped > 20

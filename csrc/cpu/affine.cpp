@@ -3,6 +3,7 @@
 // function of its stable interface, so one binary serves every torch from 2.11 on and every Python.
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -108,7 +109,9 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
       }
     }
 
-    s.count = args.N - first < cut.block ? args.N - first : cut.block;
+    int64_t span = 1;  // blocks are for the noise that is drawn: without it, what there is of the sample at once
+    if (!row.terms || args.noise) span = std::min(end - index, cut.blocks - index % cut.blocks);
+    s.count = std::min(args.N - first, span * cut.block);
     const auto cell = [&](float* base, int64_t r) { return base + (r * args.B + b) * args.N + first; };
     s.x = row.reads_x ? cell(args.state, row.x) : nullptr;
     for (int j = 0; j < row.slots; ++j) s.slot[j] = cell(args.state, row.from[j]);
@@ -145,6 +148,7 @@ void run_blocks(const Call& call, int64_t begin, int64_t end, int64_t decoded) {
     // Every thread that finds the sample bad writes the same number.
     if (call.executor.step(s) && __atomic_load_n(args.status + b, __ATOMIC_RELAXED) < 0)
       __atomic_store_n(args.status + b, static_cast<int32_t>(i), __ATOMIC_RELAXED);
+    index += span - 1;
   }
 }
 
@@ -211,8 +215,8 @@ FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
 
 // Row i of a batch of one on tensors that are other ones each time. x, next: instead of a register where they are given,
 // or else model_in: the first output in another dtype.
-FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
-                                                   const float* x, float* next, void* model_in, float* denoised) {
+int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out, const float* x,
+                                   float* next, void* model_in, float* denoised) {
   if (!args) return kNullPointer;
   if (args->B != 1) return kBadShape;
   AffineArgs own = *args;

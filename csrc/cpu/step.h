@@ -150,14 +150,14 @@ bool run(const Stretch& s) {
 
 // Rows as most are (see `plain`), a register at a time. What depends on the row alone is fixed before the loop, whose
 // stores would otherwise have it read again: half the instructions of `run`, which tells where memory is near.
-// kShifts: some output counts from a multiple of x.
-template <class L, int kOutputs, int kSlots, bool kShifts, bool kNoise>
+// kShifts: some output counts from a multiple of x. kReadsE: some output has E, which is D before its clamp.
+template <class L, int kOutputs, int kSlots, bool kShifts, bool kNoise, bool kReadsE>
 bool run_plain(const Stretch& s) {
   using F = typename L::F;
   constexpr int w = L::kWidth;
   const Row& row = *s.row;
   const F p = L::set(s.by.p), q = L::set(s.by.q), lo = L::set(s.by.lo), hi = L::set(s.by.hi), zero = L::set(0.0f);
-  F k[kOutputs], shift[kOutputs], b[kOutputs], c[kOutputs], a[kSlots + 1][kOutputs];
+  F k[kOutputs], shift[kOutputs], b[kOutputs], c[kOutputs], e[kOutputs], a[kSlots + 1][kOutputs];
   const float* slot[kSlots + 1];
   float* out[kOutputs];
   for (int o = 0; o < kOutputs; ++o) {
@@ -165,6 +165,7 @@ bool run_plain(const Stretch& s) {
     k[o] = L::set(row.k[o]);
     shift[o] = L::set(row.d[o]);
     b[o] = L::set(row.b[o]);
+    e[o] = L::set(row.e[o]);
     c[o] = L::set(kNoise ? row.term[0].weight[o] : 0.0f);
   }
   for (int j = 0; j < kSlots; ++j) {
@@ -183,11 +184,11 @@ bool run_plain(const Stretch& s) {
     F r[kSlots + 1], made[kOutputs];
     for (int j = 0; j < kSlots; ++j) r[j] = L::load(slot[j] + at);
     watch[0] = L::fma(f, zero, watch[0]);
-    F d = denoise<L>(xs, f, p, q);
-    if (clamps) d = L::clamp(d, lo, hi);
+    const F free = denoise<L>(xs, f, p, q), d = clamps ? L::clamp(free, lo, hi) : free;
     for (int o = 0; o < kOutputs; ++o) {
       const F base = kShifts ? shift[o] * xs : zero;
       made[o] = L::fma(b[o], kShifts ? d - base : d, k[o] * xs);
+      if (kReadsE) made[o] = L::fma(e[o], kShifts ? free - base : free, made[o]);
       for (int j = 0; j < kSlots; ++j) made[o] = L::fma(a[j][o], kShifts ? r[j] - base : r[j], made[o]);
       if (kNoise) made[o] = L::fma(c[o], noise, made[o]);
       if (kShifts) made[o] = made[o] + base;
@@ -196,40 +197,45 @@ bool run_plain(const Stretch& s) {
     if (denoised) L::store(denoised + at, d);
     if (copy) L::store(copy + at, d);
   }
-  if (at < count) tail<L, kOutputs, false>(s, at, watch);
+  if (at < count) tail<L, kOutputs, kReadsE>(s, at, watch);
   return any_nan<L>(watch);
 }
 
-// Whether `run_plain` has this: fp32 output of one branch, no next model input, few of everything.
+// Whether `run_plain` has this: fp32 output of one branch, no next model input, few of everything. Of the extras it has
+// E alone, where no slot is read.
 inline bool plain(const Stretch& s) {
   const Row& row = *s.row;
-  return row.reads_model && row.reads_x && s.model_out_dtype == kFloat32 && !s.extras && !s.unguided && !s.emit[0] &&
-         row.outputs <= 2 && row.slots <= 3 && row.terms <= 1;
+  if (s.extras && (row.e_unguided || s.perturbed || s.momentum || s.variance || s.by.post != 1.0f || row.slots > 0))
+    return false;
+  return row.reads_model && row.reads_x && s.model_out_dtype == kFloat32 && !s.unguided && !s.emit[0] &&
+         row.outputs <= 2 && row.slots <= 4 && row.terms <= 1;
 }
 
-template <class L, int kOutputs, int kSlots>
+template <class L, int kOutputs, int kSlots, bool kReadsE>
 bool choose_plain(const Stretch& s) {
   bool shifts = false;
   for (int o = 0; o < kOutputs; ++o) shifts |= s.row->d[o] != 0.0f;
   if (s.row->terms)
-    return shifts ? run_plain<L, kOutputs, kSlots, true, true>(s) : run_plain<L, kOutputs, kSlots, false, true>(s);
-  return shifts ? run_plain<L, kOutputs, kSlots, true, false>(s) : run_plain<L, kOutputs, kSlots, false, false>(s);
+    return shifts ? run_plain<L, kOutputs, kSlots, true, true, kReadsE>(s)
+                  : run_plain<L, kOutputs, kSlots, false, true, kReadsE>(s);
+  return shifts ? run_plain<L, kOutputs, kSlots, true, false, kReadsE>(s)
+                : run_plain<L, kOutputs, kSlots, false, false, kReadsE>(s);
 }
 
 template <class L, int kOutputs>
 bool step_of(const Stretch& s) {
-  if (s.extras) return run<L, kOutputs, true>(s);
   if constexpr (kOutputs <= 2) {
     if (plain(s)) {
       switch (s.row->slots) {
-        case 0: return choose_plain<L, kOutputs, 0>(s);
-        case 1: return choose_plain<L, kOutputs, 1>(s);
-        case 2: return choose_plain<L, kOutputs, 2>(s);
-        default: return choose_plain<L, kOutputs, 3>(s);
+        case 0: return s.extras ? choose_plain<L, kOutputs, 0, true>(s) : choose_plain<L, kOutputs, 0, false>(s);
+        case 1: return choose_plain<L, kOutputs, 1, false>(s);
+        case 2: return choose_plain<L, kOutputs, 2, false>(s);
+        case 3: return choose_plain<L, kOutputs, 3, false>(s);
+        default: return choose_plain<L, kOutputs, 4, false>(s);
       }
     }
   }
-  return run<L, kOutputs, false>(s);
+  return s.extras ? run<L, kOutputs, true>(s) : run<L, kOutputs, false>(s);
 }
 
 template <class L>

@@ -2,14 +2,17 @@
 
 May import: checks, errors. The extension is a shared object of C functions called through ctypes: a step is one call
 with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
+Only the step that is given its tensors each time (`bind_apart`) is a function of Python's own interface on a CPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,14 +119,21 @@ def load() -> ctypes.CDLL:
     library.fastdiff_error.argtypes, library.fastdiff_error.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
-    library.fastdiff_affine_step_apart_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 5]
-    library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
+    library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
+
+
+@functools.cache
+def _python() -> ModuleType:
+    """The extension as a module, for the step that ctypes would slow down."""
+    load()
+    return importlib.import_module("fastdiff._C")
 
 
 def cpu_instruction_set() -> str:
@@ -289,25 +299,12 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
     address = ctypes.addressof(args)
     if executor == "cuda":
         return _apart_on_cuda(library, args, tensors)
-    run = library.fastdiff_affine_step_apart_cpu
     assert tensors.model_in is not None
-    single = tensors.model_in.dtype == torch.float32
 
-    def step(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
-        to = first.data_ptr()
-        code = run(
-            address,
-            i,
-            model_out.data_ptr(),
-            None if x is None else x.data_ptr(),
-            to if single else None,
-            None if single else to,
-            None if denoised is None else denoised.data_ptr(),
-        )
-        if code:
-            raise _failed(library, executor, code, args, tensors)
+    def failed(code: int) -> None:
+        raise _failed(library, executor, code, args, tensors)
 
-    return step
+    return _python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
 
 
 def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:

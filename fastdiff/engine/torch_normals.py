@@ -7,7 +7,6 @@ differ (another machine, another compiler) torch draws itself.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 
@@ -72,17 +71,22 @@ def is_exact() -> bool:
 def _draw(out: Tensor, source: torch.Generator, keep: bool = True) -> None:
     library, count, to = native.load(), out.numel(), out.data_ptr() if keep else None
     with _lock:
+        after = _after()
         while True:
             state = source.get_state()
-            before = _bytes(state)
-            code = library.fastdiff_torch_normal(state.data_ptr(), state.numel(), count, to)
+            before = state.data_ptr()
+            code = library.fastdiff_torch_normal(before, state.numel(), count, to, after.data_ptr())
             if code:
                 raise RuntimeError(f"torch_normals: {library.fastdiff_error(code).decode()} (code {code})")
             # a thread that draws with torch may have come in between: its numbers are not to be drawn twice
-            if _bytes(source.get_state()) == before:
-                source.set_state(state)
+            now = source.get_state()
+            if library.fastdiff_torch_generator_unmoved(before, now.data_ptr()):
+                source.set_state(after)
                 return
 
 
-def _bytes(state: Tensor) -> bytes:
-    return ctypes.string_at(state.data_ptr(), state.numel())
+@functools.cache
+def _after() -> Tensor:
+    """Where the extension leaves the state after a draw, which one thread at a time makes."""
+    with torch.inference_mode(False):
+        return torch.Generator("cpu").get_state()

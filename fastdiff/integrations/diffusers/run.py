@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, is_grad_enabled
 
 from fastdiff.compiler.capture.source import check_interface
 from fastdiff.engine import torch_normals
@@ -92,13 +93,15 @@ class Run:
         with self._lock:
             full, generator, given = True, None, None
             if options:
-                full = options.pop("return_dict", True) if self._forms else True
-                generator = options.pop("generator", None) if self._by_generator else None
-                given = options.pop("variance_noise", None) if self._by_noise else None
+                if self._forms:
+                    full = options.pop("return_dict", True)
+                if options:
+                    generator = options.pop("generator", None) if self._by_generator else None
+                    given = options.pop("variance_noise", None) if self._by_noise else None
             if options or self._seen or self.follows:
                 self._choose(scheduler, timestep, options)
             expected, row = self._expected, self.next
-            if expected < 0 or scheduler._step_index != expected or threading.get_ident() != self._owner or row is None:
+            if expected < 0 or scheduler._step_index != expected or get_ident() != self._owner or row is None:
                 row = self._row(scheduler, timestep)
             if not self._simple or not (
                 sample.shape == self._shape == model_output.shape
@@ -110,7 +113,7 @@ class Run:
                 and model_output.is_cpu
             ):
                 model_output = self._adapt(model_output, sample)
-            if torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad):
+            if is_grad_enabled() and (model_output.requires_grad or sample.requires_grad):
                 raise RuntimeError(
                     f"{self.name}: a fast scheduler's step has no gradient, and its input requires one; call it under "
                     f"torch.no_grad(), or use {self.name} itself where you differentiate through a step"
@@ -120,11 +123,11 @@ class Run:
             if draws or self.table.on_path:
                 self._draw(scheduler, draws, (model_output, timestep, sample), generator, given)
             like = sample if self._simple else self._like
-            prev = torch.empty_like(like) if dtype is None else torch.empty_like(like, dtype=dtype)
+            prev = empty_like(like) if dtype is None else empty_like(like, dtype=dtype)
             denoised = None
             if reads_denoised:
-                single = sample.dtype is torch.float32
-                denoised = torch.empty_like(like) if single else torch.empty_like(like, dtype=torch.float32)
+                single = self._sample_dtype is torch.float32
+                denoised = empty_like(like) if single else empty_like(like, dtype=torch.float32)
             if x is None:
                 call(row, model_output, sample, prev, denoised)
             else:
@@ -149,7 +152,7 @@ class Run:
         table = self.table
         if table.keeps_time == "value":
             return self.place.by_value(table, timestep)
-        thread = threading.get_ident()
+        thread = get_ident()
         if self._owner != thread:
             self._take(thread, timestep)
         row = self.place.counted(table, scheduler, timestep, self.next)
