@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate, fast, restore
 from fastdiff.integrations.diffusers import desk as desk_module
 from fastdiff.integrations.diffusers.accelerate import ENGINE
@@ -403,7 +404,8 @@ def test_refused_by_name_and_left_as_it_was() -> None:
         (own, {}, TypeError, "Own has a __call__ of its own"),
         (inpaint, {}, TypeError, "StableDiffusionInpaintPipeline is not a pipeline whose loop is known"),
         (torch.nn.Linear(1, 1), {}, TypeError, "Linear is not a pipeline"),
-        (3, {}, TypeError, "int is not a pipeline"),
+        (3, {}, TypeError, "int is not a pipeline; it takes a diffusers pipeline .*not a part of it or a network"),
+        (fd.load("fashion"), {}, TypeError, r"Denoiser is not a pipeline.* sampled with fd.sample\(model, shape\)"),
         (tiny.make(SD, thresholding), {}, TypeError, "DDIMScheduler.*step"),
         (pipe, {"solver": "dpmpp_2n"}, ValueError, "dpmpp_2m"),
         (pipe, {"solver": "dpm_adaptive"}, ValueError, "dpm_adaptive chooses its own steps"),

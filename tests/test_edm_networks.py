@@ -214,7 +214,7 @@ def test_labels() -> None:
         (None, ValueError, "got no class_labels"),
         (7, TypeError, "expected a tensor"),
         (torch.tensor([1.0, 2.0]), TypeError, "expected integers"),
-        (torch.tensor([0, LABELS + 1]), ValueError, "expected integers from 0 to 5"),
+        (torch.tensor([0, LABELS + 1]), ValueError, "expected integers from 0 to 5; 5 is no class"),
         (torch.tensor([0, 1, 2]), ValueError, r"shape \(3,\), expected one per sample"),
         (torch.ones(2, 3), ValueError, r"shape \(2, 3\), expected \(2, 5\), or integers \(2,\)"),
     ):
@@ -274,6 +274,7 @@ def test_files_of_weights(tmp_path: Path) -> None:
         ("whole.pt", Precond(), {}, ValueError, "not a file of tensors alone, it holds .*Precond, and reading"),
         ("other.bin", Precond(), {}, ValueError, "neither safetensors nor a whole file of tensors"),
         ("none.pt", Precond(), {}, FileNotFoundError, "no such file"),
+        ("none.pkl", None, {}, FileNotFoundError, "none.pkl: no such file; expected a pickled network such as NVlabs'"),
         ("net.safetensors", None, {}, ValueError, "give edm.load the network too"),
         ("other.pkl", None, {"trust": True}, ValueError, r"holds \['G'\], expected a network as 'ema'"),
         ("run.pt", None, {"trust": True, "key": "step"}, ValueError, "holds a int, expected a network"),

@@ -176,6 +176,8 @@ def test_other_paths_through_their_own_transform() -> None:
             ValueError,
             "call must be one of 'x, t', 't, x', 'x=, t='.*got 't,x'",
         ),
+        (lambda: F.wrap(lambda t, x: x, call="x, t"), ValueError, r"wrong order, it takes \(t, x\).*call='t, x'"),
+        (lambda: F.wrap(Velocity(), call="t, x"), ValueError, r"wrong order, it takes \(x, t.*call='x, t'"),
         (lambda: F.wrap(nn.Identity(), data_at=2), ValueError, "data_at must be 0 or 1"),
         (lambda: F.wrap(nn.Identity(), time_scale=0), ValueError, "time_scale must be finite and above 0"),
         (lambda: run(F.wrap(Velocity()), "flow_euler", 2, noise(), torch.zeros(3)), TypeError, "conditions by name"),

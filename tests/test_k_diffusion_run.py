@@ -176,6 +176,22 @@ def test_bad_input_of_dpm_fast(levels: tuple[Any, ...], text: str) -> None:
         K.sample_dpm_fast(model, start(), *levels, disable=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sample_res_multistep", r"no attribute 'sample_res_multistep'; that solver is fd\.plan\('res_multistep', sch"),
+        ("sample_uni_pc", r"fd\.plan\('unipc', schedule\), run by fd\.Sampler on denoiser\(model\)\. The functions"),
+        ("sample_eulr", r"did you mean sample_euler\? The functions of k-diffusion it has: sample_dpm_2, .*sample_lms"),
+        ("sample_ttm", r"no attribute 'sample_ttm'\. The functions of k-diffusion it has: sample_dpm_2, "),
+        ("smaple_euler", r"no attribute 'smaple_euler'$"),
+    ],
+)
+def test_a_function_that_is_not_here(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=words):
+        getattr(K, name)
+    assert not hasattr(K, name)
+
+
 def test_numbers_of_other_kinds() -> None:
     """A bound taken from the sigmas, a fraction, NumPy's numbers: the same as the plain number, bit for bit."""
     plain = {"s_churn": 0.5, "s_tmin": float(sigmas_of(5)[3]), "s_noise": 1.5}

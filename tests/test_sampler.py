@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +260,33 @@ def test_non_finite_output_names_the_row_and_sample_and_stops() -> None:
 def test_bad_arguments(model: fd.Denoiser, arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fd.sample(model, (2, 3, 4, 4), steps=3, **arguments)
+
+
+@pytest.mark.parametrize("known", ["shape", "config", "nothing"])
+def test_channels_are_checked_where_they_are_known(known: str) -> None:
+    """Before the network is called: from `shape`, or from a network of images; a function says nothing."""
+    calls = []
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            if known == "config":
+                self.conv_in, self.config = torch.nn.Conv2d(3, 3, 1), SimpleNamespace(in_channels=3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            calls.append(x.shape)
+            return x
+
+    model = fd.Denoiser(Net(), "linear", "x0", shape=(3, 4, 4) if known == "shape" else None)
+    for shape in ((2, 1, 4, 4), (3, 4, 4), (2, 4, 4, 3)):
+        if known == "nothing":
+            fd.sample(model, shape, steps=1)
+            continue
+        words = rf"must be \(batch, 3, height, width\): the network takes 3 channels; got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=words):
+            fd.sample(model, shape, steps=1)
+    assert len(calls) == (3 if known == "nothing" else 0)
+    assert fd.sample(model, (2, 3, 8, 6), steps=1).shape == (2, 3, 8, 6)
 
 
 def test_bad_models() -> None:

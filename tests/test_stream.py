@@ -371,6 +371,12 @@ def test_what_a_stream_refuses(
         fd.stream(**({"model": model, "shape": SHAPE} | arguments))
 
 
+def test_a_batch_in_the_shape_is_refused_where_the_channels_are_known() -> None:
+    for shape in ((1, 1, 28, 28), (3, 28, 28)):
+        with pytest.raises(ValueError, match=r"must be \(1, height, width\), without a batch: the network takes 1 "):
+            fd.stream(fd.load("fashion"), shape)
+
+
 def test_a_request_whose_result_was_taken_is_not_kept(model: fd.Denoiser) -> None:
     same = {"cond": {"label": torch.tensor([2.0])}}
     stream = fd.stream(model, SHAPE, slots=4)

@@ -279,7 +279,7 @@ def test_class_labels_outside_the_classes_are_named() -> None:
     net = UNet(UNetConfig(in_channels=1, out_channels=1, block_out_channels=(32,), down_block_types=("DownBlock2D",),
                           up_block_types=("UpBlock2D",), num_class_embeds=3))  # fmt: skip
     x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"class_labels \[1, 3\], expected integers from 0 to 2"):
+    with pytest.raises(ValueError, match=r"class_labels \[1, 3\], expected integers from 0 to 2; 2 is the null label"):
         net(x, t, torch.tensor([1, 3]))
     with pytest.raises(TypeError, match=r"class_labels \[1, 2\], expected a tensor"):
         net(x, t, [1, 2])

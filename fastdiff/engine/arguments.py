@@ -53,6 +53,18 @@ def batch_shape(shape: Sequence[int]) -> torch.Size:
     return torch.Size(shape)
 
 
+def check_channels(model: Denoiser, shape: Sequence[int], batched: bool) -> None:
+    """ValueError where the network is known to take images of some channels and `shape` is not of such images.
+
+    shape: [B, *S] of a batch, or [*S] of one sample.
+    """
+    channels, sample = model.channels, shape[1:] if batched else shape
+    if channels is None or (len(sample) == 3 and sample[0] == channels):
+        return
+    expected = f"(batch, {channels}, height, width)" if batched else f"({channels}, height, width), without a batch"
+    raise ValueError(f"shape must be {expected}: the network takes {channels} channels; got {tuple(shape)}")
+
+
 def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
     """TypeError or ValueError unless the outputs of the two networks may be added up."""
     if not isinstance(other, Denoiser):

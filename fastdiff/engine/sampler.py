@@ -25,7 +25,7 @@ from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.skipping import twins
 from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
-from fastdiff.engine.arguments import batch_shape, check_alike, check_fits
+from fastdiff.engine.arguments import batch_shape, check_alike, check_channels, check_fits
 from fastdiff.engine.asked import Asked
 from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
 from fastdiff.engine.crowd import POSITIONS
@@ -130,6 +130,7 @@ class Sampler:
         out.
         """
         shape = batch_shape(shape)
+        check_channels(self.model, shape, batched=True)
         asked = Asked.checked(
             shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening, rule, threshold,
             perturbed_cond, perturbed_scale, given or {}, skip,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdiff.compiler.plan import Plan
 from fastdiff.engine import backends, graphs
-from fastdiff.engine.arguments import batch_shape, check_alike
+from fastdiff.engine.arguments import batch_shape, check_alike, check_channels
 from fastdiff.engine.branches import refuse_modes
 from fastdiff.engine.crowd import Crowd
 from fastdiff.engine.desk import Desk
@@ -101,6 +101,7 @@ class Stream:
                 check_alike(name, other, model)
         self.model, self.guide, self.perturbed, self.plan = model, guide, perturbed, plan
         self.shape, self.queue_limit = batch_shape((1, *shape))[1:], queue
+        check_channels(model, self.shape, batched=False)
         self.backend = backends.choose(model.device) if backend == "auto" else backend
         backends.require(self.backend, model.device)
         recorder = graphs.recorder_for(model.device, self.backend) if graph else None

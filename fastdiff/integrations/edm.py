@@ -69,7 +69,7 @@ class Network(nn.Module):
                     f"or integers ({batch},)"
                 )
             return labels
-        check_labels("EDM network", "class_labels", labels, batch, self.labels + 1)
+        check_labels("EDM network", "class_labels", labels, batch, self.labels + 1, "no class")
         assert labels is not None
         return F.embedding(labels, self.get_buffer("one_hot"))
 

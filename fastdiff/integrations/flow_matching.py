@@ -7,6 +7,7 @@ rectified_flow, where time 1 is noise. What is equal, and what differs: docs/flo
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from fastdiff.models.denoiser import Denoiser, Misfit, ask
 from fastdiff.process import schedules
 
 CALLS = ("x, t", "t, x", "x=, t=")
+TIMES = ("t", "time", "times", "timestep", "timesteps")
 
 
 class Network(nn.Module):
@@ -68,6 +70,7 @@ def wrap(
         )
     if call not in CALLS:
         raise ValueError(f"call must be one of {', '.join(map(repr, CALLS))}: how the network is called; got {call!r}")
+    _check_order(model, call)
     if data_at not in (0, 1):
         raise ValueError(f"data_at must be 0 or 1, the time at which the path is at the data, got {data_at!r}")
     if not (isinstance(time_scale, int | float) and math.isfinite(time_scale) and time_scale > 0):
@@ -77,3 +80,18 @@ def wrap(
         schedules.rectified_flow(),
         "flow",
     )
+
+
+def _check_order(model: Callable[..., Any], call: str) -> None:
+    """ValueError where the network's first parameter bears the name of what `call` gives second."""
+    try:
+        names = [*inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters]
+    except (TypeError, ValueError):
+        return
+    first = names[0] if names else ""
+    if (call == "x, t" and first in TIMES) or (call == "t, x" and first in ("x", "xt", "x_t")):
+        other = "t, x" if call == "x, t" else "x, t"
+        raise ValueError(
+            f"call={call!r} gives the network state and time in the wrong order, it takes ({', '.join(names)}): write "
+            f"flow_matching.wrap(model, call={other!r})"
+        )

@@ -115,6 +115,15 @@ class Denoiser:
             )
         return output
 
+    @property
+    def channels(self) -> int | None:
+        """C of samples [C, H, W], where `shape` or a network of images says it; else None."""
+        if self.shape is not None:
+            return self.shape[0] if len(self.shape) == 3 else None
+        of_images = isinstance(getattr(self.net, "conv_in", None), nn.Conv2d)
+        channels = getattr(getattr(self.net, "config", None), "in_channels", None)
+        return channels if of_images and isinstance(channels, int) else None
+
     @classmethod
     def from_diffusers(cls, pipe_or_unet: Any, scheduler: Any = None) -> Denoiser:
         """The network of a diffusers pipeline, or a network and a scheduler, with what the scheduler's config says.

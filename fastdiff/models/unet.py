@@ -120,7 +120,8 @@ class UNet(nn.Module):
                 f"UNet: got x of shape {tuple(x.shape)}, expected [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {step}"
             )
-        check_labels("UNet", "class_labels", class_labels, x.shape[0], self.config.num_class_embeds)
+        null = "the null label of the unguided branch, no class, if the network was trained with dropped labels"
+        check_labels("UNet", "class_labels", class_labels, x.shape[0], self.config.num_class_embeds, null)
 
     @staticmethod
     def _expand(t: Tensor | float | int, x: Tensor) -> Tensor:

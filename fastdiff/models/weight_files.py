@@ -80,7 +80,7 @@ def unpickle(path: str | os.PathLike[str], trust: bool, needs: str) -> Any:
     needs: what must be importable for it, for the message where it is not. Raises: FileNotFoundError; ValueError
     without trust or for another kind of file; ModuleNotFoundError.
     """
-    path = _existing(path, "expected a pickled network")
+    path = _existing(path, "expected a pickled network such as NVlabs' network-*.pkl")
     if trust is not True:
         raise ValueError(
             f"{path} is a pickle: reading it runs whatever code is in it, with your rights. If you know where it comes "

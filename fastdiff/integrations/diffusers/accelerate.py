@@ -1,7 +1,7 @@
 """`accelerate(pipe)`: the pipeline as it is, its denoising loop run by fastdiff; `restore(pipe)` undoes it.
 
-May import: torch, engine, and the other files of this folder. The object stays the user's own: only its class becomes a
-subclass that looks after `__call__`, the progress bar its loop begins with, and what that loop reads.
+May import: torch, engine, models, and the other files of this folder. The object stays the user's own: only its class
+becomes a subclass that looks after `__call__`, the progress bar its loop begins with, and what that loop reads.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastdiff.integrations.diffusers.pipelines import Arguments, check, kind_of
 from fastdiff.integrations.diffusers.program import Program, Start, Starts, stands
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
 from fastdiff.integrations.diffusers.standing import look
+from fastdiff.models.denoiser import Denoiser
 
 Pipeline = TypeVar("Pipeline")
 ENGINE = "_fastdiff_engine"  # the attribute of an accelerated pipeline that holds its engine
@@ -46,6 +47,12 @@ def accelerate(
     """
     engine = _engine(pipe)
     base: type = type(pipe) if engine is None else engine.base
+    if engine is None and not hasattr(pipe, "scheduler"):
+        how = ", which is sampled with fd.sample(model, shape) or fd.Sampler(plan, model)"
+        raise TypeError(
+            f"accelerate: {base.__name__} is not a pipeline; it takes a diffusers pipeline as from_pretrained makes "
+            f"one, not a {'Denoiser' + how if isinstance(pipe, Denoiser) else 'part of it or a network'}"
+        )
     kind_of(base)  # TypeError where it is not known
     if solver is not None:
         check_solver(solver)

@@ -7,6 +7,10 @@
 k-diffusion need not be installed. What is equal, and what differs: docs/k_diffusion.md.
 """
 
+import difflib
+from typing import Any
+
+from fastdiff.compiler import solvers
 from fastdiff.integrations.k_diffusion.denoisers import denoiser
 from fastdiff.integrations.k_diffusion.functions import (
     sample_dpm_2,
@@ -51,3 +55,18 @@ __all__ = [
     "sample_lms",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """AttributeError that says what there is: functions of that kind, and a solver of that name to plan with."""
+    said = f"module {__name__!r} has no attribute {name!r}"
+    kind, _, solver = name.partition("sample_")
+    if kind or not solver:
+        raise AttributeError(said)
+    own = [each for each in __all__ if each.startswith("sample_")]
+    twins = difflib.get_close_matches(solver, solvers.names(), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    if twins and f"sample_{twins[0]}" not in own:
+        hint = f"; that solver is fd.plan({twins[0]!r}, schedule), run by fd.Sampler on denoiser(model)."
+    raise AttributeError(f"{said}{hint} The functions of k-diffusion it has: {', '.join(own)}")
