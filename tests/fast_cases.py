@@ -1,0 +1,42 @@
+"""Schedulers for the tests of `fast(SchedulerClass)`: the original and its twin, with their timesteps set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import scheduler_loops as loops
+import torch
+from test_capture import make
+
+from fastdiff.integrations.diffusers import fast
+
+diffusers = pytest.importorskip("diffusers")
+
+X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(loops.SHAPE)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def made(name: str, config: dict[str, Any], steps: int | None, wrap: Any = lambda kind: kind, **kw: Any) -> Any:
+    """A scheduler of that class, or of what `wrap` makes of it, with its timesteps set."""
+    original = make(name, config)
+    scheduler = wrap(type(original)).from_config(original.config)
+    if name == "SCM":
+        kw["intermediate_timesteps"] = 1.3 if steps == 2 else None
+    scheduler.set_timesteps(*(() if steps is None else (steps,)), **kw)
+    return scheduler
+
+
+def both(name: str, config: dict[str, Any], steps: int | None = None, **kw: Any) -> tuple[Any, Any]:
+    """(the original, its fast twin), with their timesteps set."""
+    return made(name, config, steps, **kw), made(name, config, steps, fast, **kw)
+
+
+def ready(name: str, steps: int = 6, **config: Any) -> Any:
+    scheduler = fast(type(make(name, config)))(**config)
+    scheduler.set_timesteps(steps)
+    return scheduler
