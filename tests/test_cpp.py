@@ -340,6 +340,30 @@ def test_only_branches_that_are_read_are_watched(instruction_set: int, branches:
     assert tensors.status.tolist() == [0, 0, 0]
 
 
+def test_a_step_on_tensors_given_each_time() -> None:
+    """The same numbers as the bound step; what is wrong with a row, and what is no tensor, is an error of Python's."""
+    case = Case(batch=1, guided=False, terms=1, injected=True, emit_dtype=torch.float32, rows=1, seed=4)
+    tensors, bound = case.tensors(), case.tensors()
+    for each in (tensors, bound):
+        each.model_time, each.ids[0, at.FLAGS] = None, at.READS_MODEL
+        each.coef[0, [at.EMIT_SCALE, at.P]] = torch.tensor([1.0, 0.3])
+        each.state.nan_to_num_(0.25)
+    run(bound)
+    step = ops.bind_apart(tensors, "cpp")
+    first, denoised = torch.empty_like(tensors.model_out), torch.empty_like(tensors.model_out)
+    model_out, tensors.model_out = tensors.model_out, torch.empty(0)  # it is read where it is given
+    step(0, model_out, None, first, denoised)
+    assert same_bits(first[0], bound.state[int(bound.ids[0, at.DEST]), 0])
+    assert bound.denoised is not None and torch.equal(denoised, bound.denoised)
+    with pytest.raises(AttributeError, match="data_ptr"):
+        step(0, 3, None, first, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected i, model_out, x, first, denoised"):
+        step(0, model_out)  # type: ignore[call-arg]
+    tensors.ids[0, at.DEST] = 99
+    with pytest.raises(RuntimeError, match="affine_step on cpp, 1 rows, state .*a row names a register.*code 4"):
+        step(0, model_out, None, first, None)
+
+
 def one_row(batch: int, layout: torch.memory_format, shape: tuple[int, ...]) -> ops.StepTensors:
     """A row that reads everything, the same for each sample; sample b's data depend on its seed alone."""
     case = Case(shape=shape, batch=batch, layout=layout, rows=1, registers=3, terms=3, emit_dtype=torch.bfloat16)

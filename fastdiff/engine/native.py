@@ -108,6 +108,7 @@ def load() -> ctypes.CDLL:
             library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size,
             library.fastdiff_norm_args_size,
         )  # fmt: skip
+        library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2  # the newest: older builds end here
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
     for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs), strict=True):
@@ -120,7 +121,6 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa.argtypes = [ctypes.c_int]
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
-    library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
