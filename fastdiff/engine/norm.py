@@ -321,9 +321,9 @@ def _add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: st
 
         native.norm_sum(x, before, residual, total, last)
     elif executor == "triton":
-        from fastdiff.kernels import norm as triton_norm
+        from fastdiff.kernels import channel_add as triton_add
 
-        triton_norm.add(x, before, residual, total, last)
+        triton_add.add(x, before, residual, total, last)
     else:
         total.copy_(reference_norm.total_of(x, before, residual, None))
     return total
