@@ -109,6 +109,70 @@ def test_packed_weights_follow_a_change_and_a_copy(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def _swapped(fast: FastUNet, weights: list[torch.Tensor], times: int = 1) -> None:
+    for _ in range(times):
+        for weight, other in zip(fast.parameters(), weights, strict=True):
+            weight.data = other.clone(memory_format=torch.preserve_format)
+
+
+CHANGES: dict[str, Any] = {
+    "load_state_dict": lambda fast, other: fast.load_state_dict(other.state_dict()),
+    "load_state_dict, assigned": lambda fast, other: fast.load_state_dict(other.state_dict(), assign=True),
+    "copy_": lambda fast, other: [w.copy_(o) for w, o in zip(fast.parameters(), other.parameters(), strict=True)],
+    "lerp_": lambda fast, other: torch._foreach_lerp_(list(fast.parameters()), list(other.parameters()), 0.25),
+    "to and back": lambda fast, other: fast.to(torch.bfloat16).to(torch.float32),
+    "swap": lambda fast, other: _swapped(fast, list(other.parameters())),
+    "swap twice": lambda fast, other: (
+        _swapped(fast, list(fast.parameters()), 3),
+        _swapped(fast, list(other.parameters())),
+    ),
+    "data and repack": lambda fast, other: ([w.data.mul_(0.9) for w in fast.parameters()], fast.repack()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_all_that_is_derived_from_weights_follows_their_change(change: str) -> None:
+    """Packed convolutions and prepared times, as a copy has them that was made after the change."""
+    config = CONFIGS["ddpm-cifar"]
+    fast, other = (UNet.from_diffusers(random_peer(config, seed)).fast() for seed in (0, 1))
+    x, t = random_inputs(config)
+    model = fd.Denoiser(fast, "linear", "eps")
+    sampler = fd.Sampler(fd.plan("ddim", "linear", 2), model)
+    before, drawn = fast(x, t), sampler.sample(x.shape)
+    CHANGES[change](fast, other)
+    got, fresh = fast(x, t), copy.deepcopy(fast)
+    assert torch.equal(got, fresh(x, t)) and not torch.equal(got, before)
+    again = sampler.sample(x.shape)
+    expected = fd.Sampler(sampler.plan, fd.Denoiser(fresh, "linear", "eps")).sample(x.shape)
+    assert torch.equal(again, expected) and not torch.equal(again, drawn)
+
+
+@torch.no_grad()
+def test_a_write_through_data_is_not_seen_before_repack() -> None:
+    """As the documentation of the network says; where this fails that has become too modest."""
+    fast, inputs = networks("ddpm-cifar")[0].fast(), networks("ddpm-cifar")[1]
+    fast(*inputs)
+    for weight in fast.parameters():
+        weight.data.mul_(0.9)
+    stale, fresh = fast(*inputs), copy.deepcopy(fast)(*inputs)
+    assert not torch.equal(stale, fresh)
+    fast.repack()
+    assert torch.equal(fast(*inputs), fresh)
+
+
+@torch.no_grad()
+def test_no_other_weight_takes_the_place_of_the_one_that_was_packed() -> None:
+    x = torch.randn(1, 64, 4, 4).contiguous(memory_format=LAST)
+    for _ in range(20):
+        weights = [torch.randn(64, 64, 3, 3).contiguous(memory_format=LAST) for _ in range(3)]
+        conv = PackedConv(torch.nn.Parameter(weights.pop(), requires_grad=False))
+        conv(x)
+        while weights:
+            conv.weight.data = weights.pop().clone(memory_format=torch.preserve_format)
+        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, padding=1), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_network_it_is_made_from_is_not_changed_and_not_shared() -> None:
     net, inputs = networks("scale-shift")

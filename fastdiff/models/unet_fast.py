@@ -46,6 +46,8 @@ class FastUNet(nn.Module):
 
     Called like the UNet it is made from; outputs agree with it (fp32 to 1e-4 of the largest). Deterministic;
     capturable; torch.compile traces it. No gradients, no dropout. fallbacks: the blocks that run as they were, and why.
+    What it derives from its weights follows their changes (load_state_dict, copy_, `.to`, other tensors put in their
+    place), except a write into `weight.data`, which torch does not count: `repack` after one.
     """
 
     def __init__(self, net: UNet, dtype: torch.dtype | None = None) -> None:
@@ -97,14 +99,20 @@ class FastUNet(nn.Module):
         """
         return self if self.class_embedding is not None else PreparedUNet(self, times)
 
+    def repack(self) -> None:
+        """Derive anew, at the next call, what was derived from weights that were written through `.data` since."""
+        torch.autograd.graph.increment_version([w for w in self.parameters() if not w.is_inference()])
+
     def time_weights(self) -> Hashable:
         """Another value once the weights that `prepare_times` computes with are others, or elsewhere."""
-        modules = self.time_proj, self.time_embedding
-        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
         return tuple(
-            (w.data_ptr(), 0 if w.is_inference() else w._version, w.device, w.dtype)
-            for w in (*weights, self.rows_weight, self.rows_bias)
+            (w.data_ptr(), 0 if w.is_inference() else w._version, w.device, w.dtype) for w in self._of_the_time()
         )
+
+    def _of_the_time(self) -> list[Tensor]:
+        modules = self.time_proj, self.time_embedding
+        own = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+        return [*own, self.rows_weight, self.rows_bias]
 
     def run(self, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         """The network on x [B, in_channels, H, W] with the rows that `project` gave."""
@@ -162,6 +170,8 @@ class PreparedUNet(nn.Module):
         device = net.conv_in.weight.device
         times = torch.unique(times.detach().to("cpu", torch.float32).flatten())
         self.net = net
+        # kept, so that `time_weights` stays another value for others: none comes to lie at their addresses
+        self._made_of = [weight.detach() for weight in net._of_the_time()]
         # t is in (just below t_i, t_i] exactly when it is t_i; the intervals between lead to a row of NaN
         below = torch.nextafter(times, torch.full_like(times, -torch.inf))
         self.register_buffer("edges", torch.stack((below, times), 1).flatten().to(device))
