@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_unet import CONFIGS, random_inputs, random_peer, small_config
 
 import fastdiff as fd
-from fastdiff.models import packed_conv, unet_blocks
+from fastdiff.models import packed_conv, unet_blocks, unet_fast_blocks
 from fastdiff.models.packed_conv import PackedConv
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_fast import FastUNet, PreparedUNet
@@ -37,6 +37,33 @@ def test_agrees_with_the_plain_network(name: str) -> None:
     assert torch.equal(again, got), "the memory format of the input does not matter"
     one = fast(x[:1], *(value[:1] for value in rest))
     torch.testing.assert_close(one, expected[:1], rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("patch", "dtype"), [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)])
+@torch.no_grad()
+def test_a_doubling_takes_over_the_bias_before_it_for_images_of_the_expected_size(
+    patch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(
+        sample_size=(16, 24), patch_size=patch, block_out_channels=(16, 32, 32), down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+    )  # fmt: skip
+    net = UNet(config).eval()
+    for parameter in net.parameters():
+        parameter.normal_(0, 0.2)
+    sums: list[int] = []
+    real = unet_fast_blocks.channel_add
+    monkeypatch.setattr(unet_fast_blocks, "channel_add", lambda *given: sums.append(1) or real(*given))
+    fast, twin, counts = net.fast(dtype), copy.deepcopy(net).to(dtype), []
+    for size in ((16, 24), (24, 16), (8, 8)):
+        x = torch.randn(2, 1, *size)
+        sums.clear()
+        got = fast(x, 3.0)
+        counts.append(len(sums))
+        exact, own = copy.deepcopy(net).double()(x.double(), 3.0), twin(x.to(dtype), 3.0)
+        assert (got - exact).abs().max() <= max(2 * (own - exact).abs().max(), 1e-5 * exact.abs().max())
+    # halvings add two, the doubling after an attention one; the other doubling follows a block with a shortcut
+    assert counts == [3, 4, 4]
 
 
 @torch.no_grad()
@@ -81,7 +108,7 @@ def test_weights_are_cast_once_and_only_where_it_costs_no_digits() -> None:
     fast = networks("ddpm-cifar")[0].fast(torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in fast.named_parameters()}
     halves = {name.rpartition(".")[2] for name, dtype in dtypes.items() if dtype == torch.bfloat16}
-    assert halves == {"weight", "conv", "far", "conv_out", "conv_out_bias", "shortcut", "qkv", "qkv_bias"}
+    assert halves == {"weight", "conv", "far", "conv_out", "conv_out_bias", "shortcut", "qkv", "qkv_bias", "edges"}
     assert dtypes["rows_weight"] == dtypes["layers.0.norm1_weight"] == torch.float32
     for net in (fast, fast.prepare_times(torch.tensor([3.0]))):
         assert fd.Denoiser(net, "linear").dtype == torch.bfloat16
@@ -311,7 +338,7 @@ def test_node_budgets() -> None:
     """What a CUDA graph of one forward pass at batch 1 holds. One kernel for each convolution, GEMM, attention and
     normalisation of the DDPM network would be 128."""
     nodes = {name: cost(config, 1).nodes for name, config in PRESETS.items()}
-    assert nodes == {"ddpm-cifar10": 137, "edm-cifar10": 186, "adm-64": 302}
+    assert nodes == {"ddpm-cifar10": 135, "edm-cifar10": 185, "adm-64": 302}
     assert nodes["ddpm-cifar10"] < cost(PRESETS["ddpm-cifar10"], 1, fast=False).nodes / 3.5
 
 
