@@ -7,10 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_runs import (
+import torch.distributed as dist
     assert_same,
     die_once,
     forked,
@@ -28,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fastdiff.training.trainer import Trainer
 
 PLAIN = {"dropout": 0.0}  # masks are drawn for a place in the batch, so they do depend on the number of processes
+from fastdiff.training import ranks
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +120,28 @@ def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> Non
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
 
 
-@pytest.mark.slow
+def test_every_start_has_a_part_of_the_store_to_itself() -> None:
+    """The first process answers those of the last start too, until those of this one have come."""
+    store, addresses = dist.HashStore(), []
+    for start in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            parts = [threads.submit(ranks.fresh, store, 0, 3)]
+            time.sleep(0.05)
+            parts += [threads.submit(ranks.fresh, store, rank, 3) for rank in (1, 2)]
+        assert not any(part.result().check(["address"]) for part in parts)
+        parts[1].result().set("address", str(start))
+        addresses.append(parts[2].result().get("address"))
+    assert addresses == [b"0", b"1", b"2"]
+
+
+def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    store = dist.HashStore()
+    store.set("fastdiff/1", "of an earlier start")
+    with pytest.raises(TimeoutError, match=r"processes \[1, 2\] of 3 did not join within 0.1 s"):
+        ranks.fresh(store, 0, 3)
+
+
 def test_a_process_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:
     """What torchrun does: the agent ends the others, starts all again, and they go on from the last checkpoint."""
     options = {"network": PLAIN, "epsilon": 1e-3, "async_save": False, "images": 64}
