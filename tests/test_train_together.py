@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import (
 import torch.distributed as dist
+from tiny_runs import (
     assert_same,
     die_once,
     forked,
     lines,
+    measured,
     one_thread,
+    overflow_once,
     stored,
     tiny,
     train_in_process,
@@ -27,10 +30,10 @@ import torch.distributed as dist
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fastdiff.training import ranks
 from fastdiff.training.trainer import Trainer
 
 PLAIN = {"dropout": 0.0}  # masks are drawn for a place in the batch, so they do depend on the number of processes
-from fastdiff.training import ranks
 
 
 @pytest.fixture(autouse=True)
@@ -80,25 +83,37 @@ def test_two_processes_are_one(
 def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
     """Two processes that shard the weights, then one that has them all: the checkpoint is resharded.
 
-    Where the first checkpoint belongs lies a file, so that only the process that renames fails: both go on.
+    Where the first checkpoint belongs lies a file, so that only the process that renames fails: both go on. The last
+    one is lost, so that a line of the log is the mean of steps of two processes and of one.
     """
     options = {
-        "network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48, "save_images": 8, "async_save": False,
-        "ema_profiles": [0.1],
+        "network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48, "log_images": 32, "save_images": 8,
+        "async_save": False, "ema_profiles": [0.1],
     }  # fmt: skip
     one = alone(data, tmp_path / "one", **options)
     (tmp_path / "two" / "checkpoints").mkdir(parents=True)
     (tmp_path / "two" / "checkpoints" / f"{8:012d}").touch()
     train_together(tiny(data, parallel="fsdp", **options | {"images": 24}), tmp_path / "two", 2)
     assert [line["images"] for line in lines(tmp_path / "two", "save_failed")] == [8]
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / f"{24:012d}")
     resumed = Trainer(tiny(data, **options), tmp_path / "two", resume="auto")
-    assert resumed.progress.images == 24
+    assert (resumed.progress.images, resumed.progress.loss_count) == (16, 2)
     resumed.train()
+    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["images"] for line in first] == [line["images"] for line in second] == [32, 48]
+    assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-5)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(resumed.tensors()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow  # its weights are the undisturbed run's; a logged loss is the mean since the last start
+def test_an_overflow_in_one_shard_is_one_in_all(data: Path, tmp_path: Path) -> None:
+    """Both leave the step out and halve the scale, and go on together."""
+    config = tiny(data, precision="fp16", parallel="fsdp", images=24, network=PLAIN)
+    train_together(config, tmp_path / "run", 2, after=overflow_once)
+    did = [(tmp_path / "run" / f"{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert did[0] == did[1] == ["[true, 65536.0, 1]", "[false, 32768.0, 1]", "[true, 32768.0, 2]"]
+
+
 def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> None:
     """kill -9 three times, saves included (one follows the other); bench/kills.py does it fifty times."""
     config = tiny(data, save_images=8, images=160)
@@ -117,7 +132,7 @@ def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> Non
     resumed = Trainer(config, tmp_path / "run", resume="auto")
     resumed.train()
     assert_same(weights(resumed), weights(whole))
-    assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
+    assert measured(tmp_path / "run") == measured(tmp_path / "whole")
 
 
 def test_every_start_has_a_part_of_the_store_to_itself() -> None:
