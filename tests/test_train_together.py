@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,32 +18,21 @@ from tiny_runs import (
     forked,
     lines,
     measured,
-    one_thread,
     overflow_once,
     stored,
     tiny,
     train_in_process,
     train_together,
     weights,
-    write_data,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastdiff.training import ranks
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 PLAIN = {"dropout": 0.0}  # masks are drawn for a place in the batch, so they do depend on the number of processes
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_data(tmp_path)
 
 
 def alone(data: Path, run: Path, **changes: object) -> Trainer:

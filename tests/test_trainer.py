@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import ALONE, COUNT, assert_same, lines, measured, one_thread, stored, tiny, weights, write_data
+from tiny_runs import ALONE, COUNT, assert_same, lines, measured, stored, tiny, weights
 
 import fastdiff as fd
 from fastdiff import cli
@@ -29,21 +28,12 @@ from fastdiff.training.optimizer import steps
 from fastdiff.training.step import NotFinite, Step
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 LISTENING = {
     "times": {"name": "loss_second_moment", "history": 1},
     "schedule": {"name": "linear", "options": {"steps": 4}},
 }
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_data(tmp_path)
 
 
 class Killed(Exception):

@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +152,3 @@ def train_together(
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * world
     return processes
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, and as many as before afterwards: a run sets its own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
