@@ -25,7 +25,7 @@ from fastdiff.training.data.pictures import Fit
 from fastdiff.training.graphed import GraphedStep
 from fastdiff.training.optimizer import build as build_optimizer
 from fastdiff.training.optimizer import steps
-from fastdiff.training.step import NotFinite, Step
+from fastdiff.training.step import NotFinite, Outcome, Step
 from fastdiff.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -236,6 +236,14 @@ def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path: Path) -> None:
     objective = trainer.objective.loss(lambda x, t, c: x, torch.zeros(8, 1, 8, 8), None, batch["seeds"], 0)
     assert torch.equal(objective.level, batch["level"])
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+
+
+def test_a_process_without_the_bad_samples_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(data), tmp_path / "run")
+    outcome = Outcome(np.nan, np.nan, 1e-3, False, torch.ones(8), torch.ones(8))
+    monkeypatch.setattr(trainer.step, "run", lambda batch, progress: trainer.step.count(outcome, progress))
+    with pytest.raises(NotFinite, match="loss nan .* 0 samples here: another process has them"):
+        trainer.train()
 
 
 def test_steps_that_are_no_number_can_be_left_out(tmp_path: Path) -> None:
