@@ -55,7 +55,7 @@ class Progress:
         self.loss_count += 1
 
     def mean_loss(self) -> float:
-        """The mean since the last call, not a number where no step was counted."""
+        """The mean since the last call, not a number where no step was counted; the next one begins anew."""
         mean = self.loss_sum / self.loss_count if self.loss_count else math.nan
         self.loss_sum, self.loss_count = 0.0, 0
         return mean
