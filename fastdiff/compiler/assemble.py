@@ -6,11 +6,11 @@ that reads it; the next state prefers the register of the state it replaces, so 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fastdiff.compiler import layout as at
-from fastdiff.compiler.lin import Atom
+from fastdiff.compiler.lin import Atom, nonzero
 from fastdiff.compiler.run import Segment
 from fastdiff.process.predictions import Prediction
 from fastdiff.process.schedules import Level
@@ -86,14 +86,18 @@ def place(
     home: dict[Atom, int] = dict(held)
     registers = max(held.values()) + 1
     rows = []
+    state = first
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
-        state = Atom("x", i - 1) if i else first
-        reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
-        slots = tuple(home[a] for a in reads)
-        x = home[state]
-        noise = tuple(sorted({(a.number, a.stream) for t in values.values() for a in t if a.kind == "z"}))
-        home = {a: r for a, r in home.items() if last_read.get(a, -1) > i}
-        free = sorted(set(range(registers)) - set(home.values()), key=lambda r: (r != x, r))
+        read = {atom for terms in values.values() for atom in terms}
+        drawn = sorted([atom for atom in read if atom.kind == "z"], key=_normal)
+        others = sorted([atom for atom in read if atom in home and atom != state], key=_name)
+        x, slots = home[state], tuple([home[atom] for atom in others])
+        home = {atom: register for atom, register in home.items() if last_read.get(atom, -1) > i}
+        free = sorted(set(range(registers)).difference(home.values()))
+        if x in free:  # the state it replaces goes first
+            free.remove(x)
+            free.insert(0, x)
+        columns = (state, others, Atom("D", i - 1), Atom("E", i - 1), drawn)
         outputs = []
         for atom, terms in values.items():
             if atom not in home:
@@ -101,12 +105,23 @@ def place(
                     free.append(registers)
                     registers += 1
                 home[atom] = free.pop(0)
-            outputs.append(_output(home[atom], terms, state, reads, noise, i - 1))
+            outputs.append(_output(home[atom], terms, *columns))
         _check_size(solver, i - 1, slots, outputs)
+        noise = tuple([_normal(atom) for atom in drawn])
+        state = next(iter(values))
         rows.append(
             Row(segment.level, x, slots, tuple(outputs), noise, estimate=segment.estimate, spread=segment.spread)
         )
     return tuple(rows), registers, home
+
+
+def _name(atom: Atom) -> tuple[str, str]:
+    """By what the other registers of a row are put in order: their numbers as text, as stored plans have them."""
+    return atom.kind, str(atom.number)
+
+
+def _normal(atom: Atom) -> tuple[int, int]:
+    return atom.number, atom.stream
 
 
 def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Terms]:
@@ -116,20 +131,22 @@ def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Term
         kept[atom] = _inline(terms, kept)
     values = {Atom("result", 0) if last else Atom("x", i): _inline(segment.state, kept)}
     values.update(kept)
-    if i:
-        values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
-        values[Atom("E", i - 1)] = {Atom("E", i - 1): 1.0}
-    elif first.kind == "start":
-        values[first] = {first: 1.0}
+    given = [first] if not i and first.kind == "start" else []
+    given += [Atom("D", i - 1)] if i else []
+    given += [Atom("E", i - 1)] if segment.estimate else []
+    for atom in given:
+        values[atom] = {atom: 1.0}
     return values
 
 
 def _inline(terms: Terms, known: dict[Atom, Terms]) -> Terms:
+    if known.keys().isdisjoint(terms):
+        return nonzero(terms)
     total: Terms = {}
     for atom, c in terms.items():
         for inner, weight in known.get(atom, {atom: 1.0}).items():
             total[inner] = total.get(inner, 0.0) + c * weight
-    return {atom: c for atom, c in total.items() if c != 0.0}
+    return nonzero(total)
 
 
 def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[Atom, int]:
@@ -147,15 +164,16 @@ def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[A
 
 
 def _output(
-    dest: int, terms: Terms, state: Atom, reads: Iterable[Atom], noise: tuple[tuple[int, int], ...], row: int
+    dest: int, terms: Terms, state: Atom, others: list[Atom], denoised: Atom, estimate: Atom, drawn: list[Atom]
 ) -> Output:
+    weight = terms.get
     return Output(
         dest=dest,
-        x=terms.get(state, 0.0),
-        slots=tuple(terms.get(atom, 0.0) for atom in reads),
-        denoised=terms.get(Atom("D", row), 0.0),
-        noise=tuple(terms.get(Atom("z", index, stream), 0.0) for index, stream in noise),
-        other=terms.get(Atom("E", row), 0.0),
+        x=weight(state, 0.0),
+        slots=tuple([weight(atom, 0.0) for atom in others]),
+        denoised=weight(denoised, 0.0),
+        noise=tuple([weight(atom, 0.0) for atom in drawn]),
+        other=weight(estimate, 0.0),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastdiff.compiler.layout import STREAM_STEP
-from fastdiff.compiler.lin import Atom, Lin
+from fastdiff.compiler.lin import Atom, Lin, nonzero
 from fastdiff.process.schedules import Level, Schedule
 
 PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
@@ -178,7 +178,7 @@ class Run:
 
     def linear(self, terms: Mapping[Atom, float]) -> Lin:
         """A combination of atoms of this run."""
-        return Lin(terms, self._where)
+        return Lin(nonzero(terms), self._where)
 
     def level_between(self, s: Level, t: Level, r: float) -> Level:
         """The level at lambda_s + r (lambda_t - lambda_s), lambda = log(alpha/sigma); r = 1 is t itself."""
