@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import fastdiff as fd
 from fastdiff.compiler import layout
+from fastdiff.compiler.capture.intercept import Intercept
 from fastdiff.compiler.verify import execute
 from fastdiff.process.schedules import Level
 
@@ -460,6 +462,55 @@ class Carrying:
         state, self.estimate = self.scheduler.step(model_output, self.estimate, timestep, self.back, sample)
         self.back = timestep
         return state
+
+
+class DrawsByShape(Own):
+    """Draws that take none of the tensors it is given, from torch's generator or from its own, by turns."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        own = torch.Generator().manual_seed(3) if timestep % 2 else None
+        return 0.9 * sample + 0.1 * model_output + 0.3 * torch.randn(sample.shape, generator=own, dtype=torch.float64)
+
+
+class DrawsFromItsOwn(Own):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        normal = torch.randn(sample.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return 0.9 * sample + 0.1 * model_output + 0.3 * normal
+
+
+class ClipsOutsideTorch(Own):
+    """Takes its estimate out of torch and clips what comes back, further out than random tensors of the proof are."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        estimate = torch.from_numpy((sample - 0.5 * model_output).numpy()).clamp(-90.0, 90.0)
+        return 0.5 * sample + 0.5 * estimate
+
+
+@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn])
+def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
+    state = torch.get_rng_state()
+    plan = fd.capture(kind(), 6)
+    assert plan.draws == 6 and [row.noise for row in plan.rows[1:]] == [((i, 1),) for i in range(6)]
+    assert all(row.outputs[0].noise == (0.3,) for row in plan.rows[1:])
+    assert plan.options["mismatch"] < 1e-12
+    if kind is DrawsFromItsOwn:
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_clamp_of_what_left_torch_is_in_the_table() -> None:
+    plan = fd.capture(ClipsOutsideTorch(), 5)
+    assert all(row.clamp == (-90.0, 90.0) for row in plan.rows[1:])
+
+
+@pytest.mark.parametrize(("name", "every"), [("LMSDiscrete", False), ("DDPM", True)])
+def test_every_torch_call_is_watched_only_where_a_scheduler_draws(
+    name: str, every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scheduler computes of its levels is most of what it does: LMS integrates polynomials with SciPy."""
+    entered: list[object] = []
+    monkeypatch.setattr(Intercept, "__enter__", lambda self: entered.append(self) or TorchFunctionMode.__enter__(self))
+    fd.capture(make(name, {}), 4)
+    assert bool(entered) == every
 
 
 def test_what_the_caller_carries_can_be_kept_in_an_object_around_it() -> None:
