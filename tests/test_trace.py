@@ -165,7 +165,6 @@ def test_brownian_trees_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fd.trace(module.sample_dpmpp_2m_sde, LEVELS).draws == len(LEVELS) - 2
 
 
-@pytest.mark.slow  # a time in milliseconds is of one machine
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"])
 def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
     function = getattr(k_diffusion(), f"sample_{name}")

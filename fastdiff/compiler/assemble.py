@@ -88,16 +88,25 @@ def place(
     rows = []
     state = first
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
-        read = {atom for terms in values.values() for atom in terms}
-        drawn = sorted([atom for atom in read if atom.kind == "z"], key=_normal)
-        others = sorted([atom for atom in read if atom in home and atom != state], key=_name)
+        others: list[Atom] = []
+        drawn: list[Atom] = []
+        model: dict[str, Atom] = {}
+        for atom in {atom for terms in values.values() for atom in terms}:
+            if atom in home:
+                if atom != state:
+                    others.append(atom)
+            elif atom.kind == "z":
+                drawn.append(atom)
+            else:
+                model[atom.kind] = atom
+        others.sort(key=_name)
+        drawn.sort(key=_normal)
         x, slots = home[state], tuple([home[atom] for atom in others])
         home = {atom: register for atom, register in home.items() if last_read.get(atom, -1) > i}
-        free = sorted(set(range(registers)).difference(home.values()))
-        if x in free:  # the state it replaces goes first
-            free.remove(x)
-            free.insert(0, x)
-        columns = (state, others, Atom("D", i - 1), Atom("E", i - 1), drawn)
+        taken = home.values()
+        free = [register for register in range(registers) if register not in taken]
+        free.sort(key=x.__ne__)  # the register of the state it replaces first
+        columns = (state, others, model, drawn)
         outputs = []
         for atom, terms in values.items():
             if atom not in home:
@@ -164,16 +173,15 @@ def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[A
 
 
 def _output(
-    dest: int, terms: Terms, state: Atom, others: list[Atom], denoised: Atom, estimate: Atom, drawn: list[Atom]
+    dest: int, terms: Terms, state: Atom, others: list[Atom], model: dict[str, Atom], drawn: list[Atom]
 ) -> Output:
-    weight = terms.get
     return Output(
         dest=dest,
-        x=weight(state, 0.0),
-        slots=tuple([weight(atom, 0.0) for atom in others]),
-        denoised=weight(denoised, 0.0),
-        noise=tuple([weight(atom, 0.0) for atom in drawn]),
-        other=weight(estimate, 0.0),
+        x=terms.get(state, 0.0),
+        slots=tuple([terms.get(atom, 0.0) for atom in others]),
+        denoised=terms.get(model["D"], 0.0) if "D" in model else 0.0,
+        noise=tuple([terms.get(atom, 0.0) for atom in drawn]),
+        other=terms.get(model["E"], 0.0) if "E" in model else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -30,7 +30,7 @@ class Atom(NamedTuple):
 class Lin:
     """sum_a c_a * a over atoms, closed under +, -, and multiplication by a number; anything else is a TypeError.
 
-    terms: {a: c_a}, none of them 0.
+    terms: {a: c_a}, none of them 0; replaced and never written into.
     """
 
     __slots__ = ("terms", "where")
@@ -44,7 +44,7 @@ class Lin:
             total = dict(self.terms)
             for atom, c in other.terms.items():
                 total[atom] = total.get(atom, 0.0) + c
-            return Lin(nonzero(total) if 0.0 in total.values() else total, self.where)
+            return Lin(nonzero(total), self.where)
         if _is_number(other) and float(other) == 0.0:
             return self
         raise self.refuse(f"adds the constant {other!r} to a register")
@@ -137,9 +137,9 @@ class Lin:
         )
 
 
-def nonzero(terms: Mapping[Atom, float]) -> dict[Atom, float]:
-    """The terms that are not 0."""
-    return {atom: c for atom, c in terms.items() if c != 0.0}
+def nonzero(terms: dict[Atom, float]) -> dict[Atom, float]:
+    """The terms that are not 0; the same dict where all are, since no one writes into terms."""
+    return {atom: c for atom, c in terms.items() if c != 0.0} if 0.0 in terms.values() else terms
 
 
 _NUMPY: dict[str, Callable[..., Lin]] = {

@@ -22,6 +22,15 @@ class Unseen(Exception):
     """The scheduler did what only a watch over every torch call can follow."""
 
 
+@contextmanager
+def without_draws() -> Iterator[None]:
+    """Raises Unseen where torch's generator was drawn from."""
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        raise Unseen("draws from torch's generator by a shape alone")
+
+
 class Watched(Tensor):
     """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees."""
 
@@ -64,14 +73,8 @@ class Intercept(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A step of the scheduler; raises Unseen where it draws a normal that is not ours."""
-        if self._every_call:
-            with self:
-                yield
-            return
-        before = torch.get_rng_state()
-        yield
-        if not torch.equal(before, torch.get_rng_state()):
-            raise Unseen("draws from torch's generator by a shape alone")
+        with self if self._every_call else without_draws():
+            yield
 
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next draw of the scheduler."""

@@ -87,6 +87,7 @@ class Tracer:
     def __init__(self, run: Run, schedule: Schedule | None) -> None:
         self.run = run
         self.schedule = schedule
+        self.sampled = 0  # draws by `noise`
         self._alive: list[weakref.ref[Register]] = []
 
     def register(self, lin: Lin) -> Register:
@@ -97,6 +98,7 @@ class Tracer:
 
     def noise(self, *sigmas: Any, **_: Any) -> Register:
         """The next draw; with its two sigmas, as k-diffusion's noise_sampler(sigma, sigma_next) is called."""
+        self.sampled += 1
         if len(sigmas) != 2 or any(isinstance(sigma, Register) for sigma in sigmas):
             return self.register(self.run.noise())
         low, high = sorted(self.number(sigma, "draws noise at") for sigma in sigmas)
@@ -142,7 +144,7 @@ class Draws(TorchFunctionMode):
             if isinstance(size, Sequence) and tuple(size) == SHAPE:
                 if func is torch.rand:
                     raise self.tracer.refuse("draws torch.rand, and a row draws unit normals only,")
-                return self.tracer.noise()
+                return self.tracer.register(self.tracer.run.noise())
         return func(*args, **kwargs)
 
 
