@@ -493,8 +493,7 @@ def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
     assert plan.draws == 6 and [row.noise for row in plan.rows[1:]] == [((i, 1),) for i in range(6)]
     assert all(row.outputs[0].noise == (0.3,) for row in plan.rows[1:])
     assert plan.options["mismatch"] < 1e-12
-    if kind is DrawsFromItsOwn:
-        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_clamp_of_what_left_torch_is_in_the_table() -> None:

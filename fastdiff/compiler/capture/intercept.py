@@ -24,10 +24,15 @@ class Unseen(Exception):
 
 @contextmanager
 def without_draws() -> Iterator[None]:
-    """Raises Unseen where torch's generator was drawn from."""
+    """Raises Unseen where torch's generator was drawn from; puts it back in any case."""
     before = torch.get_rng_state()
-    yield
-    if not torch.equal(before, torch.get_rng_state()):
+    try:
+        yield
+    finally:
+        drew = not torch.equal(before, torch.get_rng_state())
+        if drew:
+            torch.set_rng_state(before)
+    if drew:
         raise Unseen("draws from torch's generator by a shape alone")
 
 
