@@ -486,6 +486,24 @@ class ClipsOutsideTorch(Own):
         return 0.5 * sample + 0.5 * estimate
 
 
+class Answers(TorchFunctionMode):
+    """Somebody's own mode, which answers torch.randn."""
+
+    asked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            self.asked += 1
+            return torch.zeros(*args, dtype=torch.float64)
+        return func(*args, **(kwargs or {}))
+
+
+def test_draws_are_not_answered_by_a_mode_around_the_capture() -> None:
+    with Answers() as mode:
+        plan = fd.capture(DrawsByShape(), 6)
+    assert plan.draws == 6 and mode.asked == 0
+
+
 @pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn])
 def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
     state = torch.get_rng_state()

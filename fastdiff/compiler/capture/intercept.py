@@ -24,7 +24,9 @@ class Unseen(Exception):
 
 @contextmanager
 def without_draws() -> Iterator[None]:
-    """Raises Unseen where torch's generator was drawn from; puts it back in any case."""
+    """Raises Unseen where torch's generator was drawn from, which is put back, or another mode may answer draws."""
+    if torch._C._len_torch_function_stack():
+        raise Unseen("runs under a mode that sees torch's calls")
     before = torch.get_rng_state()
     try:
         yield
