@@ -4,8 +4,8 @@
 
 A tiny network on random pictures, a checkpoint after every third batch. Each round starts the run with --resume auto
 in a process of its own and kills it (SIGKILL) at a random moment, every other time while a checkpoint is being written.
-A round must begin at the newest checkpoint of the round before, and the end must be the undisturbed run's bit for
-bit. The suite does three rounds of this: tests/test_train_together.py.
+A round must begin at the newest checkpoint of the round before, and the end and all lines of the log must be the
+undisturbed run's bit for bit. The suite does three rounds of this: tests/test_train_together.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from tiny_runs import forked, stored, tiny, train_in_process, weights, write_data  # noqa: E402
+from tiny_runs import forked, measured, stored, tiny, train_in_process, weights, write_data  # noqa: E402
 
 from fastdiff.training.trainer import Trainer  # noqa: E402
 
@@ -39,7 +39,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = tiny(write_data(folder), save_images=24, images=24 * 40 * max(1, options.times), log_images=10**9)
+        config = tiny(write_data(folder), save_images=24, images=24 * 40 * max(1, options.times), log_images=40)
         reached, lost, saves = 0, 0, 0
         for i in range(options.times):
             during = kill_once(config, folder / "run", rng, saving=i % 2 == 1)
@@ -57,7 +57,8 @@ def main() -> int:
         whole.train(stop_at(reached))
         Trainer(end, folder / "whole", resume="auto").train()
         ours, theirs = stored(folder / "run", resumed), stored(folder / "whole", resumed)
-    same = all(torch.equal(ours[key], theirs[key]) for key in weights(resumed))
+        logs = measured(folder / "run") == measured(folder / "whole")
+    same = all(torch.equal(ours[key], theirs[key]) for key in weights(resumed)) and logs
     print(f"{options.times} kills, {saves} of them during a save; {lost} checkpoints lost; went on from {begun}")
     print("the end is the undisturbed run's bit for bit" if same else "the end DIFFERS from the undisturbed run's")
     return 0 if same and not lost and begun == reached else 1

@@ -1,8 +1,10 @@
 """Whole calls of diffusers' pipelines, tiny components, before and after `accelerate`.
 
 Two figures, never mixed: the time a step takes outside the network, from the beginning of the denoising loop to its end
-less the time inside the network's `forward`, over the number of evaluations; and the whole call, with all that is
-before and after the loop. Both are taken the same way on both sides, in turn, and the pictures are compared.
+less the time inside calls of the network, over the number of evaluations; and the whole call, with all that is before
+and after the loop. Both are taken the same way on both sides, in turn, and the pictures are compared. A row comes after
+milliseconds of network that leave nothing of it in the cache, so it takes a few times what it takes in a loop of its
+own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fastdiff.engine import backends
 from fastdiff.integrations.diffusers import accelerate
 
 STEPS = 20
+SECONDS = 10.0  # of each case
 TOLERANCE = 0.1 / 255  # of pictures in [0, 1]
 LATENT: dict[str, Any] = tiny_pipelines.LATENT
 TEXT: dict[str, dict[str, Any]] = {
@@ -62,17 +65,17 @@ class Clock:
         self.evaluations = 0
 
     def around(self, net: nn.Module) -> None:
-        """Time this network from here on."""
-        own = net.forward
+        """Time this network's calls from here on."""
+        own: Any = type(net)
 
-        def forward(*args: Any, **kw: Any) -> Any:
+        def __call__(network: Any, *args: Any, **kw: Any) -> Any:
             started = time.perf_counter()
-            output = own(*args, **kw)
+            output = own.__call__(network, *args, **kw)
             self.network += time.perf_counter() - started
             self.evaluations += 1
             return output
 
-        net.forward = forward
+        net.__class__ = type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
 
     @property
     def outside(self) -> float:
@@ -123,7 +126,7 @@ def run(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     diffusers.utils.logging.set_verbosity_error()
     for kind, schedulers in {"StableDiffusion3Pipeline": FLOW}.items() if quick else CASES.items():
         for name, config in schedulers.items():
-            yield case(kind, getattr(diffusers, name)(**config), device, 0.2 if quick else 3.0)
+            yield case(kind, getattr(diffusers, name)(**config), device, 0.2 if quick else SECONDS)
 
 
 def case(kind: str, scheduler: Any, device: torch.device, budget: float) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def line(kind: str, name: str, config: dict[str, Any], timed: bool) -> str:
         return f"| {kind} | {name} | refused: {' '.join(str(refused).split())} | | | | |"
     speed = whole = "not measured"
     if timed:
-        found = pipelines.case(kind, scheduler, torch.device("cpu"), 3.0)
+        found = pipelines.case(kind, scheduler, torch.device("cpu"), pipelines.SECONDS)
         before, after = found["diffusers_us"], found["us"]
         speed = f"{before / after:.1f} ({before:.0f} / {after:.0f} µs)"
         before, after = (found[key] * 1e3 for key in ("diffusers_seconds", "seconds"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
             report.outcome = "failed"
             report.longrepr = f"skipped under --strict-skips: {reason}"
     return report
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """torch on one thread, and as many as before afterwards: a training run sets its own number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """What a tiny run trains on."""
+    from tiny_runs import write_data
+
+    return write_data(tmp_path)
 
 
 @pytest.fixture(scope="session")

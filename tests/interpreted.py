@@ -63,6 +63,7 @@ with interpretation():
     train = importlib.import_module("kernels_under_test.train")
     norm = importlib.import_module("kernels_under_test.norm")
     norm_backward = importlib.import_module("kernels_under_test.norm_backward")
+    channel_add = importlib.import_module("kernels_under_test.channel_add")
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def test_plan_json_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     status, text, _ = run(capsys, "info")
-    assert status == 0
+    assert status == 0 and "sampler.memory()" in text
     for name, backend in fd.backends().items():
         line = next(line for line in text.splitlines() if line.startswith(f"backend    {name} "))
         assert ("ok" in line) if backend.ok else (backend.reason in line and backend.fix in line)

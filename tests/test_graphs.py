@@ -12,7 +12,7 @@ from stand_in import StandIn, stand_in  # noqa: F401
 from torch import Tensor, nn
 
 import fastdiff as fd
-from fastdiff.engine import graphs
+from fastdiff.engine import graphs, seats
 from fastdiff.engine.held import Memory
 from fastdiff.engine.kept import Kept
 
@@ -209,6 +209,49 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_with_one_warning(
     for seed, request in enumerate(requests):
         solo = fd.sample(model, (1, *SHAPE[1:]), "ddim", 3, seed=seed, graph=False)
         assert torch.equal(request.result(), solo[0])
+
+
+@pytest.mark.parametrize("graph", ["auto", False])
+def test_what_a_network_raises_itself_is_raised_once(stand_in: type[StandIn], graph: Any) -> None:  # noqa: F811
+    """It is no failed capture: nothing is warned about and nothing runs a second time."""
+    calls: list[int] = []
+
+    def breaks(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        raise RuntimeError("sizes do not match")
+
+    model = denoiser(breaks)
+    stream = fd.stream(model, SHAPE[1:], slots=2, graph=graph)
+    request = stream.submit("ddim", steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stream.step() == [request] and str(request.error) == "sizes do not match"
+        assert calls == [1]
+        with pytest.raises(RuntimeError, match="^sizes do not match$"):
+            draw(model, "ddim", 3, graph="auto" if graph else False)
+    assert calls == [1, 2] and stand_in.records == 0
+
+
+def test_a_row_that_ran_is_not_run_again_where_something_fails_after_it(
+    stand_in: type[StandIn],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    def counts(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        return 0.5 * x
+
+    def fails(own: seats.Seats, seat: seats.Seat) -> seats.Left:
+        raise RuntimeError("an unspecified failure of the device")
+
+    stream = fd.stream(denoiser(counts), SHAPE[1:], slots=1)
+    monkeypatch.setattr(seats.Seats, "_left", fails)
+    request = stream.submit("ddim", steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stream.step() == [request] and str(request.error) == "an unspecified failure of the device"
+    assert len(calls) == graphs.WARM_UP + 2, "the capture and one replay"
 
 
 def test_the_culprit_is_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, 
 from torch import Tensor
 
 from bench.shapes import NETWORKS, Norm
-from fastdiff.engine import native, norm
+from fastdiff.engine import native, norm, norm_cpu
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_presets import PRESETS
@@ -170,6 +171,92 @@ def test_channel_add(executor: str) -> None:
     x = torch.randn(2, 3, 4)
     assert norm.channel_add(x) is x
     torch.testing.assert_close(norm.channel_add(x.transpose(1, 2), torch.ones(4)), x.transpose(1, 2) + 1)
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(norm_cpu, "_known", known)
+    return known
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
+def test_a_layout_is_checked_once_and_other_tensors_of_it_give_their_own_bits(
+    layout: torch.memory_format, nothing_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cases(seed: int) -> Iterator[Case]:
+        for i, odd in enumerate(ODD):
+            for extras in ((), EXTRAS[i % 5 :], ("before", "residual")[: 1 + i % 2]):
+                skip, dtype = odd.groups * (1 + i % 3), DTYPES[i % 3]
+                yield Case(
+                    odd.batch, odd.channels, odd.size, odd.groups, dtype, layout, extras, skip, i % 2 > 0,
+                    shared=i % 2 > 0, seed=seed,
+                )  # fmt: skip
+
+    def compare(seed: int) -> None:
+        for case in cases(seed):
+            y, total, _ = run(case, "cpp")
+            affine = case.x, case.weight, case.bias, case.groups, case.eps
+            got = norm.sum_norm_act(*affine, act=case.act, **case.options)
+            assert torch.equal(got[0], y) and torch.equal(got[1], total)
+            assert got[0].is_contiguous(memory_format=layout) and got[0].dtype == case.dtype
+            alone = norm.norm_act(*affine, act=case.act, **case.options)
+            assert torch.equal(alone, norm._forward(*case.arguments(), False, executor="cpp")[0])
+            if case.options["skip"] is None:
+                added = case.x, case.options["before"], case.options["residual"]
+                assert torch.equal(norm.channel_add(*added), norm.channel_add(*added, executor="cpp"))
+
+    compare(0)
+    assert any(known is not None and known.last for known in nothing_known.values()) == (layout == LAST)
+
+    def fails(*_: Any) -> None:
+        raise AssertionError("checked again")
+
+    known = len(nothing_known)
+    for name in ("check", "check_add"):
+        monkeypatch.setattr(norm_cpu, name, fails)
+    compare(1)
+    assert len(nothing_known) == known
+
+
+def test_what_fits_one_layout_is_not_taken_for_another(nothing_known: dict[Any, Any]) -> None:
+    x, weight = torch.randn(2, 8, 3, 3), torch.ones(8)
+    vector = torch.randn(2, 16)
+    for shift in (vector[:, :8], vector[:, :8].contiguous(), vector[1, :8], vector[:, :8].double(), None):
+        got = norm.norm_act(x, weight, weight, 2, shift=shift)
+        rows = shift if shift is None or shift.dim() == 2 else shift.expand(2, -1)
+        assert torch.equal(got, norm._forward(x, weight, weight, None, None, rows, None, None, 2, 1e-5, True, False,
+                                              executor="cpp")[0])  # fmt: skip
+    for shift in (vector[:, ::2], vector[:1, :8], torch.zeros(2, 8, device="meta")):
+        with pytest.raises(ValueError, match="norm_act: shift"):
+            norm.norm_act(x, weight, weight, 2, shift=shift)
+    with pytest.raises(ValueError, match="8 channels do not divide into 3 groups"):
+        norm.norm_act(x, weight, weight, 3)
+    with pytest.raises(TypeError, match=r"residual is torch.float16"):
+        norm.channel_add(x, residual=x.half())
+    with pytest.raises(ValueError, match=r"channel_add: before has shape \(2, 9\)"):
+        norm.channel_add(x, torch.ones(2, 9))
+
+
+def test_layouts_that_are_known_are_bounded(nothing_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_cpu, "KEPT", 3)
+    for size in range(1, 9):
+        case = Case(1, 4, (size, 1), 2)
+        assert torch.equal(norm.norm_act(case.x, case.weight, case.bias, 2), run(case, "cpp")[0])
+        assert 1 <= len(nothing_known) <= 3
+
+
+def test_threads_of_one_layout_do_not_meet(nothing_known: dict[Any, Any]) -> None:
+    cases = [Case(2, 32, (9, 8), 4, layout=LAST, extras=EXTRAS, seed=seed) for seed in range(8)]
+    expected = [norm._forward(*case.arguments(), False, executor="cpp")[0] for case in cases]
+
+    def work(i: int) -> bool:
+        case = cases[i % 8]
+        y = norm.norm_act(case.x, case.weight, case.bias, case.groups, case.eps, **case.options)
+        return torch.equal(y, expected[i % 8])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(800)))
 
 
 def test_other_strides_are_copied_once() -> None:

@@ -367,12 +367,16 @@ def test_reused_features_change_the_sample_by(
 def test_what_reused_features_refuse(wide: fd.models.UNet) -> None:
     model = fd.Denoiser(wide, "linear")
     reuse = fd.models.reuse_features(model, levels=2)
+    guided = fd.Sampler(fd.plan("ddim", "linear", 3), model, guide=reuse)
     for call, error, words in (
         (lambda: fd.models.reuse_features(wide), TypeError, "needs a Denoiser around"),
         (lambda: fd.models.reuse_features(fd.Denoiser(torch.nn.Identity(), "linear")), TypeError, "got Identity"),
         (lambda: fd.models.reuse_features(model, 0), ValueError, "every must be"),
         (lambda: fd.models.reuse_features(model, 2, levels=3), ValueError, "at most 2"),
         (lambda: fd.stream(reuse, (3, 16, 16)), ValueError, "without reuse_features"),
+        (lambda: fd.stream(model, (3, 16, 16), guide=reuse), ValueError, "a stream has.*without reuse_features"),
+        (lambda: fd.stream(model, (3, 16, 16), perturbed=reuse), ValueError, "a stream has.*without reuse_features"),
+        (lambda: guided.stream((3, 16, 16)), ValueError, "a stream has.*without reuse_features"),
         (lambda: fd.sample(reuse, (1, 3, 16, 16), "rk45"), ValueError, "without reuse_features"),
         (lambda: fd.sample(reuse, (1, 3, 16, 16), "ddim", skip=fd.AdaptiveSkip()), ValueError, "without reuse"),
     ):

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_runs import (
     assert_same,
     die_once,
     forked,
     lines,
-    one_thread,
+    measured,
+    overflow_once,
     stored,
     tiny,
     train_in_process,
     train_together,
     weights,
-    write_data,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fastdiff.training import ranks
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 PLAIN = {"dropout": 0.0}  # masks are drawn for a place in the batch, so they do depend on the number of processes
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_data(tmp_path)
 
 
 def alone(data: Path, run: Path, **changes: object) -> Trainer:
@@ -77,25 +71,37 @@ def test_two_processes_are_one(
 def test_a_sharded_run_goes_on_alone(data: Path, tmp_path: Path) -> None:
     """Two processes that shard the weights, then one that has them all: the checkpoint is resharded.
 
-    Where the first checkpoint belongs lies a file, so that only the process that renames fails: both go on.
+    Where the first checkpoint belongs lies a file, so that only the process that renames fails: both go on. The last
+    one is lost, so that a line of the log is the mean of steps of two processes and of one.
     """
     options = {
-        "network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48, "save_images": 8, "async_save": False,
-        "ema_profiles": [0.1],
+        "network": PLAIN, "epsilon": 1e-3, "decay": "constant", "images": 48, "log_images": 32, "save_images": 8,
+        "async_save": False, "ema_profiles": [0.1],
     }  # fmt: skip
     one = alone(data, tmp_path / "one", **options)
     (tmp_path / "two" / "checkpoints").mkdir(parents=True)
     (tmp_path / "two" / "checkpoints" / f"{8:012d}").touch()
     train_together(tiny(data, parallel="fsdp", **options | {"images": 24}), tmp_path / "two", 2)
     assert [line["images"] for line in lines(tmp_path / "two", "save_failed")] == [8]
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / f"{24:012d}")
     resumed = Trainer(tiny(data, **options), tmp_path / "two", resume="auto")
-    assert resumed.progress.images == 24
+    assert (resumed.progress.images, resumed.progress.loss_count) == (16, 2)
     resumed.train()
+    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["images"] for line in first] == [line["images"] for line in second] == [32, 48]
+    assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-5)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(resumed.tensors()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow  # its weights are the undisturbed run's; a logged loss is the mean since the last start
+def test_an_overflow_in_one_shard_is_one_in_all(data: Path, tmp_path: Path) -> None:
+    """Both leave the step out and halve the scale, and go on together."""
+    config = tiny(data, precision="fp16", parallel="fsdp", images=24, network=PLAIN)
+    train_together(config, tmp_path / "run", 2, after=overflow_once)
+    did = [(tmp_path / "run" / f"{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert did[0] == did[1] == ["[true, 65536.0, 1]", "[false, 32768.0, 1]", "[true, 32768.0, 2]"]
+
+
 def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> None:
     """kill -9 three times, saves included (one follows the other); bench/kills.py does it fifty times."""
     config = tiny(data, save_images=8, images=160)
@@ -114,10 +120,31 @@ def test_kills_at_random_moments_lose_nothing(data: Path, tmp_path: Path) -> Non
     resumed = Trainer(config, tmp_path / "run", resume="auto")
     resumed.train()
     assert_same(weights(resumed), weights(whole))
-    assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
+    assert measured(tmp_path / "run") == measured(tmp_path / "whole")
 
 
-@pytest.mark.slow
+def test_every_start_has_a_part_of_the_store_to_itself() -> None:
+    """The first process answers those of the last start too, until those of this one have come."""
+    store, addresses = dist.HashStore(), []
+    for start in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            parts = [threads.submit(ranks.fresh, store, 0, 3)]
+            time.sleep(0.05)
+            parts += [threads.submit(ranks.fresh, store, rank, 3) for rank in (1, 2)]
+        assert not any(part.result().check(["address"]) for part in parts)
+        parts[1].result().set("address", str(start))
+        addresses.append(parts[2].result().get("address"))
+    assert addresses == [b"0", b"1", b"2"]
+
+
+def test_who_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    store = dist.HashStore()
+    store.set("fastdiff/1", "of an earlier start")
+    with pytest.raises(TimeoutError, match=r"processes \[1, 2\] of 3 did not join within 0.1 s"):
+        ranks.fresh(store, 0, 3)
+
+
 def test_a_process_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:
     """What torchrun does: the agent ends the others, starts all again, and they go on from the last checkpoint."""
     options = {"network": PLAIN, "epsilon": 1e-3, "async_save": False, "images": 64}

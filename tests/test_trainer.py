@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import ALONE, COUNT, assert_same, lines, one_thread, stored, tiny, weights, write_data
+from tiny_runs import ALONE, COUNT, assert_same, lines, measured, stored, tiny, weights
 
 import fastdiff as fd
 from fastdiff import cli
@@ -25,24 +24,16 @@ from fastdiff.training.data.order import image_indices, sample_seeds
 from fastdiff.training.data.pictures import Fit
 from fastdiff.training.graphed import GraphedStep
 from fastdiff.training.optimizer import build as build_optimizer
-from fastdiff.training.step import NotFinite, Step
+from fastdiff.training.optimizer import steps
+from fastdiff.training.step import NotFinite, Outcome, Step
 from fastdiff.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 LISTENING = {
     "times": {"name": "loss_second_moment", "history": 1},
     "schedule": {"name": "linear", "options": {"steps": 4}},
 }
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_data(tmp_path)
 
 
 class Killed(Exception):
@@ -102,10 +93,8 @@ def test_resume_is_bit_identical(data: Path, tmp_path: Path) -> None:
     assert resumed.train() == "done"
     assert_same(weights(resumed), weights(whole))
     assert_same(stored(tmp_path / "run", resumed), weights(whole))
-    measured = ("images", "step", "loss", "gradient_norm", "learning_rate")
-    first, second = ([[line[key] for key in measured] for line in lines(tmp_path / name)] for name in ("whole", "run"))
-    assert [line[0] for line in first] == [line[0] for line in second] == [16, 32, 48, 64, 80, 96]
-    assert [line[3:] for line in first] == [line[3:] for line in second]
+    assert measured(tmp_path / "run") == measured(tmp_path / "whole")
+    assert [line["images"] for line in lines(tmp_path / "run")] == [16, 32, 48, 64, 80, 96]
     assert (
         load_file(tmp_path / "run" / "model.safetensors").keys()
         == load_file(tmp_path / "whole/model.safetensors").keys()
@@ -132,6 +121,15 @@ def test_fp16_stops_when_no_scale_helps(data: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFinite, match="with finite losses"):
         trainer.train()
     assert trainer.progress.step == 17 and trainer.progress.scaler["scale"] == 0.5
+
+
+def test_fp16_stops_when_the_norm_overflows_at_any_scale(data: Path, tmp_path: Path) -> None:
+    """The gradient itself is finite, so that the scale stays: nothing was trained in the steps before it is said."""
+    trainer = Trainer(tiny(data, precision="fp16", save_images=400), tmp_path / "run")
+    next(trainer.net.parameters()).register_hook(lambda gradient: gradient * 1e27)
+    with pytest.raises(NotFinite, match="gradient norm inf in step 2 .* with finite losses"):
+        trainer.train()
+    assert trainer.progress.scaler["scale"] == 2**16 and steps(trainer.optimizer) == 0
 
 
 def test_times_that_follow_the_loss_resume_with_what_they_heard(data: Path, tmp_path: Path) -> None:
@@ -238,6 +236,14 @@ def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path: Path) -> None:
     objective = trainer.objective.loss(lambda x, t, c: x, torch.zeros(8, 1, 8, 8), None, batch["seeds"], 0)
     assert torch.equal(objective.level, batch["level"])
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+
+
+def test_a_process_without_the_bad_samples_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(data), tmp_path / "run")
+    outcome = Outcome(np.nan, np.nan, 1e-3, False, torch.ones(8), torch.ones(8))
+    monkeypatch.setattr(trainer.step, "run", lambda batch, progress: trainer.step.count(outcome, progress))
+    with pytest.raises(NotFinite, match="loss nan .* 0 samples here: another process has them"):
+        trainer.train()
 
 
 def test_steps_that_are_no_number_can_be_left_out(tmp_path: Path) -> None:

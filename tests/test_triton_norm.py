@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreted import DEVICE, interpreted, norm, norm_backward  # noqa: F401
+from interpreted import DEVICE, channel_add, interpreted, norm, norm_backward  # noqa: F401
 from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, error
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_channel_add() -> None:
         case = Case(2, 21, (5, 6), 3, dtype, layout, ("before", "residual"), shared=layout == LAST)
         x, residual = case.x.to(DEVICE), case.options["residual"].to(DEVICE)
         total = torch.full_like(x, NAN)
-        norm.add(x, case.options["before"].to(DEVICE), residual, total, layout == LAST)
+        channel_add.add(x, case.options["before"].to(DEVICE), residual, total, layout == LAST)
         exact = reference_norm.total_of(case.x.double(), case.options["before"], case.options["residual"], None)
         torch.testing.assert_close(total.cpu().double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=6e-7)
 

@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,13 @@ import torch
 
 from fastdiff.training import presets
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.ranks import Ranks
+from fastdiff.training.data.loader import Batch
+from fastdiff.training.optimizer import steps
+from fastdiff.training.ranks import Ranks, local
+from fastdiff.training.step import Outcome
 from fastdiff.training.trainer import Trainer
 
+After = Callable[[Trainer, Batch, Outcome], None]
 COUNT = 22  # pictures: no multiple of the batch, so that epochs end within batches
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -68,6 +71,12 @@ def lines(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in read if line["kind"] == kind]
 
 
+def measured(run: Path) -> list[dict[str, Any]]:
+    """The lines of training in metrics.jsonl without what depends on the machine."""
+    clocks = ("images_per_s", "memory_bytes", "mfu", "seconds")
+    return [{name: value for name, value in line.items() if name not in clocks} for line in lines(run)]
+
+
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Every tensor equal bit for bit."""
     assert got.keys() == expected.keys()
@@ -82,14 +91,16 @@ def forked() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def train_in_process(config: TrainConfig, run: Path, rank: int = 0, world: int = 1, port: int = 0) -> None:
+def train_in_process(
+    config: TrainConfig, run: Path, rank: int = 0, world: int = 1, port: int = 0, after: After | None = None
+) -> None:
     """The target of a process: one of `world` that train together."""
     if world > 1:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         values = (rank, rank, world, world, "127.0.0.1", port)
         os.environ.update(dict(zip(names, map(str, values), strict=True)))
     trainer = Trainer(config, run, resume="auto")
-    trainer.train()
+    trainer.train(after)
     trainer.close()
 
 
@@ -108,15 +119,30 @@ def die_once(config: TrainConfig, run: Path) -> int:
     return images
 
 
+def overflow_once(trainer: Trainer, batch: Batch, outcome: Outcome) -> None:
+    """In the second step the shard of the second process alone overflows; each process writes what it did in steps."""
+    scaler = trainer.step.scaler
+
+    def overflow(optimizer: torch.optim.Optimizer) -> None:
+        local(trainer.step.parameters[0].grad).fill_(float("inf"))
+        del scaler.unscale_
+        scaler.unscale_(optimizer)
+
+    if (trainer.ranks.rank, trainer.progress.step) == (1, 1):
+        scaler.unscale_ = overflow
+    with (trainer.run / f"{trainer.ranks.rank}.jsonl").open("a") as file:
+        file.write(json.dumps([outcome.taken, scaler.get_scale(), steps(trainer.optimizer)]) + "\n")
+
+
 def train_together(
-    config: TrainConfig, run: Path, world: int, wait: bool = True
+    config: TrainConfig, run: Path, world: int, wait: bool = True, after: After | None = None
 ) -> list[multiprocessing.process.BaseProcess]:
     """Train with this many processes, and wait for them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        forked().Process(target=train_in_process, args=(config, run, rank, world, port)) for rank in range(world)
+        forked().Process(target=train_in_process, args=(config, run, rank, world, port, after)) for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -126,14 +152,3 @@ def train_together(
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * world
     return processes
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, and as many as before afterwards: a run sets its own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,8 +1,9 @@
 """CUDA graphs of networks + row: the table, the row counter and the seeds live in device memory, so what was captured
 replays for any sampler, step count, guidance and seed that needs the same room.
 
-May import: buffers, branches, conditions, compiler. One graph for each kind of row (which branches it evaluates), or
-one of a whole run. How a device records is a `Recorder`, so that all else here runs and is tested on a CPU.
+May import: buffers, branches, conditions, memory, compiler. One graph for each kind of row (which branches it
+evaluates), or one of a whole run. How a device records is a `Recorder`, so that all else here runs and is tested on a
+CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from fastdiff.compiler.assemble import Row
-from fastdiff.engine import conditions
+from fastdiff.engine import conditions, memory
 from fastdiff.engine.branches import Branches
 from fastdiff.engine.buffers import Buffers
 
@@ -26,6 +27,10 @@ _OURS = str(Path(__file__).resolve().parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
 
 Work = Callable[[], None]
+
+
+class NotCaptured(RuntimeError):
+    """What ran in the warm-up failed while it was captured; nothing was changed by it."""
 
 
 class Recorder(Protocol):
@@ -131,13 +136,27 @@ class Graphs:
 
 
 def record(recorder: Recorder, buffers: Buffers, work: Work, warm_up: int = WARM_UP) -> Work:
-    """What replays `work`, and the buffers as they were before."""
+    """What replays `work`, and the buffers as they were before.
+
+    Raises NotCaptured where `work` runs and cannot be captured, and what `work` itself raises as it is.
+    """
+    finished = 0
+
+    def counted() -> None:
+        nonlocal finished
+        work()
+        finished += 1
+
     t = buffers.tensors
     changed = (t.row, t.status, t.state, t.mix, t.momentum, t.denoised, buffers.model_in, buffers.model_time)
     saved = [(live, live.clone()) for live in changed if live is not None]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return recorder.record(work, warm_up)
+            return recorder.record(counted, warm_up)
+    except RuntimeError as error:
+        if finished < warm_up or memory.ran_out(error):
+            raise
+        raise NotCaptured(str(error)) from error
     finally:
         for live, before in saved:
             live.copy_(before)

@@ -27,6 +27,9 @@ def describe() -> str:
         if not backend.ok:
             state = f"not here: {backend.reason}. To fix it: {backend.fix}"
         lines.append(f"backend    {name:<10} {state}")
+    lines.append(
+        "graphs     are of the program that captured them: sampler.memory() there says how many and their bytes"
+    )
     return "\n".join(lines)
 
 

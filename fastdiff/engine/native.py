@@ -20,7 +20,6 @@ from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from fastdiff.engine.guide import GuideTensors
-    from fastdiff.engine.norm_checks import Inputs
     from fastdiff.engine.ops import StepTensors
     from fastdiff.engine.train_ops import TrainTensors
 
@@ -28,7 +27,7 @@ _FIX = (
     "install a C++17 compiler (g++ or clang++) and reinstall fastdiff from source: "
     "pip install -e . --no-build-isolation"
 )
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _BRANCHES = ("model_out", "unguided", "perturbed")
 _POINTERS = (
     "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
@@ -138,47 +137,11 @@ def arguments(tensors: StepTensors) -> AffineArgs:
     _fill(args, tensors, _POINTERS)
     args.channels = tensors.channels
     args.noise_count = 0 if tensors.noise is None else tensors.noise.shape[0]
-    args.model_in_dtype = 0 if tensors.model_in is None else _DTYPES[tensors.model_in.dtype]
+    args.model_in_dtype = 0 if tensors.model_in is None else DTYPES[tensors.model_in.dtype]
     for name in ("model_in", "model_time"):
         tensor = getattr(tensors, name)
         setattr(args, f"{name}_batch", 0 if tensor is None else tensor.shape[0] // max(args.B, 1))
     return args
-
-
-def norm(
-    given: Inputs, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
-) -> None:
-    """Write y, the sum and the statistics of checked tensors (fastdiff.engine.norm) on the CPU. Deterministic."""
-    args = NormArgs(groups=groups, eps=eps, act=act, C=y.shape[1])
-    names = ("weight", "bias", "before", "scale", "shift")
-    pointers = {
-        name: None if vector is None else vector.float() for name, vector in zip(names, given[1:6], strict=True)
-    }
-    for name in ("before", "scale", "shift"):
-        vector = pointers[name]
-        setattr(args, f"{name}_stride", 0 if vector is None else vector.stride(0))
-    others = {"skip": given.skip, "y": y, "total": total, "stats": stats}
-    _norm(args, given.x, given.residual, last, pointers | others)
-
-
-def norm_sum(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:
-    """total = x + before + residual, of checked tensors on the CPU."""
-    before = None if before is None else before.float()
-    args = NormArgs(C=x.shape[1], before_stride=0 if before is None else before.stride(0))
-    _norm(args, x, residual, last, {"before": before, "total": total})
-
-
-def _norm(args: NormArgs, x: Tensor, residual: Tensor | None, last: bool, others: dict[str, Tensor | None]) -> None:
-    for name, tensor in ({"x": x, "residual": residual} | others).items():
-        setattr(args, name, None if tensor is None else tensor.data_ptr())
-    args.B, args.C1 = x.shape[:2]
-    args.P = x.shape[2:].numel()
-    args.dtype, args.channels_last = _DTYPES[x.dtype], last
-    args.residual_stride = 0 if residual is None or residual.shape[0] < args.B else residual[0].numel()
-    library = load()
-    code = library.fastdiff_norm_cpu(ctypes.addressof(args))
-    if code:
-        raise RuntimeError(f"norm_act on cpp: {library.fastdiff_error(code).decode()} (code {code})")
 
 
 def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, pointers: tuple[str, ...]) -> None:
@@ -189,7 +152,7 @@ def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, poi
     args.N = torch.Size(shape).numel()
     args.R, args.coef_width = tensors.coef.shape
     args.ids_width = tensors.ids.shape[1]
-    args.model_out_dtype = _DTYPES[tensors.model_out.dtype]
+    args.model_out_dtype = DTYPES[tensors.model_out.dtype]
 
 
 def bind(tensors: StepTensors, executor: str) -> Callable[..., None]:
@@ -271,7 +234,7 @@ def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     args.B, args.N, args.width = len(tensors.images), tensors.images[0].numel(), tensors.images.shape[-1]
     model = tensors.out if tensors.model_out is None else tensors.model_out
     assert model is not None
-    args.image_dtype, args.model_dtype = _DTYPES[tensors.images.dtype], _DTYPES[model.dtype]
+    args.image_dtype, args.model_dtype = DTYPES[tensors.images.dtype], DTYPES[model.dtype]
     library = load()
     run: Callable[[int], int] = getattr(library, f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
     if executor == "cuda":

@@ -1,20 +1,20 @@
 """The norm op: group normalisation of a sum, its affine map, a scale and shift, and SiLU, in one pass over the image.
 
-May import: fastdiff.kernels and the compiled extension (through engine.native), backends, the reference. Networks call
+May import: fastdiff.kernels and the compiled extension (through norm_cpu), backends, the reference. Networks call
 `norm_act` and `channel_add`; torch.compile traces them, autograd differentiates `norm_act`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.engine import backends, reference_norm
-from fastdiff.engine.norm_checks import Inputs, check, check_add, lies_last
+from fastdiff.engine import backends, norm_cpu, reference_norm
+from fastdiff.engine.norm_checks import Inputs, check, check_add, lies_last, row
 from fastdiff.errors import BackendUnavailable
 
 _IMAGES = "Tensor? before, Tensor? scale, Tensor? shift"
@@ -86,7 +86,13 @@ def channel_add(
     """x + residual + before, arguments as of `norm_act`. Differentiable; under torch.compile it is torch's own sum."""
     if before is None and residual is None:
         return x
-    before = None if before is None else _row(before, x.shape[0])
+    if executor is None and _direct((x, before, residual)):
+        known = norm_cpu.bound_sum(x, before, residual)
+        if known is not None:
+            total = torch.empty_like(x)
+            norm_cpu.run_sum(known.block, x, before, residual, total)
+            return total
+    before = row(before, x.shape[0])
     if torch.compiler.is_compiling() or executor == "reference" or _needs_gradient((x, before, residual)):
         check_add(x, before, residual, "reference")
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
@@ -116,6 +122,12 @@ def launches(batch: int, pixels: int, channels: int, groups: int, size: int) -> 
 def _norm(
     given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if executor is None and _direct(given):
+        known = norm_cpu.bound(given, groups, eps, act)
+        if known is not None:
+            outputs = _outputs(given.x, given.skip, groups, keep, known.last)
+            norm_cpu.run(known.block, given, outputs[0], outputs[1] if keep else None, outputs[2])
+            return outputs
     given = _dense(given)
     x = given.x
     differentiates = _needs_gradient(given)
@@ -132,9 +144,16 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _row(vector: Tensor, batch: int) -> Tensor:
-    """[B, C] of a vector [C] too, without a copy."""
-    return vector.expand(batch, -1) if vector.dim() == 1 else vector
+def _direct(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on these, the image first, needs nothing but the CPU's kernel."""
+    x = tensors[0]
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not _needs_gradient(tensors)
+        and choose(x.device, x.dtype) == "cpp"
+    )
 
 
 def _dense(given: Inputs) -> Inputs:
@@ -143,7 +162,7 @@ def _dense(given: Inputs) -> Inputs:
     It is channels_last where x is or where its strides say so, else contiguous.
     """
     x, weight, bias, *vectors, residual, skip = given
-    before, scale, shift = (None if vector is None else _row(vector, x.shape[0]) for vector in vectors)
+    before, scale, shift = (row(vector, x.shape[0]) for vector in vectors)
     if lies_last(x, residual, skip) is None:
         wanted = torch.contiguous_format
         if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
@@ -166,9 +185,7 @@ def _forward(*arguments: Any, executor: str) -> tuple[Tensor, Tensor, Tensor]:
     y, total, stats = _outputs(x, given.skip, groups, keep, last)
     run: Any
     if executor == "cpp":
-        from fastdiff.engine import native
-
-        run = native.norm
+        run = norm_cpu.forward
     else:
         from fastdiff.kernels import norm as triton_norm
 
@@ -179,10 +196,13 @@ def _forward(*arguments: Any, executor: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _outputs(x: Tensor, skip: Tensor | None, groups: int, keep: bool, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shape = list(x.shape)
-    shape[1] += 0 if skip is None else skip.shape[1]
-    layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    if skip is None:
+        y = torch.empty_like(x)
+    else:
+        shape = list(x.shape)
+        shape[1] += skip.shape[1]
+        layout = torch.channels_last if last else torch.contiguous_format
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = torch.empty(x.shape[0], groups, 2, dtype=wide, device=x.device)
     return y, torch.empty_like(y) if keep else x.new_empty(0), stats
@@ -317,13 +337,11 @@ def _add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: st
     if not x.numel():
         return total
     if executor == "cpp":
-        from fastdiff.engine import native
-
-        native.norm_sum(x, before, residual, total, last)
+        norm_cpu.add(x, before, residual, total, last)
     elif executor == "triton":
-        from fastdiff.kernels import norm as triton_norm
+        from fastdiff.kernels import channel_add as triton_add
 
-        triton_norm.add(x, before, residual, total, last)
+        triton_add.add(x, before, residual, total, last)
     else:
         total.copy_(reference_norm.total_of(x, before, residual, None))
     return total

@@ -23,6 +23,11 @@ class Inputs(NamedTuple):
     skip: Tensor | None = None
 
 
+def row(vector: Tensor | None, batch: int) -> Tensor | None:
+    """[B, C] of a vector [C] too, without a copy."""
+    return vector.expand(batch, -1) if vector is not None and vector.dim() == 1 else vector
+
+
 def lies_last(x: Tensor, *others: Tensor | None) -> bool | None:
     """Whether all images are channels_last (True) or all contiguous (False); None where they are neither."""
     images = [x, *(image for image in others if image is not None)]

@@ -310,8 +310,8 @@ class Sampler:
             if self._whole and not isinstance(self.plan, AdaptivePlan):
                 return [own.graphs.loop(branches, rows, self.backend)]
             return own.graphs.steps(branches, rows, self.backend)
-        except RuntimeError as error:
-            if self._insist or memory.ran_out(error):
+        except graphs.NotCaptured as error:
+            if self._insist:
                 raise
             self.graph, own.graphs = False, None
             warnings.warn(graphs.cannot_capture(error), stacklevel=6)

@@ -93,7 +93,9 @@ class Stream:
         for name, count in (("slots", slots), ("queue", queue), ("table_rows", table_rows)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
-        refuse_modes(model, "a stream")
+        for network in (model, guide, perturbed):
+            if network is not None:
+                refuse_modes(network, "a stream")
         if graph not in (True, False, "auto"):
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
         for name, other in (("guide", guide), ("perturbed", perturbed)):
@@ -292,8 +294,8 @@ class Stream:
         """One row; without graphs from now on, and a warning, where the networks cannot be captured."""
         try:
             return self._seats.run()
-        except RuntimeError as error:
-            if self._seats.recorder is None or self._insist or isinstance(error, torch.OutOfMemoryError):
+        except graphs.NotCaptured as error:
+            if self._insist:
                 raise
             self._seats.recorder = None
             warnings.warn(graphs.cannot_capture(error), stacklevel=6)

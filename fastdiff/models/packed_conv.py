@@ -23,7 +23,8 @@ _layers: weakref.WeakValueDictionary[int, PackedConv] = weakref.WeakValueDiction
 class PackedConv(nn.Module):
     """conv(x) without bias, x channels_last. weight: [C_out, C_in, k, k]; a second copy of it is kept for a CPU.
 
-    Deterministic; capturable on a GPU. The copy follows the weight: it is made again after a change of it.
+    Deterministic; capturable on a GPU. The copy follows the weight: it is made again after a change of it that torch
+    counts, as all but those through `.data` are (`FastUNet.repack`).
     """
 
     def __init__(self, weight: nn.Parameter, stride: int = 1, padding: int = 1) -> None:
@@ -31,7 +32,7 @@ class PackedConv(nn.Module):
         self.weight = weight
         self.stride, self.padding = stride, padding
         self.number = next(_numbers)
-        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        self._packed: tuple[Tensor, int, Tensor] | None = None
         _layers[self.number] = self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,12 +50,13 @@ class PackedConv(nn.Module):
         if not x.numel() or not _has_operators():
             return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         both = [self.padding] * 2, [self.stride] * 2, [1, 1]
-        of = weight.data_ptr(), weight._version
-        if self._packed is None or self._packed[0] != of:
+        kept = self._packed
+        if kept is None or kept[1] != weight._version or kept[0].data_ptr() != weight.data_ptr():
             with torch.inference_mode(False):
                 reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-                self._packed = of, reorder(weight.detach().to_mkldnn(), *both, 1, list(x.shape))
-        found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self._packed[1], None, *both, 1, "none", [], "")
+                of = weight.detach()  # kept too, so that no other weight comes to lie at its address
+                kept = self._packed = of, weight._version, reorder(of.to_mkldnn(), *both, 1, list(x.shape))
+        found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept[2], None, *both, 1, "none", [], "")
         return found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what i
 - a shortcut adds onto its convolution's output in the epilogue of its GEMM;
 - q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
   into that of q: softmax(x A x^T) x B;
-- nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
+- nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36, which also
+  passes on the bias of the block before it;
 - on a CPU the convolutions' weights are put into the library's order once, not at each call;
 - the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
@@ -39,6 +40,7 @@ from fastdiff.models.unet_fast_blocks import (
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
+    from fastdiff.models.unet_config import UNetConfig
 
 
 class FastUNet(nn.Module):
@@ -46,6 +48,8 @@ class FastUNet(nn.Module):
 
     Called like the UNet it is made from; outputs agree with it (fp32 to 1e-4 of the largest). Deterministic;
     capturable; torch.compile traces it. No gradients, no dropout. fallbacks: the blocks that run as they were, and why.
+    What it derives from its weights follows their changes (load_state_dict, copy_, `.to`, other tensors put in their
+    place), except a write into `weight.data`, which torch does not count: `repack` after one.
     """
 
     def __init__(self, net: UNet, dtype: torch.dtype | None = None) -> None:
@@ -69,6 +73,7 @@ class FastUNet(nn.Module):
         levels += [] if net.mid_block is None else [("mid_block", net.mid_block)]
         levels += [(f"up_blocks.{i}", level) for i, level in enumerate(net.up_blocks)]
         layers = [layer for name, level in levels for layer in self._level(name, level, dtype, rows)]
+        _take_over_biases(layers, net.config)
         _pad_to_skips(layers)
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         if self.fallbacks:
@@ -97,14 +102,20 @@ class FastUNet(nn.Module):
         """
         return self if self.class_embedding is not None else PreparedUNet(self, times)
 
+    def repack(self) -> None:
+        """Derive anew, at the next call, what was derived from weights that were written through `.data` since."""
+        torch.autograd.graph.increment_version([w for w in self.parameters() if not w.is_inference()])
+
     def time_weights(self) -> Hashable:
         """Another value once the weights that `prepare_times` computes with are others, or elsewhere."""
-        modules = self.time_proj, self.time_embedding
-        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
         return tuple(
-            (w.data_ptr(), 0 if w.is_inference() else w._version, w.device, w.dtype)
-            for w in (*weights, self.rows_weight, self.rows_bias)
+            (w.data_ptr(), 0 if w.is_inference() else w._version, w.device, w.dtype) for w in self._of_the_time()
         )
+
+    def _of_the_time(self) -> list[Tensor]:
+        modules = self.time_proj, self.time_embedding
+        own = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+        return [*own, self.rows_weight, self.rows_bias]
 
     def run(self, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         """The network on x [B, in_channels, H, W] with the rows that `project` gave."""
@@ -162,6 +173,8 @@ class PreparedUNet(nn.Module):
         device = net.conv_in.weight.device
         times = torch.unique(times.detach().to("cpu", torch.float32).flatten())
         self.net = net
+        # kept, so that `time_weights` stays another value for others: none comes to lie at their addresses
+        self._made_of = [weight.detach() for weight in net._of_the_time()]
         # t is in (just below t_i, t_i] exactly when it is t_i; the intervals between lead to a row of NaN
         below = torch.nextafter(times, torch.full_like(times, -torch.inf))
         self.register_buffer("edges", torch.stack((below, times), 1).flatten().to(device))
@@ -178,11 +191,27 @@ class PreparedUNet(nn.Module):
         return self.net.run(x, time, self.table.index_select(0, found))
 
 
+def _take_over_biases(layers: Sequence[Layer], config: UNetConfig) -> None:
+    """A doubling after a block that leaves nothing but a bias takes it over, for images of the configuration's size."""
+    side = config.sample_size or 0
+    deepest = config.patch_size * 2 ** (len(config.block_out_channels) - 1)
+    height, width = (pixels // deepest for pixels in (side if isinstance(side, tuple) else (side, side)))
+    for before, layer in itertools.pairwise(layers):
+        leaves_a_bias = isinstance(before, FastResBlock) and before.shortcut is not None
+        if isinstance(layer, FastUp) and leaves_a_bias and min(height, width) > 0:
+            assert before.after is not None
+            layer.expect(before.after, (height, width))
+        if isinstance(layer, FastUp) or (isinstance(layer, FastResBlock) and layer.resample == "up"):
+            height, width = 2 * height, 2 * width
+
+
 def _pad_to_skips(layers: Sequence[Layer]) -> None:
     """A bias that is added beside a skip is 0 on the skip's channels."""
     for before, layer in itertools.pairwise(layers):
-        if layer.takes_skip and before.after is not None:
-            before.after = fixed(F.pad(before.after, (0, layer.channels_in - before.after.shape[0])))
+        for name in ("after", "inside"):
+            bias = getattr(before, name, None)
+            if layer.takes_skip and bias is not None:
+                setattr(before, name, fixed(F.pad(bias, (0, layer.channels_in - bias.shape[0]))))
 
 
 def _copied(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

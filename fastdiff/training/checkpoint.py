@@ -7,6 +7,7 @@ May import: ranks, files. A folder without a dot in front of its name is whole, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -34,7 +35,8 @@ class Progress:
     """How far a run is. images: seen so far; step: batches; skips: those left out, their gradient not finite.
 
     updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
-    times: that of a distribution of times that follows the loss.
+    times: that of a distribution of times that follows the loss; loss_sum, loss_count: over the steps since the last
+    line of the log, of all processes.
     """
 
     images: int = 0
@@ -44,6 +46,19 @@ class Progress:
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     times: dict[str, Any] = field(default_factory=dict)
+    loss_sum: float = 0.0
+    loss_count: int = 0
+
+    def add(self, loss: float) -> None:
+        """Count the loss of a step in the mean of the next line of the log."""
+        self.loss_sum += loss
+        self.loss_count += 1
+
+    def mean_loss(self) -> float:
+        """The mean since the last call, not a number where no step was counted; the next one begins anew."""
+        mean = self.loss_sum / self.loss_count if self.loss_count else math.nan
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
 
 
 class Checkpoints:

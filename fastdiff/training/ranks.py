@@ -6,12 +6,16 @@ May import: nothing of the package. On GPUs NCCL moves tensors and gloo moves wh
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+PATIENCE = 1800.0  # seconds that processes may start apart
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,40 @@ def join(device: str = "auto", threads: int | None = None) -> Ranks:
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+        store=fresh(store, rank, world), rank=rank, world_size=world,
+    )  # fmt: skip
     group, storage = (dist.new_group(backend="gloo") for _ in range(2))
-    return Ranks(dist.get_rank(), world, place, group, storage)
+    return Ranks(rank, world, place, group, storage)
+
+
+def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the store that only the processes of this start use; each of them gets the same.
+
+    torchrun keeps one store over its restarts, with the addresses of processes that are dead. Here a process asks under
+    a name of its own, never used before, so that no answer is of an earlier start.
+    Raises: TimeoutError in the first process when others do not come.
+    """
+    name = uuid4().hex
+    if rank:
+        store.set(f"fastdiff/{rank}", name)
+        part = store.get(name).decode()
+        store.set(f"{part}/here/{rank}", "")
+        return dist.PrefixStore(part, store)
+    deadline = time.monotonic() + PATIENCE
+    while missing := [other for other in range(1, world) if not store.check([f"{name}/here/{other}"])]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"processes {missing} of {world} did not join within {PATIENCE:g} s; see whether they run and what "
+                "they wrote, and start all again"
+            )
+        for asked in (f"fastdiff/{other}" for other in missing):
+            if store.check([asked]):
+                store.set(store.get(asked).decode(), name)  # nobody reads it if who asked is of an earlier start
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def spread(net: nn.Module, ranks: Ranks, how: str, precision: str, blocks: list[nn.Module]) -> nn.Module:

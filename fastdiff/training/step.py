@@ -28,9 +28,9 @@ _DROPOUT = 0x2545F4914F6CDD1D  # spreads (seed, step, rank) over the seeds of to
 
 @dataclass(frozen=True)
 class Outcome:
-    """loss: mean over this process's share; norm: of the gradient, over all processes; rate: of learning.
+    """loss: mean over the batch; norm: of its gradient, both over all processes; rate: of learning.
 
-    taken: whether the weights were changed. per_sample, level: [B], of this share.
+    taken: whether the weights were changed. per_sample, level: [B], of this process's share.
     """
 
     loss: float
@@ -86,11 +86,11 @@ class Step:
         means = [
             loss.mean.detach() * (len(part.seeds) / len(batch.seeds)) for loss, part in zip(losses, parts, strict=True)
         ]
-        mean = float(torch.stack(means).sum())
+        mean = self.ranks.total(float(torch.stack(means).sum())) / self.ranks.world
         taken = math.isfinite(norm)
-        if taken or self.scaler.is_enabled():
+        if taken:  # decided by the norm, which all processes share
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if taken:
             self.observe(losses, progress)
@@ -109,14 +109,12 @@ class Step:
 
     def count(self, outcome: Outcome, progress: Progress) -> Outcome:
         """Enter a step that was taken or left out, and update the average."""
-        batch = self.config.batch
+        batch, before = self.config.batch, progress.scaler.get("scale", math.inf)
         progress.images += batch
         progress.step += 1
         if outcome.taken:
             self.ema.update(progress.images, batch)
-        elif not (
-            self.scaler.is_enabled() and self.ranks.total(outcome.loss) < math.inf and self.scaler.get_scale() >= 1
-        ):
+        elif not (self.scaler.is_enabled() and outcome.loss < math.inf and 1 <= self.scaler.get_scale() < before):
             # With fp16 a finite loss that overflows backwards only lowers the scale, while that can help.
             progress.skips += 1
         progress.scaler = self.scaler.state_dict()

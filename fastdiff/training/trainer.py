@@ -7,6 +7,7 @@ May import: everything of fastdiff.training.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,7 +80,7 @@ class Trainer:
         Raises: NotFinite when the loss is not a number; OSError when the last state cannot be saved.
         """
         said = Records(self.run, self.progress.images, self.config.images, self.config.tensorboard, self.ranks.first)
-        self.records, self._window = said, _Window(self.progress)
+        self.records, self._shown = said, (time.monotonic(), self.progress.images)
         reason = "done"
         try:
             with Interrupts() as interrupts:
@@ -204,7 +205,10 @@ class Trainer:
         )
         bad = ~torch.isfinite(outcome.per_sample)
         levels = ", ".join(f"{level:.6g}" for level in outcome.level[bad][:5].tolist())
-        where = f"at model times {levels}" if levels else "with finite losses: the gradient overflowed"
+        where = f"at model times {levels}"
+        if not levels:
+            finite = math.isfinite(outcome.loss)
+            where = "with finite losses: the gradient overflowed" if finite else "here: another process has them"
         text = (
             f"loss {outcome.loss} and gradient norm {outcome.norm} in step {step} (after {images} images), "
             f"{int(bad.sum())} samples {where}; the batch is in {out}"
@@ -228,7 +232,8 @@ class Trainer:
         except OSError as error:
             self._failed_to_save(error)
         self.records.advance(config.batch)
-        self._window.add(outcome)
+        if outcome.taken:
+            self.progress.add(outcome.loss)
         if self._due(config.log_images) or images >= config.images:
             self._log(outcome)
         if self._due(config.eval_images):
@@ -240,8 +245,9 @@ class Trainer:
             self.save()
 
     def _log(self, outcome: Outcome) -> None:
-        rate, loss = self._window.close(self.progress)
-        loss = self.ranks.total(loss) / self.ranks.world
+        (began, images), self._shown = self._shown, (time.monotonic(), self.progress.images)
+        rate = (self.progress.images - images) / max(self._shown[0] - began, 1e-9)
+        loss = self.progress.mean_loss()
         used = self.ranks.largest(records.memory(self.ranks.device))
         mfu = rate * self.flops / (self._peak * self.ranks.world)
         self.records.write(
@@ -285,25 +291,6 @@ class Trainer:
         world = self.ranks.world
         if config.batch % world:
             raise ValueError(f"batch {config.batch} is not a multiple of the {world} processes; choose one that is")
-
-
-class _Window:
-    """Rate and mean loss since the last line of the log."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._began, self._images = time.monotonic(), progress.images
-        self._losses: list[float] = []
-
-    def add(self, outcome: Outcome) -> None:
-        if outcome.taken:
-            self._losses.append(outcome.loss)
-
-    def close(self, progress: Progress) -> tuple[float, float]:
-        now = time.monotonic()
-        rate = (progress.images - self._images) / max(now - self._began, 1e-9)
-        loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
-        self._began, self._images, self._losses = now, progress.images, []
-        return rate, loss
 
 
 def _open(config: TrainConfig) -> Source:

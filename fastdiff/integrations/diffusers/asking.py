@@ -5,7 +5,6 @@ May import: torch, engine, and the other files of this folder.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from fastdiff.integrations.diffusers.pipelines import Kind
 
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
+_SCALAR = torch.Size()
 WEIGHTS = "_parameters", "_buffers", "_modules"  # told apart by where they live
 BY_VALUE, COLLECTIONS = (bool, int, str), (OrderedDict, dict, set, list, tuple)
 
@@ -48,11 +48,12 @@ class Asked(NamedTuple):
 
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
-        if self.state is None:
-            ask = functools.partial(network, x, **cond)
-        else:
-            ask = functools.partial(network, **{self.state: x}, **cond)
-        return ask if self.by_position else lambda time: ask(timestep=time)
+        if self.state is not None:
+            cond = {self.state: x, **cond}
+            return lambda time: network(timestep=time, **cond)
+        if self.by_position:
+            return lambda time: network(x, time, **cond)
+        return lambda time: network(x, timestep=time, **cond)
 
 
 class Asking:
@@ -70,10 +71,9 @@ class Asking:
         self.guided, self.rescaled = guided, rescaled
         self.form = len(asked), guided, rescaled
         self.swapped = guided and not rescaled and kind.branches == "uncond first"
-        batch = desk.batch
-        stacked = 2 * batch if guided and len(asked) == 1 else batch
-        self._inputs = [desk.model_in[i * batch : i * batch + stacked] for i in range(len(asked))]
-        self.time_shape = torch.Size([stacked]) if asked[0].time.dim() else torch.Size()
+        stacked = guided and len(asked) == 1
+        self._inputs = desk.inputs(len(asked), stacked)
+        self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
         """What a recorded step depends on: the calls' form and conditions, the branches, the network as it stands."""
@@ -110,12 +110,12 @@ class Asking:
         return apart if len(calls) > 1 else split if self.rescaled else evaluate
 
     def _output(self, returned: Any) -> Tensor:
-        output = returned[0] if isinstance(returned, tuple) else returned.sample
-        channels = self.desk.model_in.shape[1]
-        if output.shape[1] != channels:
+        output: Tensor = returned[0] if isinstance(returned, tuple) else returned.sample
+        channels = self.desk.channels
+        if output.size(1) != channels:
             if not self.kind.variance:
                 raise ValueError(
-                    f"accelerate: the network gives {output.shape[1]} channels for {channels}; a variance that it "
+                    f"accelerate: the network gives {output.size(1)} channels for {channels}; a variance that it "
                     "predicts is not taken over here. restore(pipe) runs it as it was"
                 )
             output = output[:, :channels]

@@ -42,16 +42,19 @@ class Desk:
 
     def __init__(self, needs: Needs, program: Program) -> None:
         self.needs = needs
-        self.batch = needs.shape[0]
-        self._rows = max(ROWS, 1 << (len(program) - 1).bit_length())
-        self._width = at.COEF_FIXED + at.NOISE_STRIDE * max(TERMS, _terms(program))
-        self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * max(TERMS, _terms(program))
+        self.batch, self.channels = needs.shape[:2]
+        self._rows, terms = max(ROWS, 1 << (len(program) - 1).bit_length()), max(TERMS, program.terms)
+        self._width = at.COEF_FIXED + at.NOISE_STRIDE * terms
+        self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * terms
         self._room, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
         self._slots = slots if program.slots else 0
         self.executor = backends.choose(needs.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
             self._allocate()
         self._steps: dict[Any, tuple[ops.Step, ...]] = {}
+        self._form: Form | None = None  # of the last steps, and the network's dtype
+        self._dtype: torch.dtype | None = None
+        self._now: tuple[ops.Step, ...] = ()
         self._loaded: Start | None = None
         self._guided: tuple[float, float] | None = None
         self.recorder = recorder_for(needs.device, self.executor)
@@ -89,7 +92,14 @@ class Desk:
         opening = zeros(1, self._width), zeros(1, self._ids_width, dtype=torch.int32)
         self._opening = replace(self.tensors, coef=opening[0], ids=opening[1])
         self._registers, self._unread = self.tensors.state.unbind(), self.tensors.model_out
+        self._branches = self.model_in.split(batch)
         self._open = ops.bind(self._opening, self.executor, uses_e=False)
+
+    def inputs(self, count: int, stacked: bool) -> list[Tensor]:
+        """What each of `count` calls of the network is given: the state, or both branches of it where one asks both."""
+        if not stacked:
+            return list(self._branches[:count])
+        return [self.model_in]
 
     def fits(self, needs: Needs, program: Program) -> bool:
         """Whether this program runs here for these needs."""
@@ -97,7 +107,7 @@ class Desk:
             needs == self.needs
             and len(program) <= self._rows
             and program.plan.registers <= self._room
-            and at.COEF_FIXED + at.NOISE_STRIDE * _terms(program) <= self._width
+            and at.COEF_FIXED + at.NOISE_STRIDE * program.terms <= self._width
             and bool(program.slots) == bool(self._slots)
             and program.slots <= self._slots
         )
@@ -144,11 +154,12 @@ class Desk:
 
     def advance(self, conditional: Tensor, unguided: Tensor | None, form: Form) -> None:
         """Run the next row of every sample on the network's outputs: Fc or a stack, and Fu where it is apart."""
-        key = conditional.dtype, form
-        steps = self._steps.get(key)
-        if steps is None:
-            steps = self._steps[key] = self._bind(conditional, unguided, form[2])
-        for step in steps:
+        if form is not self._form or conditional.dtype is not self._dtype:
+            self._form, self._dtype, key = form, conditional.dtype, (conditional.dtype, form)
+            if key not in self._steps:
+                self._steps[key] = self._bind(conditional, unguided, form[2])
+            self._now = self._steps[key]
+        for step in self._now:
             step(conditional, unguided)
 
     def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
@@ -162,7 +173,3 @@ class Desk:
             model_out=conditional, unguided=unguided, settings=self._settings, partial=self._partial,
         )  # fmt: skip
         return bind_guide(found, at.RESCALE, False, self.executor), ops.bind(tensors, self.executor)
-
-
-def _terms(program: Program) -> int:
-    return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (program.rows, program.opening))

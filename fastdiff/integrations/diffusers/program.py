@@ -46,6 +46,11 @@ class Program:
         return len(self.times)
 
     @functools.cached_property
+    def terms(self) -> int:
+        """The most normals that a row draws."""
+        return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (self.rows, self.opening))
+
+    @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
         """Per row, c_in of its network input."""
         return np.append(self.opening.coef[:, at.EMIT_SCALE], self.rows.coef[:-1, at.EMIT_SCALE])

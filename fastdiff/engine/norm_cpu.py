@@ -1,0 +1,158 @@
+"""The norm op on a CPU: checked and its argument block filled in once for each layout of tensors, then only addresses.
+
+May import: native, norm_checks. A small image takes less time than Python needs to look at its tensors twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.engine import native
+from fastdiff.engine.native import NormArgs
+from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, lies_last, row
+
+KEPT = 4096  # layouts; more than that come from sizes that do not come again
+
+
+class Bound(NamedTuple):
+    """Calls on tensors of one layout, which were checked: their argument block without addresses."""
+
+    block: NormArgs
+    last: bool
+
+
+_known: dict[Hashable, Bound | None] = {}
+
+
+def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
+    """Calls of `norm_act` on tensors like these; None where one has to be copied, cast or expanded first.
+
+    Raises what `norm_checks.check` raises.
+    """
+    key = (
+        groups, eps, act,
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu) for t in given],
+    )  # fmt: skip
+    try:
+        return _known[key]
+    except KeyError:
+        vectors = given[1:6]
+        if not _fits(given.x, (given.residual, given.skip), vectors):
+            return _keep(key, None)
+        rows = [row(vector, given.x.shape[0]) for vector in vectors[2:]]
+        given = given._replace(before=rows[0], scale=rows[1], shift=rows[2])
+        last = check(given, groups, "cpp")
+        return _keep(key, Bound(_block(given, groups, eps, act, last), last))
+
+
+def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Bound | None:
+    """Calls of `channel_add` on tensors like these, as `bound`."""
+    key = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu) for t in (x, before, residual)])
+    try:
+        return _known[key]
+    except KeyError:
+        if not _fits(x, (residual,), (before,)):
+            return _keep(key, None)
+        before = row(before, x.shape[0])
+        last = check_add(x, before, residual, "cpp")
+        assert last is not None
+        return _keep(key, Bound(_sum_block(x, before, residual, last), last))
+
+
+def run(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> None:
+    """Write y, the sum and the statistics; the block is one of tensors like these, and is not changed."""
+    x, weight, bias, before, scale, shift, residual, skip = given
+    args = NormArgs.from_buffer_copy(block)  # another thread may run the same layout
+    args.x, args.weight, args.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
+    args.y, args.stats = y.data_ptr(), stats.data_ptr()
+    if before is not None:
+        args.before = before.data_ptr()
+    if scale is not None:
+        args.scale = scale.data_ptr()
+    if shift is not None:
+        args.shift = shift.data_ptr()
+    if residual is not None:
+        args.residual = residual.data_ptr()
+    if skip is not None:
+        args.skip = skip.data_ptr()
+    if total is not None:
+        args.total = total.data_ptr()
+    _launch(args)
+
+
+def run_sum(block: NormArgs, x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor) -> None:
+    """total = x + before + residual, as `run`."""
+    args = NormArgs.from_buffer_copy(block)
+    args.x, args.total = x.data_ptr(), total.data_ptr()
+    if before is not None:
+        args.before = before.data_ptr()
+    if residual is not None:
+        args.residual = residual.data_ptr()
+    _launch(args)
+
+
+def forward(
+    given: Inputs, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
+) -> None:
+    """Write y, the sum and the statistics of any tensors that `norm_checks.check` takes. Deterministic."""
+    names = ("weight", "bias", "before", "scale", "shift")
+    vectors = {name: vector.float() for name in names if (vector := getattr(given, name)) is not None}
+    given = given._replace(**vectors)
+    run(_block(given, groups, eps, act, last), given, y, total, stats)
+
+
+def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:
+    """total = x + before + residual, of any tensors that `norm_checks.check_add` takes."""
+    before = None if before is None else before.float()
+    run_sum(_sum_block(x, before, residual, last), x, before, residual, total)
+
+
+def _fits(x: Tensor, images: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]) -> bool:
+    return (
+        x.dtype in DTYPES
+        and x.numel() > 0
+        and lies_last(x, *images) is not None
+        and all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+    )
+
+
+def _keep(key: Hashable, found: Bound | None) -> Bound | None:
+    if len(_known) >= KEPT:
+        _known.clear()
+    _known[key] = found
+    return found
+
+
+def _block(given: Inputs, groups: int, eps: float, act: bool, last: bool) -> NormArgs:
+    args = _sum_block(given.x, given.before, given.residual, last)
+    args.C += 0 if given.skip is None else given.skip.shape[1]
+    args.groups, args.eps, args.act = groups, eps, act
+    args.scale_stride = 0 if given.scale is None else given.scale.stride(0)
+    args.shift_stride = 0 if given.shift is None else given.shift.stride(0)
+    return args
+
+
+def _sum_block(x: Tensor, before: Tensor | None, residual: Tensor | None, last: bool) -> NormArgs:
+    batch, channels = x.shape[:2]
+    return NormArgs(
+        B=batch,
+        C=channels,
+        C1=channels,
+        P=x.shape[2:].numel(),
+        residual_stride=0 if residual is None or residual.shape[0] < batch else residual[0].numel(),
+        before_stride=0 if before is None else before.stride(0),
+        dtype=native.DTYPES[x.dtype],
+        channels_last=last,
+    )
+
+
+def _launch(args: NormArgs) -> None:
+    library = native.load()
+    code = library.fastdiff_norm_cpu(ctypes.addressof(args))
+    if code:
+        raise RuntimeError(f"norm_act on cpp: {library.fastdiff_error(code).decode()} (code {code})")
