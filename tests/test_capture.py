@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import fastdiff as fd
 from fastdiff.compiler import layout
+from fastdiff.compiler.capture.intercept import Intercept
 from fastdiff.compiler.verify import execute
 from fastdiff.process.schedules import Level
 
@@ -462,6 +464,72 @@ class Carrying:
         return state
 
 
+class DrawsByShape(Own):
+    """Draws that take none of the tensors it is given, from torch's generator or from its own, by turns."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        own = torch.Generator().manual_seed(3) if timestep % 2 else None
+        return 0.9 * sample + 0.1 * model_output + 0.3 * torch.randn(sample.shape, generator=own, dtype=torch.float64)
+
+
+class DrawsFromItsOwn(Own):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        normal = torch.randn(sample.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return 0.9 * sample + 0.1 * model_output + 0.3 * normal
+
+
+class ClipsOutsideTorch(Own):
+    """Takes its estimate out of torch and clips what comes back, further out than random tensors of the proof are."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        estimate = torch.from_numpy((sample - 0.5 * model_output).numpy()).clamp(-90.0, 90.0)
+        return 0.5 * sample + 0.5 * estimate
+
+
+class Answers(TorchFunctionMode):
+    """Somebody's own mode, which answers torch.randn."""
+
+    asked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            self.asked += 1
+            return torch.zeros(*args, dtype=torch.float64)
+        return func(*args, **(kwargs or {}))
+
+
+def test_draws_are_not_answered_by_a_mode_around_the_capture() -> None:
+    with Answers() as mode:
+        plan = fd.capture(DrawsByShape(), 6)
+    assert plan.draws == 6 and mode.asked == 0
+
+
+@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn])
+def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
+    state = torch.get_rng_state()
+    plan = fd.capture(kind(), 6)
+    assert plan.draws == 6 and [row.noise for row in plan.rows[1:]] == [((i, 1),) for i in range(6)]
+    assert all(row.outputs[0].noise == (0.3,) for row in plan.rows[1:])
+    assert plan.options["mismatch"] < 1e-12
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_clamp_of_what_left_torch_is_in_the_table() -> None:
+    plan = fd.capture(ClipsOutsideTorch(), 5)
+    assert all(row.clamp == (-90.0, 90.0) for row in plan.rows[1:])
+
+
+@pytest.mark.parametrize(("name", "every"), [("LMSDiscrete", False), ("DDPM", True)])
+def test_every_torch_call_is_watched_only_where_a_scheduler_draws(
+    name: str, every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scheduler computes of its levels is most of what it does: LMS integrates polynomials with SciPy."""
+    entered: list[object] = []
+    monkeypatch.setattr(Intercept, "__enter__", lambda self: entered.append(self) or TorchFunctionMode.__enter__(self))
+    fd.capture(make(name, {}), 4)
+    assert bool(entered) == every
+
+
 def test_what_the_caller_carries_can_be_kept_in_an_object_around_it() -> None:
     plan = fd.capture(Carrying(), 10)
     assert plan.options["mismatch"] < 1e-6 and plan.options["prediction"] == "v"
@@ -508,7 +576,6 @@ def test_what_is_no_table_is_refused_with_its_step(kind: type[Own], words: str) 
     assert kind.__name__ in str(error.value)
 
 
-@pytest.mark.slow  # a time in milliseconds is of one machine
 def test_a_capture_of_fifty_steps_takes_less_than_a_second() -> None:
     """Every configuration of the table; processor time, the best of three where the first is not good enough."""
     times: dict[str, float] = {}

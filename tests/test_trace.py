@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import time
 import types
@@ -165,7 +166,25 @@ def test_brownian_trees_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fd.trace(module.sample_dpmpp_2m_sde, LEVELS).draws == len(LEVELS) - 2
 
 
-@pytest.mark.slow  # a time in milliseconds is of one machine
+@pytest.mark.parametrize("own", [False, True])
+def test_draws_by_a_shape_alone_are_named(own: bool) -> None:
+    """From torch's generator or from the function's own."""
+
+    def fn(model: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        for sigma, following in itertools.pairwise(sigmas):
+            generator = torch.Generator().manual_seed(3) if own else None
+            normal = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            x = 0.5 * x + 0.5 * model(x, sigma) + following * normal
+        return x
+
+    state = torch.get_rng_state()
+    plan = fd.trace(fn, [3.0, 2.0, 1.0])
+    assert [row.noise for row in plan.rows] == [(), ((0, 1),), ((1, 1),)]
+    assert [row.outputs[0].noise for row in plan.rows[1:]] == [(2.0,), (1.0,)]
+    assert plan.options["mismatch"] < 1e-14
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"])
 def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
     function = getattr(k_diffusion(), f"sample_{name}")

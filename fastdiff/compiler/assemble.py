@@ -6,11 +6,11 @@ that reads it; the next state prefers the register of the state it replaces, so 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fastdiff.compiler import layout as at
-from fastdiff.compiler.lin import Atom
+from fastdiff.compiler.lin import Atom, nonzero
 from fastdiff.compiler.run import Segment
 from fastdiff.process.predictions import Prediction
 from fastdiff.process.schedules import Level
@@ -86,14 +86,27 @@ def place(
     home: dict[Atom, int] = dict(held)
     registers = max(held.values()) + 1
     rows = []
+    state = first
     for i, (segment, values) in enumerate(zip(segments, made, strict=True)):
-        state = Atom("x", i - 1) if i else first
-        reads = sorted({a for terms in values.values() for a in terms if a in home and a != state}, key=str)
-        slots = tuple(home[a] for a in reads)
-        x = home[state]
-        noise = tuple(sorted({(a.number, a.stream) for t in values.values() for a in t if a.kind == "z"}))
-        home = {a: r for a, r in home.items() if last_read.get(a, -1) > i}
-        free = sorted(set(range(registers)) - set(home.values()), key=lambda r: (r != x, r))
+        others: list[Atom] = []
+        drawn: list[Atom] = []
+        model: dict[str, Atom] = {}
+        for atom in {atom for terms in values.values() for atom in terms}:
+            if atom in home:
+                if atom != state:
+                    others.append(atom)
+            elif atom.kind == "z":
+                drawn.append(atom)
+            else:
+                model[atom.kind] = atom
+        others.sort(key=_name)
+        drawn.sort(key=_normal)
+        x, slots = home[state], tuple([home[atom] for atom in others])
+        home = {atom: register for atom, register in home.items() if last_read.get(atom, -1) > i}
+        taken = home.values()
+        free = [register for register in range(registers) if register not in taken]
+        free.sort(key=x.__ne__)  # the register of the state it replaces first
+        columns = (state, others, model, drawn)
         outputs = []
         for atom, terms in values.items():
             if atom not in home:
@@ -101,12 +114,23 @@ def place(
                     free.append(registers)
                     registers += 1
                 home[atom] = free.pop(0)
-            outputs.append(_output(home[atom], terms, state, reads, noise, i - 1))
+            outputs.append(_output(home[atom], terms, *columns))
         _check_size(solver, i - 1, slots, outputs)
+        noise = tuple([_normal(atom) for atom in drawn])
+        state = next(iter(values))
         rows.append(
             Row(segment.level, x, slots, tuple(outputs), noise, estimate=segment.estimate, spread=segment.spread)
         )
     return tuple(rows), registers, home
+
+
+def _name(atom: Atom) -> tuple[str, str]:
+    """By what the other registers of a row are put in order: their numbers as text, as stored plans have them."""
+    return atom.kind, str(atom.number)
+
+
+def _normal(atom: Atom) -> tuple[int, int]:
+    return atom.number, atom.stream
 
 
 def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Terms]:
@@ -116,20 +140,22 @@ def _makes(i: int, segment: Segment, first: Atom, last: bool) -> dict[Atom, Term
         kept[atom] = _inline(terms, kept)
     values = {Atom("result", 0) if last else Atom("x", i): _inline(segment.state, kept)}
     values.update(kept)
-    if i:
-        values[Atom("D", i - 1)] = {Atom("D", i - 1): 1.0}
-        values[Atom("E", i - 1)] = {Atom("E", i - 1): 1.0}
-    elif first.kind == "start":
-        values[first] = {first: 1.0}
+    given = [first] if not i and first.kind == "start" else []
+    given += [Atom("D", i - 1)] if i else []
+    given += [Atom("E", i - 1)] if segment.estimate else []
+    for atom in given:
+        values[atom] = {atom: 1.0}
     return values
 
 
 def _inline(terms: Terms, known: dict[Atom, Terms]) -> Terms:
+    if known.keys().isdisjoint(terms):
+        return nonzero(terms)
     total: Terms = {}
     for atom, c in terms.items():
         for inner, weight in known.get(atom, {atom: 1.0}).items():
             total[inner] = total.get(inner, 0.0) + c * weight
-    return {atom: c for atom, c in total.items() if c != 0.0}
+    return nonzero(total)
 
 
 def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[Atom, int]:
@@ -147,15 +173,15 @@ def _last_reads(made: list[dict[Atom, Terms]], keep: Collection[Atom]) -> dict[A
 
 
 def _output(
-    dest: int, terms: Terms, state: Atom, reads: Iterable[Atom], noise: tuple[tuple[int, int], ...], row: int
+    dest: int, terms: Terms, state: Atom, others: list[Atom], model: dict[str, Atom], drawn: list[Atom]
 ) -> Output:
     return Output(
         dest=dest,
         x=terms.get(state, 0.0),
-        slots=tuple(terms.get(atom, 0.0) for atom in reads),
-        denoised=terms.get(Atom("D", row), 0.0),
-        noise=tuple(terms.get(Atom("z", index, stream), 0.0) for index, stream in noise),
-        other=terms.get(Atom("E", row), 0.0),
+        slots=tuple([terms.get(atom, 0.0) for atom in others]),
+        denoised=terms.get(model["D"], 0.0) if "D" in model else 0.0,
+        noise=tuple([terms.get(atom, 0.0) for atom in drawn]),
+        other=terms.get(model["E"], 0.0) if "E" in model else 0.0,
     )
 
 

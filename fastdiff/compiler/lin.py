@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -28,12 +28,15 @@ class Atom(NamedTuple):
 
 
 class Lin:
-    """sum_a c_a * a over atoms, closed under +, -, and multiplication by a number; anything else is a TypeError."""
+    """sum_a c_a * a over atoms, closed under +, -, and multiplication by a number; anything else is a TypeError.
+
+    terms: {a: c_a}, none of them 0; replaced and never written into.
+    """
 
     __slots__ = ("terms", "where")
 
-    def __init__(self, terms: Mapping[Atom, float], where: Callable[[], str]) -> None:
-        self.terms: dict[Atom, float] = {atom: c for atom, c in terms.items() if c != 0.0}
+    def __init__(self, terms: dict[Atom, float], where: Callable[[], str]) -> None:
+        self.terms = terms
         self.where = where
 
     def __add__(self, other: Lin | float) -> Lin:
@@ -41,7 +44,7 @@ class Lin:
             total = dict(self.terms)
             for atom, c in other.terms.items():
                 total[atom] = total.get(atom, 0.0) + c
-            return Lin(total, self.where)
+            return Lin(nonzero(total), self.where)
         if _is_number(other) and float(other) == 0.0:
             return self
         raise self.refuse(f"adds the constant {other!r} to a register")
@@ -63,7 +66,8 @@ class Lin:
             raise ValueError(
                 f"{self.where()} multiplies a register by {value}; check its options and the ends of the grid"
             )
-        return Lin({atom: value * c for atom, c in self.terms.items()}, self.where)
+        scaled = {atom: product for atom, c in self.terms.items() if (product := value * c) != 0.0}
+        return Lin(scaled, self.where)
 
     __rmul__ = __mul__
 
@@ -133,6 +137,11 @@ class Lin:
         )
 
 
+def nonzero(terms: dict[Atom, float]) -> dict[Atom, float]:
+    """The terms that are not 0; the same dict where all are, since no one writes into terms."""
+    return {atom: c for atom, c in terms.items() if c != 0.0} if 0.0 in terms.values() else terms
+
+
 _NUMPY: dict[str, Callable[..., Lin]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -149,4 +158,6 @@ def _plain(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
+    if type(value) is float or type(value) is int:  # most are; the test of an abstract class is slow
+        return True
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastdiff.compiler.layout import STREAM_STEP
-from fastdiff.compiler.lin import Atom, Lin
+from fastdiff.compiler.lin import Atom, Lin, nonzero
 from fastdiff.process.schedules import Level, Schedule
 
 PARALLEL = 1e-14  # relative; combinations this close to multiples of each other share a register
@@ -70,7 +70,7 @@ class Run:
                 "the state is a register, the level one of run.intervals() or run.levels"
             )
         row = len(self.segments) - 1
-        self.segments[-1].state = dict(x.terms)
+        self.segments[-1].state = x.terms
         x.become(Atom("x", row))
         self.segments.append(Segment(level=level))
         return self._lin(Atom("D", row))
@@ -132,7 +132,7 @@ class Run:
         """Record a combination in a register of its own, so that later rows read it instead of its parts."""
         atom = Atom("kept", self._kept)
         self._kept += 1
-        self.segments[-1].kept[atom] = dict(value.terms)
+        self.segments[-1].kept[atom] = value.terms
         return self._lin(atom)
 
     def carry(self, state: Lin, values: Iterable[Lin]) -> None:
@@ -159,7 +159,7 @@ class Run:
             if factor is not None:
                 return {atom: factor * c for atom, c in register.terms.items()}
         kept.append((value.terms, self.keep(value)))
-        return dict(kept[-1][1].terms)
+        return kept[-1][1].terms
 
     def note(self, text: str) -> None:
         """Say something about this plan that its reader should know; `explain()` shows it."""
@@ -167,7 +167,7 @@ class Run:
 
     def finish(self, x: Lin) -> list[Segment]:
         """Close the run with its result."""
-        self.segments[-1].state = dict(x.terms)
+        self.segments[-1].state = x.terms
         return self.segments
 
     def level_from_rho(self, rho: float) -> Level:
@@ -176,9 +176,9 @@ class Run:
             return Level(alpha=1.0, sigma=rho, time=float("nan"))
         return self.schedule.level_from_rho(rho, clip=True)
 
-    def linear(self, terms: Mapping[Atom, float]) -> Lin:
+    def linear(self, terms: dict[Atom, float]) -> Lin:
         """A combination of atoms of this run."""
-        return Lin(terms, self._where)
+        return Lin(nonzero(terms), self._where)
 
     def level_between(self, s: Level, t: Level, r: float) -> Level:
         """The level at lambda_s + r (lambda_t - lambda_s), lambda = log(alpha/sigma); r = 1 is t itself."""

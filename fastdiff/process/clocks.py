@@ -78,12 +78,12 @@ class Schedule(ABC):
         """Number of training steps T of a discrete schedule, None for a continuous one."""
         return None
 
-    @property
+    @cached_property
     def rho_min(self) -> float:
         """rho at the clean end; 0 where the schedule reaches sigma = 0."""
         return float(self.rho(self.time_range[0]))
 
-    @property
+    @cached_property
     def rho_max(self) -> float:
         """rho at the noisy end; inf where the schedule reaches alpha = 0."""
         return float(self.rho(self.time_range[1]))
@@ -94,17 +94,20 @@ class Schedule(ABC):
     @abstractmethod
     def _time(self, rho: Array) -> Array: ...
 
+    def _scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
+        return self.scales(self.rho(time))
+
     def rho(self, time: ArrayLike) -> Array:
         """sigma/alpha at `time`."""
         return self._rho(self._checked(time))
 
     def alpha(self, time: ArrayLike) -> Array:
         """Signal scale at `time`."""
-        return self.scales(self.rho(time))[0]
+        return self._scales_at(time)[0]
 
     def sigma(self, time: ArrayLike) -> Array:
         """Noise scale at `time`."""
-        return self.scales(self.rho(time))[1]
+        return self._scales_at(time)[1]
 
     def lam(self, time: ArrayLike) -> Array:
         """log(alpha/sigma) at `time`."""
@@ -170,7 +173,8 @@ class Schedule(ABC):
 
     def level(self, time: float) -> Level:
         """The level at `time`."""
-        return Level(float(self.alpha(time)), float(self.sigma(time)), float(time))
+        alpha, sigma = self._scales_at(time)
+        return Level(float(alpha), float(sigma), float(time))
 
     def level_from_rho(self, rho: float, *, clip: bool = False) -> Level:
         """The level with this rho; rho = 0 is CLEAN on every schedule. clip: see time_from_rho (of the time only)."""
@@ -345,11 +349,9 @@ class FlowSchedule(Schedule):
     def time_range(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def alpha(self, time: ArrayLike) -> Array:
-        return 1 - self._checked(time)
-
-    def sigma(self, time: ArrayLike) -> Array:
-        return self._checked(time)
+    def _scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
+        times = self._checked(time)
+        return 1 - times, times
 
     def _rho(self, time: Array) -> Array:
         with np.errstate(divide="ignore"):

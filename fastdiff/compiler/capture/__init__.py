@@ -28,6 +28,7 @@ from fastdiff.compiler.assemble import Row, assemble
 from fastdiff.compiler.brownian import partitioned
 from fastdiff.compiler.capture import readings
 from fastdiff.compiler.capture.basis import Found, measure
+from fastdiff.compiler.capture.intercept import Unseen
 from fastdiff.compiler.capture.proof import prove, witness_of
 from fastdiff.compiler.capture.source import Refused, Source, check_interface
 from fastdiff.compiler.plan import Plan
@@ -52,14 +53,33 @@ def capture(scheduler: Any, steps: int = 20, *, step_options: Mapping[str, Any] 
 
 
 def compile_source(source: Source) -> Plan:
-    """The table of a scheduler that is stepped as `source` says, proved; what `capture` raises, this raises."""
+    """The table of a scheduler that is stepped as `source` says, proved; what `capture` raises, this raises.
+
+    At first only the torch calls on our own tensors are watched. Where that fails, mostly by a draw that takes a shape
+    alone, every call is.
+    """
+    first: Exception | None = None
     with torch.no_grad():
         try:
-            found = measure(source)
-        except Refused as refused:
-            raise refused.error from None
-        plan = _plan(source, found)
-        mismatch = prove(source, plan, witness_of(source, found.precision))
+            return _proved(source, every_call=False)
+        except Unseen:
+            pass
+        except (TypeError, ValueError, RuntimeError) as error:
+            first = error
+        try:
+            return _proved(source, every_call=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            refusal = first or error  # the first: what a scheduler hides from its copies is left from that run
+    raise refusal
+
+
+def _proved(source: Source, every_call: bool) -> Plan:
+    try:
+        found = measure(source, every_call)
+    except Refused as refused:
+        raise refused.error from None
+    plan = _plan(source, found)
+    mismatch = prove(source, plan, witness_of(source, found, every_call or found.drew))
     return replace(plan, options={**plan.options, "mismatch": float(f"{mismatch:.1e}")})
 
 

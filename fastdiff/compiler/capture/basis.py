@@ -33,7 +33,7 @@ ROUNDING = {False: 1e-12, True: 1e-6}  # what remains of a sum that cancels, rel
 
 @dataclass(frozen=True)
 class Found:
-    """What the basis run measured."""
+    """What the basis run measured. drew, quantile: as in `Intercept`."""
 
     run: Run
     result: Lin
@@ -42,14 +42,19 @@ class Found:
     last: Level
     latent_scale: float
     precision: str
+    drew: bool
+    quantile: bool
 
 
-def measure(source: Source) -> Found:
-    """Run the scheduler once on unit vectors and write down every step as a segment of a run."""
+def measure(source: Source, every_call: bool) -> Found:
+    """Run the scheduler once on unit vectors and write down every step as a segment of a run.
+
+    every_call: as in `Intercept`.
+    """
     run = Run(source.name, (), None)
-    basis = Basis(run, source.name, _free_size(source))
-    scheduler = source.fresh(basis.draw_between)
+    scheduler = source.fresh(lambda *sigmas: basis.draw_between(*sigmas))
     times = source.times(scheduler)
+    basis = Basis(run, source.name, _free_size(source.name, scheduler, len(times)), every_call)
     found: list[Prediction] = []
     folds: list[_Fold] = []
     state = run.start
@@ -63,7 +68,7 @@ def measure(source: Source) -> Found:
         for leaf, value in stored:
             leaf.write(basis.vector(value.terms, leaf.value.dtype).reshape(leaf.value.shape))
         following = times[i + 1] if i + 1 < len(times) else None
-        with basis:
+        with basis.watching():
             c_in = _input_scale(basis, source.scaled(scheduler, i, basis.vector({x: 1.0}), time))
             was = readings.level(scheduler, source.first + i, float(time))
             outcome, result = source.step(scheduler, i, basis.vector({F: 1.0}), time, basis.vector({x: 1.0}), following)
@@ -87,6 +92,8 @@ def measure(source: Source) -> Found:
         last=readings.last_level(scheduler),
         latent_scale=latent_scale(scheduler),
         precision="float32" if basis.single else "float64",
+        drew=basis.drew,
+        quantile=basis.quantile,
     )
 
 
@@ -144,8 +151,8 @@ def _in_estimates(basis: Basis, terms: dict[Atom, float], fold: _Fold) -> dict[A
 class Basis(Intercept):
     """Values of one step as unit vectors: `vector` writes a Lin, `read` finds the coefficients again."""
 
-    def __init__(self, run: Run, name: str, numel: int) -> None:
-        super().__init__(numel)
+    def __init__(self, run: Run, name: str, numel: int, every_call: bool) -> None:
+        super().__init__(numel, every_call)
         self.run, self.name = run, name
         self._places: dict[Atom, int] = {}
         self._next = 0
@@ -159,21 +166,22 @@ class Basis(Intercept):
 
     def vector(self, terms: Mapping[Atom, float], dtype: torch.dtype = torch.float64) -> Tensor:
         """The vector of a combination."""
-        vector = torch.zeros(1, 1, 1, self.numel, dtype=dtype)
+        numbers = np.zeros((1, 1, 1, self.numel))
         for atom, c in terms.items():
-            vector[..., self._place(atom)] += c
-        return vector
+            numbers[..., self._place(atom)] = c
+        return self.watched(torch.from_numpy(numbers).to(dtype))
 
     def read(self, value: Tensor) -> dict[Atom, float]:
         """The combination a tensor is."""
-        numbers = value.detach().reshape(-1).double().numpy()
+        numbers = value.detach().as_subclass(Tensor).reshape(-1).double().numpy()
         if not np.isfinite(numbers).all():
             raise TypeError(
                 f"{self.name}, step {self.number}: gives inf or nan on finite tensors; it divides by zero there"
             )
-        terms = {atom: float(numbers[place]) for atom, place in self._places.items() if numbers[place] != 0.0}
-        rest = np.delete(numbers, list(self._places.values()))
-        if rest.any():
+        places = list(self._places.values())
+        terms = {atom: c for atom, c in zip(self._places, numbers[places].tolist(), strict=True) if c != 0.0}
+        if np.count_nonzero(numbers) > len(terms):
+            rest = np.delete(numbers, places)
             if (rest == rest[0]).all():
                 what = f"adds the constant {rest[0]:.6g} to every element, and a row has no constants"
             else:
@@ -224,11 +232,10 @@ class Basis(Intercept):
         return self._places[atom]
 
 
-def _free_size(source: Source) -> int:
-    scheduler = source.fresh(lambda *_: torch.zeros(()))
-    least = max(SMALLEST, PER_STEP * len(source.times(scheduler)) + 3)
+def _free_size(name: str, scheduler: Any, steps: int) -> int:
+    least = max(SMALLEST, PER_STEP * steps + 3)
     sizes = [least + more for more in TRIED]
     for size in sizes:
         if not leaves_of(scheduler, size):
             return size
-    raise TypeError(f"{source.name} has tensors of all sizes {sizes}; choose another number of steps")
+    raise TypeError(f"{name} has tensors of all sizes {sizes}; choose another number of steps")

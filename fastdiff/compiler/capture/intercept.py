@@ -6,7 +6,8 @@ May import: torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,70 @@ from torch.overrides import TorchFunctionMode
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Intercept(TorchFunctionMode):
-    """Sees every torch call of the scheduler; normals of the state's size are ours.
+class Unseen(Exception):
+    """The scheduler did what only a watch over every torch call can follow."""
 
+
+@contextmanager
+def without_draws() -> Iterator[None]:
+    """Raises Unseen where torch's generator was drawn from, which is put back, or another mode may answer draws."""
+    if torch._C._len_torch_function_stack():
+        raise Unseen("runs under a mode that sees torch's calls")
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        drew = not torch.equal(before, torch.get_rng_state())
+        if drew:
+            torch.set_rng_state(before)
+    if drew:
+        raise Unseen("draws from torch's generator by a shape alone")
+
+
+class Watched(Tensor):
+    """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees."""
+
+    intercept: Intercept
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _LEAVES:
+            raise Unseen(f"takes the numbers of a tensor out of torch: {func}")
+        if func not in _WATCHED:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return cls.intercept.__torch_function__(func, types, args, kwargs).as_subclass(cls)
+
+
+class Intercept(TorchFunctionMode):
+    """Sees the torch calls of the scheduler; normals of the state's size are ours.
+
+    every_call: all of them, also those that take none of our tensors, torch.randn(shape) say, which makes each several
+    times as long. Else those on tensors of `watched`; a step that draws otherwise is found by torch's generator.
     single: it computes in float32, because it casts or draws so. quantile: it looks at the values of a sample.
+    drew: some of these calls were draws.
     """
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, numel: int, every_call: bool = True) -> None:
         super().__init__()
         self.numel = numel
         self.quantile = False
         self.single = False
+        self.drew = False
+        self._every_call = every_call
+        self._kind = type("Watched", (Watched,), {"intercept": self})
+
+    def watched(self, value: Tensor) -> Tensor:
+        """The same tensor, such that what happens to it is seen."""
+        return value if self._every_call else value.as_subclass(self._kind)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A step of the scheduler; raises Unseen where it draws a normal that is not ours."""
+        with self if self._every_call else without_draws():
+            yield
 
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next draw of the scheduler."""
@@ -65,6 +119,7 @@ class Intercept(TorchFunctionMode):
         return result
 
     def _drawn(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        self.drew = True
         self.single = self.single or dtype != torch.float64
         return self.draw(shape, dtype or torch.float32)
 
@@ -86,6 +141,7 @@ class Random(Intercept):
 _CASTS = (Tensor.to, Tensor.float, Tensor.type, Tensor.type_as)
 _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
 _WATCHED = frozenset((torch.randn, torch.randn_like, Tensor.normal_, torch.quantile, *_CASTS, *_CLAMPS))
+_LEAVES = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist))
 
 
 def _moments(mean: Any = 0.0, std: Any = 1.0, **_: Any) -> tuple[Any, Any]:

@@ -5,12 +5,14 @@ May import: torch, plan, verify, and the files of this folder that call the sche
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.capture.basis import Found
 from fastdiff.compiler.capture.intercept import Array, Random, relative
 from fastdiff.compiler.capture.source import Source, latent_scale
 from fastdiff.compiler.plan import Plan
@@ -33,8 +35,11 @@ class Witness:
     quantile: bool
 
 
-def witness_of(source: Source, precision: str) -> Witness:
-    """Run the scheduler on random tensors, normal and of the size it expects."""
+def witness_of(source: Source, found: Found, watched: bool) -> Witness:
+    """Run the scheduler on random tensors, normal and of the size it expects.
+
+    watched: its torch calls may draw, so they are followed.
+    """
     generator = np.random.default_rng(20)
     random = Random(generator, SHAPE)
     scheduler = source.fresh(lambda *_: random.draw(SHAPE, torch.float64))
@@ -44,12 +49,12 @@ def witness_of(source: Source, precision: str) -> Witness:
     states, inputs = [x.numpy().copy()], []  # copies: a scheduler may write into what it is given
     for i, time in enumerate(times):
         following = times[i + 1] if i + 1 < len(times) else None
-        with random:
+        with random if watched else nullcontext():
             x = x.double()
             inputs.append(source.scaled(scheduler, i, x, time).double().numpy().copy())
             x, _ = source.step(scheduler, i, outputs[i].clone(), time, x, following)
         states.append(x.double().numpy().copy())
-    return Witness(outputs.numpy(), random.normals, inputs, states, precision, random.quantile)
+    return Witness(outputs.numpy(), random.normals, inputs, states, found.precision, found.quantile)
 
 
 def prove(source: Source, plan: Plan, witness: Witness) -> float:

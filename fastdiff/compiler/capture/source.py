@@ -6,12 +6,15 @@ May import: torch. What the scheduler raises itself is told apart from what the 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from fastdiff.compiler.capture.intercept import Unseen
 
 # These list one time more than they evaluate: where the sample ends.
 LISTS_THE_END = ("SCMScheduler", "DDPMWuerstchenScheduler")
@@ -56,7 +59,7 @@ class Source:
         options = dict(self.options)
         if self.name in TIME_PER_SAMPLE:
             time = time.expand(x.shape[0])
-        if "prev_timestep" in inspect.signature(scheduler.step).parameters:
+        if "prev_timestep" in _parameters(getattr(scheduler.step, "__func__", scheduler.step)):
             options.setdefault("prev_timestep", following)
         result = self.call(i, scheduler.step, model_output=output, timestep=time, sample=x, **options)
         state = getattr(result, "prev_sample", None)
@@ -73,12 +76,19 @@ class Source:
             return function(*args, **kw)
         except Refused as refused:
             raise refused.error from None
+        except Unseen:
+            raise
         except Exception as error:
             where = "set_timesteps" if i is None else f"step {i}"
             raise RuntimeError(
                 f"{self.name} itself fails in {where}: {type(error).__name__}: {error}. Check its config, the number "
                 "of steps and step_options; a scheduler that does not run cannot be captured"
             ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(step: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(step).parameters
 
 
 class Refused(Exception):

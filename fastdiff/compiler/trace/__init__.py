@@ -28,6 +28,8 @@ from torch import Tensor
 
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.brownian import partitioned
+from fastdiff.compiler.capture.intercept import Unseen, without_draws
+from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
 from fastdiff.compiler.trace.proof import prove
@@ -60,20 +62,12 @@ def trace(
     name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
     sigmas = _sigmas(levels)
     points = [level_of(sigma, schedule) for sigma in sigmas]
-    run = Run(name, points, schedule)
-    tracer = Tracer(run, schedule)
-    arguments = _arguments(fn, name, sigmas, tracer, kw)
     try:
-        with torch.no_grad(), Draws(tracer):
-            result = fn(tracer.evaluate, tracer.register(run.start), **arguments)
-    except Refused as refused:
-        raise refused.error from None
-    result = result[0] if isinstance(result, tuple | list) and result else result
-    if not isinstance(result, Register):
-        raise TypeError(
-            f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
-        )
-    rows, registers, home = assemble(name, run.finish(result.lin))
+        tracer, arguments, result = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=False)
+    except (Unseen, TypeError, ValueError, RuntimeError):  # mostly a draw that takes a shape alone
+        tracer, arguments, result = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=True)
+    run = tracer.run
+    rows, registers, home = assemble(name, run.finish(result))
     draws = run.draws if any(row.noise for row in rows) else 0
     visited = [row.level for row in rows if row.level is not None]
     plan = Plan(
@@ -88,8 +82,31 @@ def trace(
         draws=draws,
         intervals=partitioned(run, rows, [*visited, points[-1]]) if draws else (),
     )
-    mismatch = prove(fn, name, plan, arguments)
+    mismatch = prove(fn, name, plan, arguments, watched=run.draws > tracer.sampled)
     return replace(plan, options={**plan.options, "mismatch": float(f"{mismatch:.1e}")})
+
+
+def _recorded(
+    fn: Callable[..., Any], name: str, sigmas: list[float], run: Run, kw: Mapping[str, Any], every_call: bool
+) -> tuple[Tracer, dict[str, Any], Lin]:
+    """fn run once on registers: what it talked to, its arguments, and its result.
+
+    every_call: see all its torch calls, so that draws by a shape alone are named; else those on registers, and Unseen
+    for such draws.
+    """
+    tracer = Tracer(run, run.schedule)
+    arguments = _arguments(fn, name, sigmas, tracer, kw)
+    try:
+        with torch.no_grad(), Draws(tracer) if every_call else without_draws():
+            result = fn(tracer.evaluate, tracer.register(run.start), **arguments)
+    except Refused as refused:
+        raise refused.error from None
+    result = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(result, Register):
+        raise TypeError(
+            f"{name} returned {type(result).__name__}, expected the final state: return x at the end of the function"
+        )
+    return tracer, arguments, result.lin
 
 
 def _sigmas(levels: Sequence[float] | Sequence[Level]) -> list[float]:

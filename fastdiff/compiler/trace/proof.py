@@ -6,6 +6,7 @@ May import: torch, plan, verify, and the interception of draws that captures use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ SHAPE = (2, 3, 4, 4)
 TOLERANCE = 1e-9
 
 
-def prove(fn: Callable[..., Any], name: str, plan: Plan, arguments: Mapping[str, Any]) -> float:
+def prove(fn: Callable[..., Any], name: str, plan: Plan, arguments: Mapping[str, Any], watched: bool) -> float:
     """Run fn on random tensors and return the largest relative mismatch of any state against the table.
 
-    Raises TypeError with the row where they part.
+    watched: its torch calls may draw, so they are followed. Raises TypeError with the row where they part.
     """
     generator = np.random.default_rng(20)
     random = Random(generator, SHAPE)
@@ -41,7 +42,7 @@ def prove(fn: Callable[..., Any], name: str, plan: Plan, arguments: Mapping[str,
     given = dict(arguments)
     if "noise_sampler" in given:
         given["noise_sampler"] = lambda *_: random.draw(SHAPE, torch.float64)
-    with torch.no_grad(), random:
+    with torch.no_grad(), random if watched else nullcontext():
         result = fn(model, torch.from_numpy(start.copy()), **given)
     states.append((result[0] if isinstance(result, tuple | list) else result).double().numpy())
     if len(states) != plan.nfe + 1:

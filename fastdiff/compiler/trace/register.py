@@ -5,6 +5,7 @@ May import: torch, run, lin, process.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Register(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = _name(func)
+        name, operation, in_place = _known(func)
         options = dict(kwargs or {})
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -49,9 +50,7 @@ class Register(Tensor):
         if name.startswith("new_") or name in ("ones_like", "full_like"):
             like = torch.empty(SHAPE, dtype=torch.float64)
             return getattr(like, name)(*args[1:], **options) if name[0] == "n" else func(like, *args[1:], **options)
-        operation = None if name in _READS else _OPERATIONS.get(name.strip("_"))
         out = options.pop("out", None)
-        in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
         target = args[0] if in_place else out
         try:
             if operation is None:
@@ -88,6 +87,7 @@ class Tracer:
     def __init__(self, run: Run, schedule: Schedule | None) -> None:
         self.run = run
         self.schedule = schedule
+        self.sampled = 0  # draws by `noise`
         self._alive: list[weakref.ref[Register]] = []
 
     def register(self, lin: Lin) -> Register:
@@ -98,6 +98,7 @@ class Tracer:
 
     def noise(self, *sigmas: Any, **_: Any) -> Register:
         """The next draw; with its two sigmas, as k-diffusion's noise_sampler(sigma, sigma_next) is called."""
+        self.sampled += 1
         if len(sigmas) != 2 or any(isinstance(sigma, Register) for sigma in sigmas):
             return self.register(self.run.noise())
         low, high = sorted(self.number(sigma, "draws noise at") for sigma in sigmas)
@@ -115,7 +116,7 @@ class Tracer:
 
     def number(self, value: Any, what: str = "multiplies a register by") -> float:
         """A scalar, or a tensor of equal numbers, as a float."""
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.numel() != 1:
             values = value.detach().reshape(-1)
             if not values.numel() or not bool((values == values[0]).all()):
                 raise self.refuse(f"{what} a tensor of shape {tuple(value.shape)} whose elements differ")
@@ -143,7 +144,7 @@ class Draws(TorchFunctionMode):
             if isinstance(size, Sequence) and tuple(size) == SHAPE:
                 if func is torch.rand:
                     raise self.tracer.refuse("draws torch.rand, and a row draws unit normals only,")
-                return self.tracer.noise()
+                return self.tracer.register(self.tracer.run.noise())
         return func(*args, **kwargs)
 
 
@@ -274,7 +275,11 @@ def _tracer_in(values: Iterable[Any]) -> Tracer:
     raise TypeError("a torch function takes a register where none can be seen; write the update with + and *")
 
 
-def _name(func: Any) -> str:
-    """The function's name; of an attribute (Tensor.shape), the attribute's."""
+@functools.cache
+def _known(func: Any) -> tuple[str, Callable[..., Lin] | None, bool]:
+    """The function's name (of Tensor.shape: the attribute's), what it does to a `Lin`, and whether it is in place."""
     name: str = getattr(func, "__name__", str(func))
-    return getattr(func.__self__, "__name__", name) if name in ("__get__", "__set__") else name
+    if name in ("__get__", "__set__"):
+        name = getattr(func.__self__, "__name__", name)
+    operation = None if name in _READS else _OPERATIONS.get(name.strip("_"))
+    return name, operation, name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
