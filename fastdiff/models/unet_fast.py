@@ -6,8 +6,7 @@ May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what i
 - a shortcut adds onto its convolution's output in the epilogue of its GEMM;
 - q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
   into that of q: softmax(x A x^T) x B;
-- nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36, which also
-  passes on the bias of the block before it;
+- nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
 - on a CPU the convolutions' weights are put into the library's order once, not at each call;
 - the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
@@ -40,7 +39,6 @@ from fastdiff.models.unet_fast_blocks import (
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
-    from fastdiff.models.unet_config import UNetConfig
 
 
 class FastUNet(nn.Module):
@@ -49,7 +47,8 @@ class FastUNet(nn.Module):
     Called like the UNet it is made from; outputs agree with it (fp32 to 1e-4 of the largest). Deterministic;
     capturable; torch.compile traces it. No gradients, no dropout. fallbacks: the blocks that run as they were, and why.
     What it derives from its weights follows their changes (load_state_dict, copy_, `.to`, other tensors put in their
-    place), except a write into `weight.data`, which torch does not count: `repack` after one.
+    place), except a write into `weight.data`, which torch does not count: `repack` after one. It cannot be cast to
+    half precision or float64, which would cast what has to be fp32: a call then raises TypeError.
     """
 
     def __init__(self, net: UNet, dtype: torch.dtype | None = None) -> None:
@@ -57,7 +56,7 @@ class FastUNet(nn.Module):
         dtype = dtype or net.conv_in.weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"UNet.fast: dtype must be float32, float16 or bfloat16, got {dtype}; cast the UNet first")
-        self.config, self.check, self.expand = net.config, net._check, net._expand
+        self.config, self.check_inputs, self.expand = net.config, net._check, net._expand
         assert net.conv_in.bias is not None and net.conv_out.bias is not None
         # the first of the parameters, whose dtype is taken for the network's
         self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
@@ -73,7 +72,6 @@ class FastUNet(nn.Module):
         levels += [] if net.mid_block is None else [("mid_block", net.mid_block)]
         levels += [(f"up_blocks.{i}", level) for i, level in enumerate(net.up_blocks)]
         layers = [layer for name, level in levels for layer in self._level(name, level, dtype, rows)]
-        _take_over_biases(layers, net.config)
         _pad_to_skips(layers)
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         if self.fallbacks:
@@ -86,6 +84,21 @@ class FastUNet(nn.Module):
         self.check(x, class_labels)
         time = self.expand(t, x)
         return self.run(x, time, self.project(time, class_labels))
+
+    def check(self, x: Tensor, class_labels: Tensor | None) -> None:
+        """Raise what the UNet raises for such inputs, and TypeError where the weights have been cast since."""
+        self.check_inputs(x, class_labels)
+        self.check_dtype()
+
+    def check_dtype(self) -> None:
+        """Raise TypeError where the weights have been cast since."""
+        dtype = self.norm_weight.dtype
+        if dtype != torch.float32:
+            how = f"net.to({dtype}).fast() or net.fast({dtype})" if dtype.itemsize == 2 else "the UNet itself"
+            raise TypeError(
+                f"UNet.fast: the weights were cast to {dtype} after fast(), also those of the norms and of the time, "
+                f"which must be float32; for {dtype} use {how}"
+            )
 
     def project(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """What every block takes from the time: fp32 [B, columns], in one GEMM after the embedding's two."""
@@ -100,6 +113,7 @@ class FastUNet(nn.Module):
 
         With classes it returns itself: a row then depends on the label too.
         """
+        self.check_dtype()
         return self if self.class_embedding is not None else PreparedUNet(self, times)
 
     def repack(self) -> None:
@@ -191,27 +205,11 @@ class PreparedUNet(nn.Module):
         return self.net.run(x, time, self.table.index_select(0, found))
 
 
-def _take_over_biases(layers: Sequence[Layer], config: UNetConfig) -> None:
-    """A doubling after a block that leaves nothing but a bias takes it over, for images of the configuration's size."""
-    side = config.sample_size or 0
-    deepest = config.patch_size * 2 ** (len(config.block_out_channels) - 1)
-    height, width = (pixels // deepest for pixels in (side if isinstance(side, tuple) else (side, side)))
-    for before, layer in itertools.pairwise(layers):
-        leaves_a_bias = isinstance(before, FastResBlock) and before.shortcut is not None
-        if isinstance(layer, FastUp) and leaves_a_bias and min(height, width) > 0:
-            assert before.after is not None
-            layer.expect(before.after, (height, width))
-        if isinstance(layer, FastUp) or (isinstance(layer, FastResBlock) and layer.resample == "up"):
-            height, width = 2 * height, 2 * width
-
-
 def _pad_to_skips(layers: Sequence[Layer]) -> None:
     """A bias that is added beside a skip is 0 on the skip's channels."""
     for before, layer in itertools.pairwise(layers):
-        for name in ("after", "inside"):
-            bias = getattr(before, name, None)
-            if layer.takes_skip and bias is not None:
-                setattr(before, name, fixed(F.pad(bias, (0, layer.channels_in - bias.shape[0]))))
+        if layer.takes_skip and before.after is not None:
+            before.after = fixed(F.pad(before.after, (0, layer.channels_in - before.after.shape[0])))
 
 
 def _copied(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

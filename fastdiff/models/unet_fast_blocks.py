@@ -114,8 +114,6 @@ class Layer(nn.Module):
     out: nn.Parameter | None
     far: nn.Parameter | None
     doubling: nn.Parameter | None
-    edges: nn.Parameter | None
-    inside: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,35 +254,17 @@ class FastDown(Layer):
 
 
 class FastUp(Layer):
-    """Nearest doubling and a 3x3 convolution as one transposed convolution.
-
-    edges, inside: for images of the size that is expected, what it makes of a bias that the block before leaves to add.
-    """
+    """Nearest doubling and a 3x3 convolution as one transposed convolution."""
 
     def __init__(self, block: Upsample, dtype: torch.dtype, rows: Rows) -> None:
         super().__init__()
         self.conv = fixed(_doubling(block.conv.weight), dtype, image=True)
         assert block.conv.bias is not None
         self.after = fixed(block.conv.bias)
-        self.register_parameter("edges", None)
-        self.register_parameter("inside", None)
-
-    def expect(self, bias: Tensor, size: tuple[int, int]) -> None:
-        """Take over the bias of the block before: W * (h + b) = W * h + W * b, where W * b varies at the edges only."""
-        assert self.after is not None
-        constant = bias.detach().double()[None, :, None, None].expand(1, -1, *size)
-        made = F.conv_transpose2d(constant, self.conv.detach().double(), stride=2, padding=1)
-        inside = made[0, :, size[0], size[1]]
-        self.edges = fixed(made - inside[None, :, None, None], self.conv.dtype, image=True)
-        self.inside = fixed(self.after.detach().double() + inside)
 
     def forward(self, state: Pending, rows: Tensor) -> Pending:
         """Doubles the image."""
-        known = self.edges is not None and all(
-            2 * here == there for here, there in zip(state.image.shape[2:], self.edges.shape[2:], strict=True)
-        )
-        x, after, edges = (state.image, self.inside, self.edges) if known else (state.sum(), self.after, None)
-        return Pending(as_images(F.conv_transpose2d(x, self.conv, stride=2, padding=1)), after, edges)
+        return Pending(as_images(F.conv_transpose2d(state.sum(), self.conv, stride=2, padding=1)), self.after)
 
 
 def uncovered(block: nn.Module) -> str:
