@@ -1,7 +1,8 @@
 """The norm op: group normalisation of a sum, its affine map, a scale and shift, and SiLU, in one pass over the image.
 
 May import: fastdiff.kernels and the compiled extension (through norm_cpu), backends, the reference. Networks call
-`norm_act` and `channel_add`; torch.compile traces them, autograd differentiates `norm_act`.
+`norm_act` and `channel_add`; torch.compile and torch's tracers see them as one operator, autograd differentiates
+`norm_act`. Forward derivatives and torch.func's transforms get it in plain torch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, norm_cpu, reference_norm
-from fastdiff.engine.norm_checks import Inputs, check, check_add, lies_last, row
+from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, lies_last, row
 from fastdiff.errors import BackendUnavailable
 
 _IMAGES = "Tensor? before, Tensor? scale, Tensor? shift"
@@ -93,11 +97,12 @@ def channel_add(
             norm_cpu.run_sum(known.block, x, before, residual, total)
             return total
     before = row(before, x.shape[0])
-    if torch.compiler.is_compiling() or executor == "reference" or _needs_gradient((x, before, residual)):
+    differentiates = _needs_gradient((x, before, residual))
+    if torch.compiler.is_compiling() or executor == "reference" or differentiates or _transformed():
         check_add(x, before, residual, "reference")
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
     chosen = executor or choose(x.device, x.dtype)
-    if type(x) is Tensor and x.device.type != "meta":
+    if not _dispatches((x, before, residual)):
         return _add(x, before, residual, chosen)
     added: Tensor = torch.ops.fastdiff.channel_add(x, before, residual, executor=chosen)
     return added
@@ -128,13 +133,16 @@ def _norm(
             outputs = _outputs(given.x, given.skip, groups, keep, known.last)
             norm_cpu.run(known.block, given, outputs[0], outputs[1] if keep else None, outputs[2])
             return outputs
+    if not torch.compiler.is_compiling() and _transformed():
+        given = _in_rows(given)
+        check_sizes(given, groups, "reference")
+        return reference_norm.forward(given, groups, eps, act)
     given = _dense(given)
-    x = given.x
     differentiates = _needs_gradient(given)
     keep = keep or (differentiates and not (given.residual is None and given.skip is None))
     arguments = *given, groups, eps, act, keep
     chosen = executor or "auto"
-    if differentiates or type(x) is not Tensor or x.device.type == "meta" or torch.compiler.is_compiling():
+    if differentiates or _dispatches(given):
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastdiff.norm_act(*arguments, executor=chosen)
         return found
     return _forward(*arguments, executor=chosen)  # the dispatcher costs as much as a small image
@@ -144,25 +152,47 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _transformed() -> bool:
+    """Whether a function transform or a forward derivative is under way, which need torch's own operators."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _dispatches(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on these, the image first, has to be an operator of torch's, not only a kernel on their memory."""
+    x = tensors[0]
+    return (
+        type(x) is not Tensor
+        or x.device.type == "meta"
+        or is_dynamo_compiling()
+        or _is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or any(tensor is not None and tensor.is_neg() for tensor in tensors)
+    )
+
+
 def _direct(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call on these, the image first, needs nothing but the CPU's kernel."""
     x = tensors[0]
-    return (
+    return (  # `_dispatches` and `_transformed` spelled out: a call costs as much as what it asks
         type(x) is Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
+        and not is_dynamo_compiling()
+        and not (_is_tracing() or _len_torch_dispatch_stack())
+        and not (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
         and not _needs_gradient(tensors)
         and choose(x.device, x.dtype) == "cpp"
     )
 
 
-def _dense(given: Inputs) -> Inputs:
-    """A row of each vector for each sample, without a copy, and the images in one memory format.
+def _in_rows(given: Inputs) -> Inputs:
+    """A row of each vector for each sample, without a copy."""
+    before, scale, shift = (row(vector, given.x.shape[0]) for vector in (given.before, given.scale, given.shift))
+    return given._replace(before=before, scale=scale, shift=shift)
 
-    It is channels_last where x is or where its strides say so, else contiguous.
-    """
-    x, weight, bias, *vectors, residual, skip = given
-    before, scale, shift = (row(vector, x.shape[0]) for vector in vectors)
+
+def _dense(given: Inputs) -> Inputs:
+    """As `_in_rows`, and the images in one memory format: channels_last where x is or its strides say so."""
+    x, weight, bias, before, scale, shift, residual, skip = _in_rows(given)
     if lies_last(x, residual, skip) is None:
         wanted = torch.contiguous_format
         if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
@@ -329,7 +359,8 @@ def _of_vectors(
 
 
 def _add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: str) -> Tensor:
-    last = check_add(x, before, residual, executor)
+    check_add(x, before, residual, executor)
+    last = lies_last(x, residual)
     if last is None:
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
     _require(executor, x.device)

@@ -40,8 +40,21 @@ def lies_last(x: Tensor, *others: Tensor | None) -> bool | None:
 
 def check(given: Inputs, groups: int, executor: str) -> bool:
     """Raise ValueError or TypeError unless `norm_act` can run; returns whether the images are channels_last."""
+    check_sizes(given, groups, executor)
     x = given.x
-    last = _images("norm_act", x, given.residual, given.skip, executor)
+    last = lies_last(x, given.residual, given.skip)
+    if last is None:
+        raise ValueError(
+            f"norm_act: the images must be all contiguous or all channels_last, got x with strides {x.stride()} for "
+            f"shape {tuple(x.shape)}; call .contiguous(memory_format=...) on each"
+        )
+    return last
+
+
+def check_sizes(given: Inputs, groups: int, executor: str) -> None:
+    """The same for images of any layout."""
+    x = given.x
+    _images("norm_act", x, given.residual, given.skip, executor)
     channels = x.shape[1] + (0 if given.skip is None else given.skip.shape[1])
     if groups < 1 or channels % groups:
         raise ValueError(
@@ -52,23 +65,16 @@ def check(given: Inputs, groups: int, executor: str) -> bool:
     for name in ("before", "scale", "shift"):
         if getattr(given, name) is not None:
             _vector("norm_act", name, getattr(given, name), (x.shape[0], channels), x)
-    if last is None:
-        raise ValueError(
-            f"norm_act: the images must be all contiguous or all channels_last, got x with strides {x.stride()} for "
-            f"shape {tuple(x.shape)}; call .contiguous(memory_format=...) on each"
-        )
-    return last
 
 
-def check_add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: str) -> bool | None:
-    """The same for `channel_add`, which takes any strides."""
-    last = _images("channel_add", x, residual, None, executor)
+def check_add(x: Tensor, before: Tensor | None, residual: Tensor | None, executor: str) -> None:
+    """The same for `channel_add`."""
+    _images("channel_add", x, residual, None, executor)
     if before is not None:
         _vector("channel_add", "before", before, (x.shape[0], x.shape[1]), x)
-    return last
 
 
-def _images(op: str, x: Tensor, residual: Tensor | None, skip: Tensor | None, executor: str) -> bool | None:
+def _images(op: str, x: Tensor, residual: Tensor | None, skip: Tensor | None, executor: str) -> None:
     if x.dim() < 3:
         raise ValueError(f"{op}: x must be [batch, channels, *pixels], got {tuple(x.shape)}")
     if x.dtype not in (*DTYPES, *((torch.float64,) if executor in ("reference", "auto") else ())):
@@ -83,7 +89,6 @@ def _images(op: str, x: Tensor, residual: Tensor | None, skip: Tensor | None, ex
             raise ValueError(f"{op}: {name} has shape {tuple(image.shape)}, expected {shapes[0]} like x")
         if image.dtype != x.dtype or image.device != x.device:
             raise TypeError(f"{op}: {name} is {image.dtype} on {image.device}, expected {x.dtype} on {x.device} like x")
-    return lies_last(x, residual, skip)
 
 
 def _vector(op: str, name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

@@ -30,13 +30,13 @@ _known: dict[Hashable, Bound | None] = {}
 
 
 def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
-    """Calls of `norm_act` on tensors like these; None where one has to be copied, cast or expanded first.
+    """Calls of `norm_act` on tensors like these; None where one has to be copied, cast, negated or expanded first.
 
     Raises what `norm_checks.check` raises.
     """
     key = (
         groups, eps, act,
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu) for t in given],
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in given],
     )  # fmt: skip
     try:
         return _known[key]
@@ -52,14 +52,17 @@ def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
 
 def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Bound | None:
     """Calls of `channel_add` on tensors like these, as `bound`."""
-    key = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu) for t in (x, before, residual)])
+    key = tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in (x, before, residual)]
+    )
     try:
         return _known[key]
     except KeyError:
         if not _fits(x, (residual,), (before,)):
             return _keep(key, None)
         before = row(before, x.shape[0])
-        last = check_add(x, before, residual, "cpp")
+        check_add(x, before, residual, "cpp")
+        last = lies_last(x, residual)
         assert last is not None
         return _keep(key, Bound(_sum_block(x, before, residual, last), last))
 
@@ -118,6 +121,7 @@ def _fits(x: Tensor, images: tuple[Tensor | None, ...], vectors: tuple[Tensor | 
         and x.numel() > 0
         and lies_last(x, *images) is not None
         and all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+        and not any(tensor is not None and tensor.is_neg() for tensor in (x, *images, *vectors))
     )
 
 
