@@ -101,6 +101,14 @@ def test_from_diffusers_reads_schedule_and_prediction(name: str, config: dict[st
     assert torch.equal(model(x, torch.tensor([7.0, 9.0])), unet(x, torch.tensor([7, 9])).sample)
 
 
+def test_solvers_that_are_no_names_are_refused() -> None:
+    pipe = tiny.make(SD)
+    with pytest.raises(TypeError, match=r"must be a name of fd.solvers.names\(\), got Plan"):
+        accelerate(pipe, fd.plan("ddim", "linear", 3))
+    with pytest.raises(ValueError, match=r"pipe.scheduler = UniPCMultistepScheduler.from_config\(pipe.scheduler"):
+        accelerate(pipe, "UniPCMultistepScheduler")
+
+
 def test_from_diffusers_flows_and_what_it_does_not_know() -> None:
     pipe = tiny.make("StableDiffusion3Pipeline")
     model = fd.Denoiser.from_diffusers(pipe)

@@ -262,6 +262,26 @@ def test_bad_arguments(model: fd.Denoiser, arguments: dict[str, object], words: 
         fd.sample(model, (2, 3, 4, 4), steps=3, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("device", "model.to"),
+        ("num_inference_steps", "steps="),
+        ("generator", "seed="),
+        ("guidance_scale", "guidance="),
+    ],
+)
+def test_names_of_other_libraries_are_known(model: fd.Denoiser, name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=f"sample has no argument '{name}': .*{words}"):
+        fd.sample(model, (1, 3, 4, 4), steps=3, **{name: 3})  # type: ignore[arg-type]
+
+
+def test_a_rule_without_guidance_is_said_to_do_nothing(model: fd.Denoiser) -> None:
+    plain = fd.sample(model, (1, 3, 4, 4), steps=3)
+    with pytest.warns(UserWarning, match=r"Rescale\(phi=0.7\) changes what guidance does, and guidance is 1"):
+        assert torch.equal(fd.sample(model, (1, 3, 4, 4), steps=3, rule=fd.guidance.Rescale()), plain)
+
+
 @pytest.mark.parametrize("known", ["shape", "config", "nothing"])
 def test_channels_are_checked_where_they_are_known(known: str) -> None:
     """Before the network is called: from `shape`, or from a network of images; a function says nothing."""
@@ -298,6 +318,10 @@ def test_bad_models() -> None:
         fd.sample(torch.nn.Identity(), (1, 3, 4, 4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="float64"):
         fd.Denoiser(torch.nn.Linear(2, 2).double(), "linear")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' was asked for, and torch sees no CUDA device"):
+            fd.Denoiser(bumpy, "linear").to("cuda")
+    assert repr(fd.Denoiser(bumpy, "linear")) == "Denoiser(bumpy, linear, eps, torch.float32 on cpu)"
     zero_snr = fd.schedules.rescale_zero_terminal_snr(fd.schedules.linear())
     with pytest.raises(ValueError, match="zero signal-to-noise"):
         fd.sample(fd.Denoiser(bumpy, zero_snr, "eps"), (1, 3, 4, 4), grid="trailing", steps=4)

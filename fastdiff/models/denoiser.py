@@ -98,9 +98,15 @@ class Denoiser:
         self.learned_variance = learned_variance
         parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Denoiser: device {str(self.device)!r} was asked for, and torch sees no CUDA device here")
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"Denoiser: the network's dtype must be float32, float16 or bfloat16, got {self.dtype}")
+
+    def __repr__(self) -> str:
+        name = getattr(self.net, "__name__", type(self.net).__name__)
+        return f"Denoiser({name}, {self.schedule.name}, {self.prediction}, {self.dtype} on {self.device})"
 
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
