@@ -480,6 +480,18 @@ class DrawsFromItsOwn(Own):
         return 0.9 * sample + 0.1 * model_output + 0.3 * normal
 
 
+class DrawsInto(Own):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        normal = torch.empty(sample.shape, dtype=torch.float64)
+        torch.randn(sample.shape, out=normal)
+        return 0.9 * sample + 0.1 * model_output + 0.3 * normal
+
+
+class DrawsAndAdds(DrawsFromItsOwn):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        return super().step(model_output, timestep, sample) + 0.25
+
+
 class DrawsInAThread(Own):
     def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
         with ThreadPoolExecutor(1) as pool:
@@ -524,7 +536,6 @@ WAYS_OUT: dict[str, Callable[[Any], Any]] = {
     "out": _written(lambda plain, estimate: torch.add(estimate, 0.0, out=plain)),
     "clamp out": _written(lambda plain, estimate: torch.clamp(estimate, -90.0, 90.0, out=plain)),
     "foreach": _written(lambda plain, estimate: torch._foreach_add_([plain], [estimate])),
-    "tensor": lambda estimate: torch.tensor(estimate),
     "dlpack": torch.from_dlpack,
     "as_subclass": lambda estimate: estimate.as_subclass(torch.Tensor),
     "item": lambda estimate: torch.tensor([v.item() for v in estimate.flatten()], dtype=torch.float64).reshape(
@@ -554,7 +565,7 @@ def test_draws_are_not_answered_by_a_mode_around_the_capture() -> None:
     assert plan.draws == 6 and mode.asked == 0
 
 
-@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn])
+@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn, DrawsInto])
 def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
     plan = fd.capture(kind(), 6)
     assert plan.draws == 6 and [row.noise for row in plan.rows[1:]] == [((i, 1),) for i in range(6)]
@@ -651,6 +662,7 @@ def test_bad_arguments(scheduler: Any, steps: Any, words: str) -> None:
             r"DrawsLess: is not affine: .* it draws 0 normals, its table 10; it branches on data",
         ),
         (DrawsInAThread, r"step 0: uses a tensor from an earlier step"),
+        (DrawsAndAdds, r"step 0: adds the constant 0.25"),
         (Constant, r"step 0: adds the constant 0.25"),
         (ClipsState, r"step 1: clips something else"),
         (Stochastic, r"step 0: is not affine"),

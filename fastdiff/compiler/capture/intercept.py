@@ -19,22 +19,18 @@ from torch.overrides import TorchFunctionMode
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Unseen(RuntimeError):
-    """The scheduler did what only a watch over every torch call can follow."""
-
-
 @contextmanager
 def without_draws() -> Iterator[None]:
-    """Raises Unseen where torch's generator was drawn from or another mode may answer draws.
+    """Raises RuntimeError where torch's generator was drawn from or another mode may answer draws.
 
     The generator is not put back: another thread may have drawn from it.
     """
     if torch._C._len_torch_function_stack():
-        raise Unseen("runs under a mode that sees torch's calls")
+        raise RuntimeError("runs under a mode that sees torch's calls")
     before = torch.get_rng_state()
     yield
     if not torch.equal(before, torch.get_rng_state()):
-        raise Unseen("draws from torch's generator")
+        raise RuntimeError("draws from torch's generator")
 
 
 def has_generator(value: Any) -> bool:
@@ -44,7 +40,10 @@ def has_generator(value: Any) -> bool:
 
 
 class Watched(Tensor):
-    """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees."""
+    """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees.
+
+    RuntimeError for draws and where its numbers are read or written into another tensor: only `every_call` follows.
+    """
 
     intercept: Intercept
 
@@ -53,9 +52,9 @@ class Watched(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in _LEAVES or func in _DRAWS or (kwargs and "out" in kwargs):
-            raise Unseen(f"draws, or takes the numbers of a tensor out of it: {func}")
-        if not isinstance(args[0], cls) and _writes(func):
-            raise Unseen(f"writes into a tensor of another type: {func}")
+            raise RuntimeError(f"draws, or takes the numbers of a tensor out of it: {func}")
+        if _writes(func) and not isinstance(args[0], cls):
+            raise RuntimeError(f"writes into a tensor of another type: {func}")
         if func not in _WATCHED:
             return super().__torch_function__(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
@@ -84,7 +83,7 @@ class Intercept(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A step of the scheduler; raises Unseen where it draws and not every call is seen."""
+        """A step of the scheduler; raises RuntimeError where it draws and not every call is seen."""
         with self if self._every_call else without_draws():
             yield
 
@@ -105,7 +104,8 @@ class Intercept(TorchFunctionMode):
         if func is torch.randn:
             shape = kw.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
             if math.prod(shape) == self.numel:
-                return _into(kw.get("out"), self._drawn(tuple(shape), kw.get("dtype")))
+                out = kw.get("out")
+                return _into(out, self._drawn(tuple(shape), kw.get("dtype") if out is None else out.dtype))
         elif func is torch.randn_like and args[0].numel() == self.numel:
             return self._drawn(tuple(args[0].shape), kw.get("dtype") or args[0].dtype)
         elif func is Tensor.normal_ and args[0].numel() == self.numel:

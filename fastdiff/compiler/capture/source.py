@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.compiler.capture.intercept import Unseen, has_generator
+from fastdiff.compiler.capture.intercept import has_generator
 
 # These list one time more than they evaluate: where the sample ends.
 LISTS_THE_END = ("SCMScheduler", "DDPMWuerstchenScheduler")
@@ -86,8 +86,6 @@ class Source:
             return function(*args, **kw)
         except Refused as refused:
             raise refused.error from None
-        except Unseen:
-            raise
         except Exception as error:
             where = "set_timesteps" if i is None else f"step {i}"
             raise RuntimeError(
