@@ -6,7 +6,6 @@ import itertools
 import re
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.engine import noise
+from fastdiff.models import UNet, UNetConfig
 
 BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 SOLVERS = ("ddim", "ddpm", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde")
@@ -267,17 +267,15 @@ def test_channels_are_checked_where_they_are_known(known: str) -> None:
     """Before the network is called: from `shape`, or from a network of images; a function says nothing."""
     calls = []
 
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            if known == "config":
-                self.conv_in, self.config = torch.nn.Conv2d(3, 3, 1), SimpleNamespace(in_channels=3)
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return x
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            calls.append(x.shape)
-            return x
-
-    model = fd.Denoiser(Net(), "linear", "x0", shape=(3, 4, 4) if known == "shape" else None)
+    unet = UNet(UNetConfig(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                           up_block_types=("UpBlock2D",), layers_per_block=1))  # fmt: skip
+    model = fd.Denoiser(
+        unet if known == "config" else net, "linear", "x0", shape=(3, 4, 4) if known == "shape" else None
+    )
     for shape in ((2, 1, 4, 4), (3, 4, 4), (2, 4, 4, 3)):
         if known == "nothing":
             fd.sample(model, shape, steps=1)

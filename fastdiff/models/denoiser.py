@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import unknown_name
-from fastdiff.models.from_diffusers import describe
+from fastdiff.models.from_diffusers import describe, image_channels
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
@@ -117,12 +117,10 @@ class Denoiser:
 
     @property
     def channels(self) -> int | None:
-        """C of samples [C, H, W], where `shape` or a network of images says it; else None."""
+        """C of samples [C, H, W], where `shape` or a network whose input is the sample alone says it; else None."""
         if self.shape is not None:
             return self.shape[0] if len(self.shape) == 3 else None
-        of_images = isinstance(getattr(self.net, "conv_in", None), nn.Conv2d)
-        channels = getattr(getattr(self.net, "config", None), "in_channels", None)
-        return channels if of_images and isinstance(channels, int) else None
+        return image_channels(self.net)
 
     @classmethod
     def from_diffusers(cls, pipe_or_unet: Any, scheduler: Any = None) -> Denoiser:
