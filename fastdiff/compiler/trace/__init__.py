@@ -97,8 +97,8 @@ def _recorded(
 ) -> tuple[Tracer, dict[str, Any], Lin]:
     """fn run once on registers: what it talked to, its arguments, and its result.
 
-    every_call: see all its torch calls, so that draws by a shape alone are named; else those on registers, and RuntimeError
-    for such draws.
+    every_call: see all its torch calls, so that draws by a shape alone are named; else those on registers, and
+    RuntimeError for such draws.
     """
     tracer = Tracer(run, run.schedule)
     arguments = _arguments(fn, name, sigmas, tracer, kw)
