@@ -677,6 +677,7 @@ def test_what_is_no_table_is_refused_with_its_step(kind: type[Own], words: str) 
     assert kind.__name__ in str(error.value)
 
 
+@pytest.mark.alone
 def test_a_capture_of_fifty_steps_takes_less_than_a_second() -> None:
     """Every configuration of the table; processor time, the best of three where the first is not good enough."""
     times: dict[str, float] = {}

@@ -211,6 +211,7 @@ def test_a_draw_in_a_thread_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+@pytest.mark.alone
 def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
     function = getattr(k_diffusion(), f"sample_{name}")
     levels = np.append(np.geomspace(14.6, 0.03, 50), 0.0)
