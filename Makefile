@@ -26,6 +26,7 @@ demo: setup
 	$(BIN)/fastdiff sample --out samples.png
 
 test: setup
+	$(RUN) pytest -m alone $(PYTEST_FLAGS) $$(grep -l mark.alone tests/*.py)
 	$(RUN) pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
 
 setup: $(VENV)/.built

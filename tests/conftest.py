@@ -27,9 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("markexpr"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        left_out = ("slow", "alone") if "PYTEST_XDIST_WORKER_COUNT" in os.environ else ("slow",)
+        others = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

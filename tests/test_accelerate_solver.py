@@ -101,6 +101,14 @@ def test_from_diffusers_reads_schedule_and_prediction(name: str, config: dict[st
     assert torch.equal(model(x, torch.tensor([7.0, 9.0])), unet(x, torch.tensor([7, 9])).sample)
 
 
+def test_solvers_that_are_no_names_are_refused() -> None:
+    pipe = tiny.make(SD)
+    with pytest.raises(TypeError, match=r"must be a name of fd.solvers.names\(\), got Plan"):
+        accelerate(pipe, fd.plan("ddim", "linear", 3))
+    with pytest.raises(ValueError, match=r"pipe.scheduler = UniPCMultistepScheduler.from_config\(pipe.scheduler"):
+        accelerate(pipe, "UniPCMultistepScheduler")
+
+
 def test_from_diffusers_flows_and_what_it_does_not_know() -> None:
     pipe = tiny.make("StableDiffusion3Pipeline")
     model = fd.Denoiser.from_diffusers(pipe)
@@ -120,3 +128,36 @@ def test_from_diffusers_flows_and_what_it_does_not_know() -> None:
         fd.Denoiser.from_diffusers(3, pipe.scheduler)
     with pytest.raises(ValueError, match="prediction_type 'learned'"):
         fd.Denoiser.from_diffusers(pipe.transformer, diffusers.DDIMScheduler(prediction_type="learned"))
+
+
+def test_a_network_that_takes_more_than_the_sample_is_not_held_to_its_channels() -> None:
+    """A video network, one that is given a condition's channels too, by a subclass or a hook; images are held to."""
+    small = {"sample_size": 8, "out_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    scheduler = diffusers.DDIMScheduler()
+    plain = diffusers.UNet2DModel(in_channels=4, **small, **blocks)
+    wider = diffusers.UNet2DModel(in_channels=9, **small, **blocks)
+
+    class Upscaler(diffusers.UNet2DModel):
+        """The sample beside an image of the same size."""
+
+        def forward(self, sample: torch.Tensor, timestep: Any, **kw: Any) -> Any:
+            return super().forward(torch.cat([sample, sample], 1), timestep, **kw)
+
+    upscaler = Upscaler(in_channels=8, **small, **blocks)
+    for net in (wider, upscaler):
+        assert fd.Denoiser.from_diffusers(net, scheduler).channels is None
+    model = fd.Denoiser.from_diffusers(upscaler, scheduler)
+    assert fd.sample(model, (1, 4, 8, 8), steps=1).shape == (1, 4, 8, 8)
+    model = fd.Denoiser.from_diffusers(plain, scheduler)
+    assert model.shape == (4, 8, 8)
+    with pytest.raises(ValueError, match="the network takes 4 channels"):
+        fd.sample(model, (1, 3, 8, 8), steps=1)
+    plain.register_forward_pre_hook(lambda module, args: args)
+    assert fd.Denoiser.from_diffusers(plain, scheduler).channels is None
+    video = diffusers.UNet3DConditionModel(
+        in_channels=4, cross_attention_dim=16, attention_head_dim=8, norm_num_groups=32,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        **small,
+    )  # fmt: skip
+    assert fd.Denoiser.from_diffusers(video, scheduler).channels is None

@@ -10,8 +10,10 @@ import copy
 import inspect
 import math
 import re
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -478,12 +480,71 @@ class DrawsFromItsOwn(Own):
         return 0.9 * sample + 0.1 * model_output + 0.3 * normal
 
 
-class ClipsOutsideTorch(Own):
-    """Takes its estimate out of torch and clips what comes back, further out than random tensors of the proof are."""
+class DrawsInto(Own):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        normal = torch.empty(sample.shape, dtype=torch.float64)
+        torch.randn(sample.shape, out=normal)
+        return 0.9 * sample + 0.1 * model_output + 0.3 * normal
+
+
+class DrawsAndAdds(DrawsFromItsOwn):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        return super().step(model_output, timestep, sample) + 0.25
+
+
+class DrawsInAThread(Own):
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return 0.5 * sample + model_output + pool.submit(torch.randn_like, sample).result()
+
+
+class DrawsLess(Own):
+    """Draws on tensors that are mostly zeros, and not on others."""
 
     def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
-        estimate = torch.from_numpy((sample - 0.5 * model_output).numpy()).clamp(-90.0, 90.0)
+        noise = torch.randn_like(sample) if (sample == 0.0).any() else 0.0
+        return 0.5 * sample + model_output + noise
+
+
+class Clips(Own):
+    """Clips what `way` makes of its estimate, further out than normal tensors reach."""
+
+    def __init__(self, way: Callable[[Any], Any], bound: float = 90.0) -> None:
+        super().__init__()
+        self.way, self.bound = way, bound
+
+    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        estimate = self.way(sample - 0.5 * model_output).clamp(-self.bound, self.bound)
         return 0.5 * sample + 0.5 * estimate
+
+
+def _written(write: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+    """The tensor of zeros that an estimate was written into."""
+
+    def way(estimate: Any) -> Any:
+        plain = torch.zeros(estimate.shape, dtype=estimate.dtype)
+        write(plain, estimate)
+        return plain
+
+    return way
+
+
+WAYS_OUT: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda estimate: torch.from_numpy(estimate.numpy()),
+    "copy_": _written(lambda plain, estimate: plain.copy_(estimate)),
+    "setitem": _written(lambda plain, estimate: plain.__setitem__(slice(None), estimate)),
+    "out": _written(lambda plain, estimate: torch.add(estimate, 0.0, out=plain)),
+    "clamp out": _written(lambda plain, estimate: torch.clamp(estimate, -90.0, 90.0, out=plain)),
+    "foreach": _written(lambda plain, estimate: torch._foreach_add_([plain], [estimate])),
+    "dlpack": torch.from_dlpack,
+    "as_subclass": lambda estimate: estimate.as_subclass(torch.Tensor),
+    "item": lambda estimate: torch.tensor([v.item() for v in estimate.flatten()], dtype=torch.float64).reshape(
+        estimate.shape
+    ),
+    "float": lambda estimate: torch.tensor([float(v) for v in estimate.flatten()], dtype=torch.float64).reshape(
+        estimate.shape
+    ),
+}
 
 
 class Answers(TorchFunctionMode):
@@ -504,19 +565,53 @@ def test_draws_are_not_answered_by_a_mode_around_the_capture() -> None:
     assert plan.draws == 6 and mode.asked == 0
 
 
-@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn])
+@pytest.mark.parametrize("kind", [DrawsByShape, DrawsFromItsOwn, DrawsInto])
 def test_draws_by_a_shape_alone_are_named(kind: type[Own]) -> None:
-    state = torch.get_rng_state()
     plan = fd.capture(kind(), 6)
     assert plan.draws == 6 and [row.noise for row in plan.rows[1:]] == [((i, 1),) for i in range(6)]
     assert all(row.outputs[0].noise == (0.3,) for row in plan.rows[1:])
     assert plan.options["mismatch"] < 1e-12
-    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_clamp_of_what_left_torch_is_in_the_table() -> None:
-    plan = fd.capture(ClipsOutsideTorch(), 5)
+@pytest.mark.parametrize("name", ["DDPM", "EulerAncestralDiscrete"])
+def test_generators_are_left_as_they_were(name: str) -> None:
+    given = torch.Generator().manual_seed(1)
+    states = given.get_state(), torch.get_rng_state()
+    assert fd.capture(make(name, {}), 4, step_options={"generator": given}).draws > 0
+    assert fd.capture(make(name, {}), 4).draws > 0
+    assert all(map(torch.equal, (given.get_state(), torch.get_rng_state()), states))
+
+
+def test_no_thread_gets_a_normal_twice() -> None:
+    seen: list[float] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            seen.append(float(torch.rand((), dtype=torch.float64)))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        plan = fd.capture(make("LMSDiscrete", {}), 10)
+    finally:
+        done.set()
+        thread.join()
+    assert plan.draws == 0 and len(seen) == len(set(seen)) > 10
+
+
+@pytest.mark.parametrize("way", sorted(WAYS_OUT))
+def test_a_clamp_of_what_went_into_another_tensor_is_in_the_table(way: str) -> None:
+    plan = fd.capture(Clips(WAYS_OUT[way]), 5)
     assert all(row.clamp == (-90.0, 90.0) for row in plan.rows[1:])
+    assert all((row.reading.P, row.reading.Q) == (1.0, -0.5) for row in plan.rows[1:] if row.reading)
+
+
+@pytest.mark.parametrize("bound", [90.0, 1e5])
+def test_what_clips_unseen_is_refused(bound: float) -> None:
+    """Far outside the normal tensors of the proof; its second sample is a million times as large."""
+    with pytest.raises(TypeError, match=r"Clips, step 0: is not affine: .* differs from the table by \d"):
+        fd.capture(Clips(lambda estimate: torch.nn.functional.hardtanh(estimate, -bound, bound), bound=1e9), 5)
 
 
 @pytest.mark.parametrize(("name", "every"), [("LMSDiscrete", False), ("DDPM", True)])
@@ -558,10 +653,16 @@ def test_bad_arguments(scheduler: Any, steps: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Hidden, "step 1: uses a tensor from an earlier step that is not in its attributes"),
+        (Hidden, "step 0: uses a tensor from an earlier step that is not in its attributes"),
         (Nonlinear, r"step 8: is not affine: .* differs from the table by \d"),
         (Normed, r"step 0: is not affine"),
         (Branching, r"is not affine"),
+        (
+            DrawsLess,
+            r"DrawsLess: is not affine: .* it draws 0 normals, its table 10; it branches on data",
+        ),
+        (DrawsInAThread, r"step 0: uses a tensor from an earlier step"),
+        (DrawsAndAdds, r"step 0: adds the constant 0.25"),
         (Constant, r"step 0: adds the constant 0.25"),
         (ClipsState, r"step 1: clips something else"),
         (Stochastic, r"step 0: is not affine"),
@@ -576,6 +677,7 @@ def test_what_is_no_table_is_refused_with_its_step(kind: type[Own], words: str) 
     assert kind.__name__ in str(error.value)
 
 
+@pytest.mark.alone
 def test_a_capture_of_fifty_steps_takes_less_than_a_second() -> None:
     """Every configuration of the table; processor time, the best of three where the first is not good enough."""
     times: dict[str, float] = {}

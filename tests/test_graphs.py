@@ -175,6 +175,27 @@ class Branches(nn.Module):
         return 0.5 * x
 
 
+class Cached(torch.nn.Module):
+    """Writes into a tensor of its first call, which outside inference mode it may not where that was in it."""
+
+    cache: Tensor | None = None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = torch.zeros_like(x)
+        return 0.5 * self.cache.copy_(x)
+
+
+def test_a_network_that_runs_in_inference_mode_alone_is_not_captured(stand_in: type[StandIn]) -> None:  # noqa: F811
+    model = denoiser(Cached())
+    expected = draw(denoiser(lambda x, t: 0.5 * x), "ddim", 3, graph=False)
+    with torch.inference_mode():
+        model.net(torch.zeros(SHAPE), torch.zeros(SHAPE[0]))
+        with pytest.warns(UserWarning, match="Inplace update to inference tensor"):
+            assert torch.equal(fd.Sampler(fd.plan("ddim", model.schedule, 3), model).sample(SHAPE), expected)
+    assert stand_in.records == 0
+
+
 def syncs(x: Tensor, t: Tensor) -> Tensor:
     return x * float(t[0].cos().item())
 

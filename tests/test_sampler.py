@@ -6,7 +6,6 @@ import itertools
 import re
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.engine import noise
+from fastdiff.models import UNet, UNetConfig
 
 BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 SOLVERS = ("ddim", "ddpm", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde")
@@ -262,22 +262,40 @@ def test_bad_arguments(model: fd.Denoiser, arguments: dict[str, object], words: 
         fd.sample(model, (2, 3, 4, 4), steps=3, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("device", "model.to"),
+        ("num_inference_steps", "steps="),
+        ("generator", "seed="),
+        ("guidance_scale", "guidance="),
+    ],
+)
+def test_names_of_other_libraries_are_known(model: fd.Denoiser, name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=f"sample has no argument '{name}': .*{words}"):
+        fd.sample(model, (1, 3, 4, 4), steps=3, **{name: 3})  # type: ignore[arg-type]
+
+
+def test_a_rule_without_guidance_is_said_to_do_nothing(model: fd.Denoiser) -> None:
+    plain = fd.sample(model, (1, 3, 4, 4), steps=3)
+    with pytest.warns(UserWarning, match=r"Rescale\(phi=0.7\) changes what guidance does, and guidance is 1"):
+        assert torch.equal(fd.sample(model, (1, 3, 4, 4), steps=3, rule=fd.guidance.Rescale()), plain)
+
+
 @pytest.mark.parametrize("known", ["shape", "config", "nothing"])
 def test_channels_are_checked_where_they_are_known(known: str) -> None:
     """Before the network is called: from `shape`, or from a network of images; a function says nothing."""
     calls = []
 
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            if known == "config":
-                self.conv_in, self.config = torch.nn.Conv2d(3, 3, 1), SimpleNamespace(in_channels=3)
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return x
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            calls.append(x.shape)
-            return x
-
-    model = fd.Denoiser(Net(), "linear", "x0", shape=(3, 4, 4) if known == "shape" else None)
+    unet = UNet(UNetConfig(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                           up_block_types=("UpBlock2D",), layers_per_block=1))  # fmt: skip
+    model = fd.Denoiser(
+        unet if known == "config" else net, "linear", "x0", shape=(3, 4, 4) if known == "shape" else None
+    )
     for shape in ((2, 1, 4, 4), (3, 4, 4), (2, 4, 4, 3)):
         if known == "nothing":
             fd.sample(model, shape, steps=1)
@@ -300,6 +318,10 @@ def test_bad_models() -> None:
         fd.sample(torch.nn.Identity(), (1, 3, 4, 4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="float64"):
         fd.Denoiser(torch.nn.Linear(2, 2).double(), "linear")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' was asked for, and torch sees no CUDA device"):
+            fd.Denoiser(bumpy, "linear").to("cuda")
+    assert repr(fd.Denoiser(bumpy, "linear")) == "Denoiser(bumpy, linear, eps, torch.float32 on cpu)"
     zero_snr = fd.schedules.rescale_zero_terminal_snr(fd.schedules.linear())
     with pytest.raises(ValueError, match="zero signal-to-noise"):
         fd.sample(fd.Denoiser(bumpy, zero_snr, "eps"), (1, 3, 4, 4), grid="trailing", steps=4)

@@ -60,6 +60,8 @@ def test_a_classifier_trained_on_real_photographs_sees_the_class_asked_for(model
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Did you mean 'fashion'"):
         fd.load("fashin")
+    with pytest.raises(FileNotFoundError, match="no folder or file runs/mine; give the folder of a run"):
+        fd.load("runs/mine")
     with pytest.raises(FileNotFoundError, match="no model file"):
         fd.load(tmp_path / "x.safetensors")
     broken = tmp_path / "broken.safetensors"

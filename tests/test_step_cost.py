@@ -159,6 +159,7 @@ def test_an_operation_between_two_evaluations_is_seen(monkeypatch: pytest.Monkey
     assert extra == [1] * (sampler.plan.nfe - 1)
 
 
+@pytest.mark.alone
 def test_a_plan_of_fifty_steps_takes_less_than_fifty_milliseconds() -> None:
     """Every solver on every schedule, then with the options of its cases; the best of three if need be."""
     every: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [(name, {}, SCHEDULES) for name in fd.solvers.names()]

@@ -6,6 +6,7 @@ and once from their table. Needs k_diffusion's sampling.py only, not what the re
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +15,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -177,15 +179,39 @@ def test_draws_by_a_shape_alone_are_named(own: bool) -> None:
             x = 0.5 * x + 0.5 * model(x, sigma) + following * normal
         return x
 
-    state = torch.get_rng_state()
     plan = fd.trace(fn, [3.0, 2.0, 1.0])
     assert [row.noise for row in plan.rows] == [(), ((0, 1),), ((1, 1),)]
     assert [row.outputs[0].noise for row in plan.rows[1:]] == [(2.0,), (1.0,)]
     assert plan.options["mismatch"] < 1e-14
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_given_generator_is_left_as_it_was(bound: bool) -> None:
+    """Given as an argument, or bound to the function."""
+
+    def fn(model: Any, x: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x = 0.5 * x + 0.5 * model(x, sigmas[0])
+        return x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    given = torch.Generator().manual_seed(1)
+    states = given.get_state(), torch.get_rng_state()
+    options = {"generator": given}
+    plan = fd.trace(functools.partial(fn, **options), [3.0, 1.0]) if bound else fd.trace(fn, [3.0, 1.0], **options)
+    assert plan.draws == 1
+    assert all(map(torch.equal, (given.get_state(), torch.get_rng_state()), states))
+
+
+def test_a_draw_in_a_thread_is_refused() -> None:
+    def fn(model: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return model(x, sigmas[0]) + pool.submit(torch.randn_like, x).result()
+
+    with pytest.raises(TypeError, match="draws fewer normals than on registers"):
+        fd.trace(fn, [3.0, 1.0])
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+@pytest.mark.alone
 def test_fifty_steps_take_less_than_50_ms(name: str) -> None:
     function = getattr(k_diffusion(), f"sample_{name}")
     levels = np.append(np.geomspace(14.6, 0.03, 50), 0.0)

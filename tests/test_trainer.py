@@ -149,7 +149,9 @@ def test_times_that_follow_the_loss_resume_with_what_they_heard(data: Path, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_saves(data: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_step_and_saves(
+    data: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     def press(trainer: Trainer, batch: object, outcome: object) -> None:
         if trainer.progress.images == 40:
             os.kill(os.getpid(), number)
@@ -160,6 +162,13 @@ def test_a_signal_ends_the_step_and_saves(data: Path, tmp_path: Path, number: si
     assert_same(stored(tmp_path / "run", trainer), weights(trainer))
     assert signal.getsignal(number) is not trainer  # handlers are put back
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert f"{number.name}: the step is finished and saved first" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does, and this machine has a CUDA device")
+def test_precision_is_full_on_a_cpu_unless_asked_for(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(data, precision="auto"), tmp_path / "run")
+    assert trainer.config.precision == "fp32" and TrainConfig().precision == "auto"
 
 
 def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) -> None:

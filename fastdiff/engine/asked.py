@@ -6,6 +6,7 @@ May import: arguments, chunks, conditions, external, guidance, loop (types), see
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastdiff.engine import chunks
 from fastdiff.engine.arguments import number_per_sample
 from fastdiff.engine.external import Noise
-from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rule, reduction
+from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rescale, Rule, reduction
 from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.engine.skipping import AdaptiveSkip
@@ -65,6 +66,12 @@ class Asked:
         weights = number_per_sample("guidance", guidance, shape[0])
         scales = number_per_sample("perturbed_scale", perturbed_scale, shape[0])
         reduces = reduction(rule, threshold)
+        if isinstance(rule, Rescale | APG) and all(w == 1.0 for w in weights) and not any(scales):
+            warnings.warn(
+                f"rule {rule} changes what guidance does, and guidance is 1: it has no effect. Give guidance=, cond= "
+                "and uncond=, or leave the rule out",
+                stacklevel=4,
+            )
         if isinstance(rule, APG) and any(scales):
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
         if not isinstance(skip, AdaptiveSkip | None):

@@ -86,6 +86,17 @@ def of_an_entry(cond: Any) -> Any:
     return signature(_each("cond", cond, entry))
 
 
+def described(cond: Any) -> str:
+    """An entry of a tree, for an error to show: {'label': int64 []}."""
+    if isinstance(cond, Tensor):
+        return f"{str(cond.dtype).removeprefix('torch.')} {list(cond.shape[1:])}"
+    if isinstance(cond, Mapping):
+        return "{" + ", ".join(f"{key!r}: {described(value)}" for key, value in cond.items()) + "}"
+    if isinstance(cond, list | tuple):
+        return "[" + ", ".join(map(described, cond)) + "]"
+    return repr(cond) if cond is None or isinstance(cond, bool | int | float | str) else type(cond).__name__
+
+
 def signature(cond: Any) -> Any:
     """What must be equal for a captured graph to serve: structure, shapes, dtypes, and every value not a tensor."""
     if isinstance(cond, Tensor):

@@ -28,6 +28,7 @@ class Lane:
         self.network, self.names = network, names
         self.positions = tuple(POSITIONS[name] for name in names)
         self.signature: Hashable = None
+        self.described = ""
         self.conditions: Any = None
         self.index: Tensor | None = None  # None: the first `count` entries
         self.count = 0
@@ -100,14 +101,14 @@ class Crowd:
         for name, (_, tree) in branches.apart.items():
             parts.append((next(lane for lane in self.lanes[1:] if name in lane.names), (name,), tree))
         for lane, _, tree in parts:
-            if (found := conditions.of_an_entry(tree)) != lane.signature and lane.signature is not None:
+            if lane.signature not in (None, conditions.of_an_entry(tree)):
                 raise ValueError(
-                    f"the conditions of this request have another structure ({found}) than those of the stream's first "
-                    f"({lane.signature}), so the two cannot run in one batch; pad or encode them to one shape, or open "
-                    "another stream"
+                    f"the conditions of this request ({conditions.described(tree)}) have another structure than those "
+                    f"of the stream's first ({lane.described}), so the two cannot run in one batch; pad or encode them "
+                    "to one shape, or open another stream"
                 )
         for lane, _, tree in parts:
-            lane.signature = conditions.of_an_entry(tree)
+            lane.signature, lane.described = conditions.of_an_entry(tree), conditions.described(tree)
         return [(lane, tuple(POSITIONS[name] for name in names), tree) for lane, names, tree in parts]
 
     def grow(self, entries: int) -> None:

@@ -138,9 +138,11 @@ class Graphs:
 def record(recorder: Recorder, buffers: Buffers, work: Work, warm_up: int = WARM_UP) -> Work:
     """What replays `work`, and the buffers as they were before.
 
-    Raises NotCaptured where `work` runs and cannot be captured, and what `work` itself raises as it is.
+    Raises NotCaptured where `work` runs and cannot be captured, and what `work` itself raises as it is. A caller in
+    inference mode has NotCaptured of both: nothing is captured in it, and outside it a network may fail that does not
+    in it.
     """
-    finished = 0
+    finished, inferring = 0, torch.is_inference_mode_enabled()
 
     def counted() -> None:
         nonlocal finished
@@ -154,7 +156,7 @@ def record(recorder: Recorder, buffers: Buffers, work: Work, warm_up: int = WARM
         with torch.inference_mode(False), torch.no_grad():
             return recorder.record(counted, warm_up)
     except RuntimeError as error:
-        if finished < warm_up or memory.ran_out(error):
+        if memory.ran_out(error) or (finished < warm_up and not inferring):
             raise
         raise NotCaptured(str(error)) from error
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import unknown_name
-from fastdiff.models.from_diffusers import describe
+from fastdiff.models.from_diffusers import describe, image_channels
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
 
@@ -98,9 +98,15 @@ class Denoiser:
         self.learned_variance = learned_variance
         parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Denoiser: device {str(self.device)!r} was asked for, and torch sees no CUDA device here")
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"Denoiser: the network's dtype must be float32, float16 or bfloat16, got {self.dtype}")
+
+    def __repr__(self) -> str:
+        name = getattr(self.net, "__name__", type(self.net).__name__)
+        return f"Denoiser({name}, {self.schedule.name}, {self.prediction}, {self.dtype} on {self.device})"
 
     def __call__(self, x: Tensor, time: Tensor, cond: Condition = None) -> Tensor:
         """The raw output F of the network at input x (already scaled by c_in) and model time [B]."""
@@ -117,12 +123,10 @@ class Denoiser:
 
     @property
     def channels(self) -> int | None:
-        """C of samples [C, H, W], where `shape` or a network of images says it; else None."""
+        """C of samples [C, H, W], where `shape` or a network whose input is the sample alone says it; else None."""
         if self.shape is not None:
             return self.shape[0] if len(self.shape) == 3 else None
-        of_images = isinstance(getattr(self.net, "conv_in", None), nn.Conv2d)
-        channels = getattr(getattr(self.net, "config", None), "in_channels", None)
-        return channels if of_images and isinstance(channels, int) else None
+        return image_channels(self.net)
 
     @classmethod
     def from_diffusers(cls, pipe_or_unet: Any, scheduler: Any = None) -> Denoiser:

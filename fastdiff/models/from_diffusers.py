@@ -63,20 +63,36 @@ def describe(source: Any, scheduler: Any = None) -> Description:
         )
     schedule, prediction, sigma_data = trained_with(scheduler)
     config: Any = getattr(network, "config", {})
-    channels, size = _entry(config, "in_channels"), _entry(config, "sample_size")
+    channels, size = image_channels(network), _entry(config, "sample_size")
     flux = type(network).__name__.startswith("Flux")
     call: nn.Module = network
     if "timestep" not in list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters)[:2]:
         call = ByName(network, float(TRAINED) if schedule.kind == "flow" and not flux else 1.0)
-    out = _entry(config, "out_channels")
+    taken, given = _entry(config, "in_channels"), _entry(config, "out_channels")
     return Description(
         call,
         schedule,
         prediction,
         sigma_data,
-        None if flux or not isinstance(size, int) or channels is None else (channels, size, size),
-        learned_variance=channels is not None and not flux and out == 2 * channels,
+        None if not isinstance(size, int) or channels is None else (channels, size, size),
+        learned_variance=taken is not None and not flux and given == 2 * taken,
     )
+
+
+def image_channels(network: Any) -> int | None:
+    """C of a network of images [B, C, H, W] that is given the sample alone, by its config; None where it may not be.
+
+    So of networks of ours and of diffusers' two-dimensional ones, unless their outputs have other channels (their
+    input has a condition beside the sample then), or something stands before their forward.
+    """
+    network = getattr(network, "_orig_mod", network)  # of a compiled one
+    own = type(network)
+    known = own.__module__.startswith("fastdiff.") or (own.__module__.startswith("diffusers.") and "2D" in own.__name__)
+    if not known or "forward" in vars(network) or network._forward_pre_hooks:
+        return None
+    config = getattr(network, "config", {})
+    taken, given = _entry(config, "in_channels"), _entry(config, "out_channels")
+    return taken if isinstance(taken, int) and given in (taken, 2 * taken, None) else None
 
 
 def trained_with(scheduler: Any) -> tuple[Schedule, str, float | None]:

@@ -67,6 +67,11 @@ def _path(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         path = path / "model.safetensors"
     if path.suffix != ".safetensors" and not path.exists():
+        if len(path.parts) > 1:
+            raise FileNotFoundError(
+                f"no folder or file {path}; give the folder of a run, a .safetensors file or one of: "
+                f"{', '.join(SHIPPED)}. A diffusers network is loaded with diffusers, and fd.Denoiser.from_diffusers"
+            )
         raise unknown_name("model", str(name), SHIPPED)
     if not path.is_file():
         raise FileNotFoundError(f"no model file {path}; give a .safetensors file or one of: {', '.join(SHIPPED)}")

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fastdiff.errors import unknown_name
 from fastdiff.files import write_atomically
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("constant", "cosine", "linear", "inverse_sqrt")
 PARALLEL = ("auto", "ddp", "fsdp")
 RESIDENT = ("auto", "yes", "no")
@@ -70,7 +70,7 @@ class TrainConfig:
     ema_profiles: tuple[float, ...] = _option((), "relative widths of power-function averages, kept beside or instead")
     seed: int = _option(0, "of weights, order, noise, levels and flips")
 
-    precision: str = _option("bf16", f"one of {', '.join(PRECISIONS)}; weights stay fp32")
+    precision: str = _option("auto", "fp32, bf16 or fp16, weights stay fp32; auto: bf16 on a GPU, else fp32")
     channels_last: bool = _option(True, "memory format of the network", free=True)
     compile: bool = _option(False, "torch.compile the network", free=True)
     graph: bool = _option(False, "one CUDA graph for the whole step (GPU only)", free=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -38,3 +39,5 @@ class Interrupts:
             raise KeyboardInterrupt
         if not self.name:
             self.name, self._since = signal.Signals(number).name, now
+            # a handler may run within a write to sys.stderr, which must not be entered again
+            os.write(2, f"\n{self.name}: the step is finished and saved first; Ctrl-C again stops at once\n".encode())

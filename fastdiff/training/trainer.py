@@ -58,6 +58,8 @@ class Trainer:
             raise ValueError(f"resume must be auto or left out, got {resume!r}")
         self.run = run
         self.ranks = join(config.device, config.threads) if ranks is None else ranks
+        if config.precision == "auto":
+            config = config.change(precision="bf16" if self.ranks.device.type == "cuda" else "fp32")
         self._check_batch(config)
         self.source = _source(config, self.ranks.device) if source is None else source
         self.config = fill(config, self.source)

@@ -19,6 +19,7 @@ replaced by named normals, and each draw is given the levels it covers, so noise
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,6 @@ from fastdiff.compiler.assemble import Row, assemble
 from fastdiff.compiler.brownian import partitioned
 from fastdiff.compiler.capture import readings
 from fastdiff.compiler.capture.basis import Found, measure
-from fastdiff.compiler.capture.intercept import Unseen
 from fastdiff.compiler.capture.proof import prove, witness_of
 from fastdiff.compiler.capture.source import Refused, Source, check_interface
 from fastdiff.compiler.plan import Plan
@@ -44,7 +44,8 @@ def capture(scheduler: Any, steps: int = 20, *, step_options: Mapping[str, Any] 
     mismatch against the scheduler itself on random tensors. Its noise ids are the scheduler's draws in order.
     Raises TypeError, with the step, for a scheduler that is not a table: not affine (with the size of the mismatch),
     hidden state, or a step that needs more than these three arguments; RuntimeError when the scheduler itself fails.
-    Deterministic.
+    Deterministic. Generators stay as they are, except that a `step` which has no `generator` argument and draws all the
+    same draws its first normals from torch's default generator for real; they are lost.
     """
     name = type(scheduler).__name__
     options = dict(step_options or {})
@@ -55,22 +56,14 @@ def capture(scheduler: Any, steps: int = 20, *, step_options: Mapping[str, Any] 
 def compile_source(source: Source) -> Plan:
     """The table of a scheduler that is stepped as `source` says, proved; what `capture` raises, this raises.
 
-    At first only the torch calls on our own tensors are watched. Where that fails, mostly by a draw that takes a shape
-    alone, every call is.
+    Where `step` is not made to draw, only the torch calls on our own tensors are watched at first. Where that fails,
+    every call is, and what is refused then is refused.
     """
-    first: Exception | None = None
     with torch.no_grad():
-        try:
-            return _proved(source, every_call=False)
-        except Unseen:
-            pass
-        except (TypeError, ValueError, RuntimeError) as error:
-            first = error
-        try:
-            return _proved(source, every_call=True)
-        except (TypeError, ValueError, RuntimeError) as error:
-            refusal = first or error  # the first: what a scheduler hides from its copies is left from that run
-    raise refusal
+        if not source.takes_generator:
+            with suppress(TypeError, ValueError, RuntimeError):
+                return _proved(source, every_call=False)
+        return _proved(source, every_call=True)
 
 
 def _proved(source: Source, every_call: bool) -> Plan:
@@ -79,7 +72,7 @@ def _proved(source: Source, every_call: bool) -> Plan:
     except Refused as refused:
         raise refused.error from None
     plan = _plan(source, found)
-    mismatch = prove(source, plan, witness_of(source, found, every_call or found.drew))
+    mismatch = prove(source, plan, witness_of(source, found, every_call))
     return replace(plan, options={**plan.options, "mismatch": float(f"{mismatch:.1e}")})
 
 

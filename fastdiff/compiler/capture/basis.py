@@ -33,7 +33,7 @@ ROUNDING = {False: 1e-12, True: 1e-6}  # what remains of a sum that cancels, rel
 
 @dataclass(frozen=True)
 class Found:
-    """What the basis run measured. drew, quantile: as in `Intercept`."""
+    """What the basis run measured. quantile: as in `Intercept`."""
 
     run: Run
     result: Lin
@@ -42,7 +42,6 @@ class Found:
     last: Level
     latent_scale: float
     precision: str
-    drew: bool
     quantile: bool
 
 
@@ -92,7 +91,6 @@ def measure(source: Source, every_call: bool) -> Found:
         last=readings.last_level(scheduler),
         latent_scale=latent_scale(scheduler),
         precision="float32" if basis.single else "float64",
-        drew=basis.drew,
         quantile=basis.quantile,
     )
 

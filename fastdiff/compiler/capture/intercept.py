@@ -5,6 +5,7 @@ May import: torch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,28 +19,31 @@ from torch.overrides import TorchFunctionMode
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Unseen(Exception):
-    """The scheduler did what only a watch over every torch call can follow."""
-
-
 @contextmanager
 def without_draws() -> Iterator[None]:
-    """Raises Unseen where torch's generator was drawn from, which is put back, or another mode may answer draws."""
+    """Raises RuntimeError where torch's generator was drawn from or another mode may answer draws.
+
+    The generator is not put back: another thread may have drawn from it.
+    """
     if torch._C._len_torch_function_stack():
-        raise Unseen("runs under a mode that sees torch's calls")
+        raise RuntimeError("runs under a mode that sees torch's calls")
     before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        drew = not torch.equal(before, torch.get_rng_state())
-        if drew:
-            torch.set_rng_state(before)
-    if drew:
-        raise Unseen("draws from torch's generator by a shape alone")
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        raise RuntimeError("draws from torch's generator")
+
+
+def has_generator(value: Any) -> bool:
+    """Whether a torch.Generator is among the values of nested dicts, lists and tuples."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, torch.Generator) or any(map(has_generator, inner))
 
 
 class Watched(Tensor):
-    """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees."""
+    """A tensor whose torch calls, and those of every tensor computed from it, one `Intercept` sees.
+
+    RuntimeError for draws and where its numbers are read or written into another tensor: only `every_call` follows.
+    """
 
     intercept: Intercept
 
@@ -47,8 +51,10 @@ class Watched(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _LEAVES:
-            raise Unseen(f"takes the numbers of a tensor out of torch: {func}")
+        if func in _LEAVES or func in _DRAWS or (kwargs and "out" in kwargs):
+            raise RuntimeError(f"draws, or takes the numbers of a tensor out of it: {func}")
+        if _writes(func) and not isinstance(args[0], cls):
+            raise RuntimeError(f"writes into a tensor of another type: {func}")
         if func not in _WATCHED:
             return super().__torch_function__(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
@@ -59,9 +65,8 @@ class Intercept(TorchFunctionMode):
     """Sees the torch calls of the scheduler; normals of the state's size are ours.
 
     every_call: all of them, also those that take none of our tensors, torch.randn(shape) say, which makes each several
-    times as long. Else those on tensors of `watched`; a step that draws otherwise is found by torch's generator.
+    times as long. Else those on tensors of `watched`, and a step may not draw.
     single: it computes in float32, because it casts or draws so. quantile: it looks at the values of a sample.
-    drew: some of these calls were draws.
     """
 
     def __init__(self, numel: int, every_call: bool = True) -> None:
@@ -69,7 +74,6 @@ class Intercept(TorchFunctionMode):
         self.numel = numel
         self.quantile = False
         self.single = False
-        self.drew = False
         self._every_call = every_call
         self._kind = type("Watched", (Watched,), {"intercept": self})
 
@@ -79,7 +83,7 @@ class Intercept(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A step of the scheduler; raises Unseen where it draws a normal that is not ours."""
+        """A step of the scheduler; raises RuntimeError where it draws and not every call is seen."""
         with self if self._every_call else without_draws():
             yield
 
@@ -100,7 +104,8 @@ class Intercept(TorchFunctionMode):
         if func is torch.randn:
             shape = kw.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
             if math.prod(shape) == self.numel:
-                return self._drawn(tuple(shape), kw.get("dtype"))
+                out = kw.get("out")
+                return _into(out, self._drawn(tuple(shape), kw.get("dtype") if out is None else out.dtype))
         elif func is torch.randn_like and args[0].numel() == self.numel:
             return self._drawn(tuple(args[0].shape), kw.get("dtype") or args[0].dtype)
         elif func is Tensor.normal_ and args[0].numel() == self.numel:
@@ -110,7 +115,7 @@ class Intercept(TorchFunctionMode):
             bounds = _bounds(*args[1:], **kw)
             if bounds is not None:
                 clipped = self.clamp(args[0], *bounds)
-                return args[0].copy_(clipped) if func.__name__.endswith("_") else clipped
+                return _into(args[0] if _writes(func) else kw.get("out"), clipped)
         elif func is torch.quantile and args[0].numel() == self.numel:
             self.quantile = True
         result = func(*args, **kw)
@@ -119,7 +124,6 @@ class Intercept(TorchFunctionMode):
         return result
 
     def _drawn(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-        self.drew = True
         self.single = self.single or dtype != torch.float64
         return self.draw(shape, dtype or torch.float32)
 
@@ -140,8 +144,20 @@ class Random(Intercept):
 
 _CASTS = (Tensor.to, Tensor.float, Tensor.type, Tensor.type_as)
 _CLAMPS = (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
-_WATCHED = frozenset((torch.randn, torch.randn_like, Tensor.normal_, torch.quantile, *_CASTS, *_CLAMPS))
-_LEAVES = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist))
+_DRAWS = frozenset((torch.randn, torch.randn_like, Tensor.normal_))
+_WATCHED = frozenset((torch.quantile, *_DRAWS, *_CASTS, *_CLAMPS))
+_LEAVES = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__))
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether a torch function writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+
+
+def _into(target: Tensor | None, value: Tensor) -> Tensor:
+    return value if target is None else target.copy_(value)
 
 
 def _moments(mean: Any = 0.0, std: Any = 1.0, **_: Any) -> tuple[Any, Any]:
@@ -164,7 +180,7 @@ def _constant(bound: Any) -> float | None:
 
 
 def relative(ours: Array, theirs: Array) -> float:
-    """The largest difference, over the largest element."""
-    size = float(np.abs(theirs).max())
-    off = float(np.abs(ours - theirs).max())
-    return off / size if size > 0 and math.isfinite(off) else off if math.isfinite(off) else math.inf
+    """The largest difference within a sample, over the sample's largest element; of all samples, the largest."""
+    size, off = (np.abs(values).reshape(len(values), -1).max(axis=1) for values in (theirs, ours - theirs))
+    worst = float((off / np.where(size > 0.0, size, 1.0)).max())
+    return worst if math.isfinite(worst) else math.inf

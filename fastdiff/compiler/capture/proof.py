@@ -20,6 +20,8 @@ from fastdiff.compiler.verify import execute
 from fastdiff.process.schedules import Level
 
 SHAPE = (2, 3, 4, 4)
+SCALES = np.array([1.0, 1e6]).reshape(2, 1, 1, 1)  # of the samples: the second one meets what clips far out
+BRANCHES = "it branches on data, clips further out, multiplies tensors, or keeps state where the capture cannot see it"
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}  # relative mismatch, by what the scheduler computes in
 
 
@@ -36,7 +38,7 @@ class Witness:
 
 
 def witness_of(source: Source, found: Found, watched: bool) -> Witness:
-    """Run the scheduler on random tensors, normal and of the size it expects.
+    """Run the scheduler on random tensors, normal and of the size it expects, and a million times that.
 
     watched: its torch calls may draw, so they are followed.
     """
@@ -44,8 +46,8 @@ def witness_of(source: Source, found: Found, watched: bool) -> Witness:
     random = Random(generator, SHAPE)
     scheduler = source.fresh(lambda *_: random.draw(SHAPE, torch.float64))
     times = source.times(scheduler)
-    outputs = torch.from_numpy(generator.standard_normal((len(times), *SHAPE)))
-    x = torch.from_numpy(generator.standard_normal(SHAPE)) * latent_scale(scheduler)
+    outputs = torch.from_numpy(generator.standard_normal((len(times), *SHAPE)) * SCALES)
+    x = torch.from_numpy(generator.standard_normal(SHAPE) * SCALES) * latent_scale(scheduler)
     states, inputs = [x.numpy().copy()], []  # copies: a scheduler may write into what it is given
     for i, time in enumerate(times):
         following = times[i + 1] if i + 1 < len(times) else None
@@ -60,6 +62,8 @@ def witness_of(source: Source, found: Found, watched: bool) -> Witness:
 def prove(source: Source, plan: Plan, witness: Witness) -> float:
     """The largest relative mismatch, over all states, between the table and the scheduler on random tensors."""
     reached: list[Array] = []
+    if len(witness.normals) < plan.draws:
+        raise _not_affine(source.name, f"it draws {len(witness.normals)} normals, its table {plan.draws}", BRANCHES)
 
     def denoise(state: Array, level: Level) -> tuple[Array, Array]:
         i = len(reached)
@@ -84,8 +88,10 @@ def _check(source: Source, i: int, mismatch: float, witness: Witness, what: str)
     if witness.quantile:
         why = "it thresholds by a quantile of each sample; set thresholding=False or clip_sample=True"
     else:
-        why = "it branches on data, multiplies tensors, or keeps state where the capture cannot see it"
-    raise TypeError(
-        f"{source.name}, step {i}: is not affine: on random tensors {what} differs from the table by {mismatch:.1e} "
-        f"(relative; allowed {allowed:.0e}); {why}. Otherwise run it with its own loop"
-    )
+        why = BRANCHES
+    differs = f"{what} differs from the table by {mismatch:.1e} (relative; allowed {allowed:.0e})"
+    raise _not_affine(f"{source.name}, step {i}", differs, why)
+
+
+def _not_affine(where: str, differs: str, why: str) -> TypeError:
+    return TypeError(f"{where}: is not affine: on random tensors {differs}; {why}. Otherwise run it with its own loop")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.compiler.capture.intercept import Unseen
+from fastdiff.compiler.capture.intercept import has_generator
 
 # These list one time more than they evaluate: where the sample ends.
 LISTS_THE_END = ("SCMScheduler", "DDPMWuerstchenScheduler")
@@ -54,12 +54,22 @@ class Source:
         scale = getattr(scheduler, "scale_model_input", None)
         return x if scale is None else self.call(i, scale, x, time)
 
+    @property
+    def takes_generator(self) -> bool:
+        """Whether its step draws from a generator that it is given."""
+        return "generator" in self._parameters or has_generator(self.options)
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        step = self.scheduler.step
+        return _parameters(getattr(step, "__func__", step))
+
     def step(self, scheduler: Any, i: int, output: Tensor, time: Any, x: Tensor, following: Any) -> tuple[Tensor, Any]:
         """(the next state, everything `step` returned)."""
         options = dict(self.options)
         if self.name in TIME_PER_SAMPLE:
             time = time.expand(x.shape[0])
-        if "prev_timestep" in _parameters(getattr(scheduler.step, "__func__", scheduler.step)):
+        if "prev_timestep" in self._parameters:
             options.setdefault("prev_timestep", following)
         result = self.call(i, scheduler.step, model_output=output, timestep=time, sample=x, **options)
         state = getattr(result, "prev_sample", None)
@@ -76,8 +86,6 @@ class Source:
             return function(*args, **kw)
         except Refused as refused:
             raise refused.error from None
-        except Unseen:
-            raise
         except Exception as error:
             where = "set_timesteps" if i is None else f"step {i}"
             raise RuntimeError(

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.brownian import partitioned
-from fastdiff.compiler.capture.intercept import Unseen, without_draws
+from fastdiff.compiler.capture.intercept import has_generator, without_draws
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run
@@ -53,7 +54,8 @@ def trace(
     Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
     Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything
     else that is not a weighted sum; ValueError when a row carries more values than the row kernel has registers.
-    Deterministic.
+    Deterministic. Generators stay as they are, except that a function which is given none and draws by a shape alone
+    draws its first normals from torch's default generator for real; they are lost.
     """
     if not callable(fn):
         raise TypeError(f"trace: fn must be a function fn(model, x, sigmas, ...), got {type(fn).__name__}")
@@ -62,10 +64,14 @@ def trace(
     name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)
     sigmas = _sigmas(levels)
     points = [level_of(sigma, schedule) for sigma in sigmas]
-    try:
-        tracer, arguments, result = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=False)
-    except (Unseen, TypeError, ValueError, RuntimeError):  # mostly a draw that takes a shape alone
-        tracer, arguments, result = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=True)
+    recorded = None
+    defaults = [parameter.default for parameter in inspect.signature(fn).parameters.values()]
+    if not has_generator([kw, defaults]):
+        with suppress(TypeError, ValueError, RuntimeError):  # mostly a draw that takes a shape alone
+            recorded = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=False)
+    if recorded is None:
+        recorded = _recorded(fn, name, sigmas, Run(name, points, schedule), kw, every_call=True)
+    tracer, arguments, result = recorded
     run = tracer.run
     rows, registers, home = assemble(name, run.finish(result))
     draws = run.draws if any(row.noise for row in rows) else 0
@@ -91,8 +97,8 @@ def _recorded(
 ) -> tuple[Tracer, dict[str, Any], Lin]:
     """fn run once on registers: what it talked to, its arguments, and its result.
 
-    every_call: see all its torch calls, so that draws by a shape alone are named; else those on registers, and Unseen
-    for such draws.
+    every_call: see all its torch calls, so that draws by a shape alone are named; else those on registers, and
+    RuntimeError for such draws.
     """
     tracer = Tracer(run, run.schedule)
     arguments = _arguments(fn, name, sigmas, tracer, kw)

@@ -47,6 +47,8 @@ def prove(fn: Callable[..., Any], name: str, plan: Plan, arguments: Mapping[str,
     states.append((result[0] if isinstance(result, tuple | list) else result).double().numpy())
     if len(states) != plan.nfe + 1:
         raise _differs(name, len(states) - 1, "calls the model less often than on registers")
+    if len(random.normals) < plan.draws:
+        raise _differs(name, plan.nfe, "draws fewer normals than on registers")
     worst, row = 0.0, 0
 
     def compare(x: Array) -> None:

@@ -114,9 +114,12 @@ class Asking:
         channels = self.desk.channels
         if output.size(1) != channels:
             if not self.kind.variance:
+                what = (
+                    "a variance that it predicts" if output.size(1) == 2 * channels else "what it is given beside them"
+                )
                 raise ValueError(
-                    f"accelerate: the network gives {output.size(1)} channels for {channels}; a variance that it "
-                    "predicts is not taken over here. restore(pipe) runs it as it was"
+                    f"accelerate: the network gives {output.size(1)} channels for latents of {channels}; {what} is not "
+                    "taken over here. restore(pipe) runs it as it was"
                 )
             output = output[:, :channels]
         return output.contiguous()

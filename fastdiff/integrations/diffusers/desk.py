@@ -155,10 +155,10 @@ class Desk:
     def advance(self, conditional: Tensor, unguided: Tensor | None, form: Form) -> None:
         """Run the next row of every sample on the network's outputs: Fc or a stack, and Fu where it is apart."""
         if form is not self._form or conditional.dtype is not self._dtype:
-            self._form, self._dtype, key = form, conditional.dtype, (conditional.dtype, form)
+            key = conditional.dtype, form
             if key not in self._steps:
                 self._steps[key] = self._bind(conditional, unguided, form[2])
-            self._now = self._steps[key]
+            self._now, self._form, self._dtype = self._steps[key], form, conditional.dtype
         for step in self._now:
             step(conditional, unguided)
 

@@ -111,7 +111,17 @@ class Solving:
 
 
 def check_solver(solver: str) -> None:
-    """ValueError unless this is a solver that can take a scheduler's place."""
+    """TypeError or ValueError unless this names a solver that can take a scheduler's place."""
+    if not isinstance(solver, str):
+        raise TypeError(
+            f"accelerate: solver must be a name of fd.solvers.names(), got {type(solver).__name__}; its steps are "
+            "num_inference_steps of the call, its levels those of the scheduler's config"
+        )
+    if solver.endswith("Scheduler"):
+        raise ValueError(
+            f"accelerate: solver is a name of fd.solvers.names() such as 'dpmpp_2m', got {solver!r}; for a scheduler "
+            f"give it to the pipeline, pipe.scheduler = {solver}.from_config(pipe.scheduler.config), and leave it out"
+        )
     chosen = solvers.get(solver)
     why = "chooses its own steps" if chosen.adaptive else "goes from images to noise" if chosen.upward else None
     if why is not None:
