@@ -233,5 +233,5 @@ def test_a_scheduler_replaced_in_a_callback_and_a_predicted_variance_are_refused
         call(accelerate(tiny.make(SD)), callback_on_step_end=swap)
     pipe = accelerate(tiny.make("DDPMPipeline"))
     pipe.unet.conv_out = torch.nn.Conv2d(pipe.unet.conv_out.in_channels, 6, 3, padding=1)
-    with pytest.raises(ValueError, match="6 channels for 3; a variance"):
+    with pytest.raises(ValueError, match="6 channels for latents of 3; a variance"):
         call(pipe)

@@ -212,18 +212,6 @@ def test_json_gives_the_plan_back() -> None:
             np.testing.assert_array_equal(again.pack("v").ids, plan.pack("v").ids)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (lambda run, x: x / run.levels[-1].sigma, "before row 0, fails with ZeroDivisionError"),
-        (lambda run, x: [run.denoise(x, run.levels[0])][1], "row 0, fails with IndexError: list index out of range"),
-    ],
-)
-def test_what_a_solver_raises_names_it_and_its_row(wrong: Callable[[Any, Any], Any], words: str) -> None:
-    with pytest.raises(ValueError, match=f"solver 'mine', {words}.*check its options"):
-        trace(wrong)
-
-
 def test_json_that_is_damaged_is_refused() -> None:
     text = build("dpmpp_2m", "vp", 4, "logsnr").to_json()
     for cut in (0, 1, len(text) // 2, len(text) - 1):

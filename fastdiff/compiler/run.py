@@ -66,7 +66,7 @@ class Run:
         """D(x; level), one model evaluation: the current row ends here and `x` becomes a register."""
         if not isinstance(x, Lin) or not isinstance(level, Level):
             raise TypeError(
-                f"{self.where()} calls run.denoise(state, level) with {type(x).__name__} and {type(level).__name__}; "
+                f"{self._where()} calls run.denoise(state, level) with {type(x).__name__} and {type(level).__name__}; "
                 "the state is a register, the level one of run.intervals() or run.levels"
             )
         row = len(self.segments) - 1
@@ -178,30 +178,23 @@ class Run:
 
     def linear(self, terms: dict[Atom, float]) -> Lin:
         """A combination of atoms of this run."""
-        return Lin(nonzero(terms), self.where)
+        return Lin(nonzero(terms), self._where)
 
     def level_between(self, s: Level, t: Level, r: float) -> Level:
         """The level at lambda_s + r (lambda_t - lambda_s), lambda = log(alpha/sigma); r = 1 is t itself."""
         return t if r == 1.0 else self.level_from_rho(s.rho ** (1.0 - r) * t.rho**r)
 
     def _lin(self, atom: Atom) -> Lin:
-        return Lin({atom: 1.0}, self.where)
+        return Lin({atom: 1.0}, self._where)
 
-    def where(self) -> str:
-        """The solver and the row it is in, the beginning of an error."""
+    def _where(self) -> str:
         row = len(self.segments) - 2
         return f"solver {self.solver!r}, {'before row 0' if row < 0 else f'row {row}'},"
 
 
 def record(solver: str, function: Callable[..., Lin], run: Run, options: dict[str, object]) -> list[Segment]:
     """Run `function(run, x, **options)` on symbolic registers; a result that is not affine is a TypeError."""
-    try:
-        result = function(run, run.start, **options)
-    except (ArithmeticError, LookupError) as error:
-        raise ValueError(
-            f"{run.where()} fails with {type(error).__name__}: {error}; check its options and the ends of the grid, "
-            "where sigma may be 0 and a history is short"
-        ) from error
+    result = function(run, run.start, **options)
     if not isinstance(result, Lin):
         raise TypeError(
             f"solver {solver!r} returned {type(result).__name__}, expected the final state (a symbolic register); "
