@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, spread
+from bench.tables.cells import Line, checked, markdown, spread
 
 ABOUT = (
     "Brownian noise: `python bench/run.py brownian`. Median µs of a whole step of `dpmpp_2m_sde`, network excluded, "
@@ -48,7 +48,7 @@ def table(lines: Sequence[Line]) -> str:
             spread(line, "noise_us"),
             spread(line, "k_diffusion_noise_us"),
             f"{float(line['ratio_noise']):.1f}",
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
             f"{float(line['variance']):.4f}",
             f"{float(line['path_correlation']):.4f}",
         ]

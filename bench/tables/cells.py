@@ -34,6 +34,16 @@ def share(line: Line, key: str) -> str:
     return "" if value == "" else f"{float(value):.1%}"
 
 
+def checked(line: Line) -> str:
+    """The difference found / what is allowed."""
+    return f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}"
+
+
+def gates(line: Line) -> str:
+    """On the terminal: the difference found and allowed, from float64 and from diffusers."""
+    return "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
+
+
 def short(value: float) -> str:
     """Three significant digits, no exponent."""
     if value >= 100:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, share, short, spread
+from bench.tables.cells import Line, checked, markdown, number, share, short, spread
 
 ABOUT = (
     "Group normalisation with SiLU, channels_last, on every shape of the UNets: `python bench/run.py norm`. Median µs, "
@@ -45,7 +45,7 @@ def table(lines: Sequence[Line]) -> str:
             number(line, "ratio_torch", 2),
             short(float(line["gbs"])),
             f"{float(line['copy_fraction']):.0%}",
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
         ]
         for line in lines
     ]

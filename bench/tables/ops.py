@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, short, spread
+from bench.tables.cells import Line, checked, gates, markdown, number, short, spread
 
 ABOUT = (
     "The step alone, network excluded: `python bench/run.py ops`. Median µs of one step [20 % to 80 % quantile] over "
@@ -31,13 +31,12 @@ def show(line: Line | None) -> str:
             f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
         )
     case = f"{line['solver']:<16}{line['shape']:<16}{line['model_dtype']:<9}{line['executor']:<10}"
-    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
     if line["gate"] == "red":
-        return f"{case}WRONG: no figure {gate}"
+        return f"{case}WRONG: no figure {gates(line)}"
     return (
         f"{case}{spread(line, 'us'):<22}{short(line['emit_us']):>8}{spread(line, 'diffusers_us'):>30}"
         f"{spread(line, _compiled(line)):>30}{number(line, 'ratio_diffusers', 1):>8}{line['ratio_compiled']:>8.2f}"
-        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{_of_copy(line):>12}{gate}"
+        f"{line['bytes_per_element']:>5}{line['gbs']:>8.1f}{_of_copy(line):>12}{gates(line)}"
     )
 
 
@@ -65,7 +64,7 @@ def table(lines: Sequence[Line]) -> str:
                 short(float(line["gbs"])),
                 _of_copy(line),
                 short(float(line["emit_us"])),
-                f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+                checked(line),
             ]
         )
     return markdown(head, body, 4 if gpu else 2)

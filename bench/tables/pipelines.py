@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, spread
+from bench.tables.cells import Line, checked, markdown, number, spread
 
 ABOUT = (
     "diffusers' pipelines with tiny random components, 20 steps, before and after `accelerate(pipe)`: `python "
@@ -45,7 +45,7 @@ def table(lines: Sequence[Line]) -> str:
             spread(line, "seconds", 1e3),
             spread(line, "diffusers_seconds", 1e3),
             _whole(line),
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
         ]
         for line in lines
     ]

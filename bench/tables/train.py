@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, spread
+from bench.tables.cells import Line, checked, markdown, number, spread
 
 ABOUT = (
     "Whole training steps, network included: `python bench/run.py train`. Median ms per image of the trainer's step "
@@ -44,7 +44,7 @@ def table(lines: Sequence[Line]) -> str:
             number(line, "ratio_diffusers", 2),
             _rate(line),
             _megabytes(line),
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
         ]
         for line in lines
         if line["gate"] != "red"

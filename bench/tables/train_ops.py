@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, spread
+from bench.tables.cells import Line, checked, gates, markdown, number, spread
 
 ABOUT = (
     "Noising and loss of a training step, forward and backward, network excluded: `python bench/run.py train-ops`. "
@@ -24,13 +24,12 @@ def show(line: Line | None) -> str:
             f"{'error':>10}{'allowed':>10}{'vs diff.':>10}{'allowed':>10}"
         )
     case = f"{line['shape']:<16}{line['executor']:<10}"
-    gate = "".join(f"{line[key]:>10.1e}" for key in ("error", "tolerance", "diffusers_error", "diffusers_tolerance"))
     if line["gate"] == "red":
-        return f"{case}WRONG: no figure {gate}"
+        return f"{case}WRONG: no figure {gates(line)}"
     return (
         f"{case}{spread(line, 'us'):>24}{spread(line, 'emit_us'):>24}{spread(line, 'diffusers_us'):>28}"
         f"{spread(line, 'compiled_us'):>28}{number(line, 'ratio_diffusers', 1):>8}"
-        f"{number(line, 'ratio_compiled', 2):>8}{line['bytes_per_element']:>10}{gate}"
+        f"{number(line, 'ratio_compiled', 2):>8}{line['bytes_per_element']:>10}{gates(line)}"
     )
 
 
@@ -46,7 +45,7 @@ def table(lines: Sequence[Line]) -> str:
             number(line, "ratio_diffusers", 1),
             number(line, "ratio_compiled", 2),
             str(line["bytes_per_element"]),
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
         ]
         for line in lines
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.tables.cells import Line, markdown, number, share, spread
+from bench.tables.cells import Line, checked, markdown, number, share, spread
 
 ABOUT = (
     "One forward pass of a UNet: `python bench/run.py unet`. Median ms, all contenders in turn, the same random "
@@ -46,7 +46,7 @@ def table(lines: Sequence[Line]) -> str:
             share(line, "f0_fraction"),
             share(line, "f2_fraction"),
             number(line, "took", 0),
-            f"{float(line['error']):.0e} / {float(line['tolerance']):.0e}",
+            checked(line),
         ]
         for line in lines
     ]

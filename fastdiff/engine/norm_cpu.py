@@ -6,7 +6,7 @@ May import: native, norm_checks. A small image takes less time than Python needs
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,7 @@ def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
 
     Raises what `norm_checks.check` raises.
     """
-    key = (
-        groups, eps, act,
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in given],
-    )  # fmt: skip
+    key = groups, eps, act, *_layouts(given)
     try:
         return _known[key]
     except KeyError:
@@ -52,9 +49,7 @@ def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
 
 def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Bound | None:
     """Calls of `channel_add` on tensors like these, as `bound`."""
-    key = tuple(
-        [None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in (x, before, residual)]
-    )
+    key = tuple(_layouts((x, before, residual)))
     try:
         return _known[key]
     except KeyError:
@@ -113,6 +108,10 @@ def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor
     """total = x + before + residual, of any tensors that `norm_checks.check_add` takes."""
     before = None if before is None else before.float()
     run_sum(_sum_block(x, before, residual, last), x, before, residual, total)
+
+
+def _layouts(tensors: Sequence[Tensor | None]) -> list[Hashable]:
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in tensors]
 
 
 def _fits(x: Tensor, images: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]) -> bool:

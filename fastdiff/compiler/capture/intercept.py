@@ -53,7 +53,7 @@ class Watched(Tensor):
     ) -> Any:
         if func in _LEAVES or func in _DRAWS or (kwargs and "out" in kwargs):
             raise RuntimeError(f"draws, or takes the numbers of a tensor out of it: {func}")
-        if _writes(func) and not isinstance(args[0], cls):
+        if writes(func) and not isinstance(args[0], cls):
             raise RuntimeError(f"writes into a tensor of another type: {func}")
         if func not in _WATCHED:
             return super().__torch_function__(func, types, args, kwargs or {})
@@ -115,7 +115,7 @@ class Intercept(TorchFunctionMode):
             bounds = _bounds(*args[1:], **kw)
             if bounds is not None:
                 clipped = self.clamp(args[0], *bounds)
-                return _into(args[0] if _writes(func) else kw.get("out"), clipped)
+                return _into(args[0] if writes(func) else kw.get("out"), clipped)
         elif func is torch.quantile and args[0].numel() == self.numel:
             self.quantile = True
         result = func(*args, **kw)
@@ -150,7 +150,7 @@ _LEAVES = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item,
 
 
 @functools.cache
-def _writes(func: Any) -> bool:
+def writes(func: Any) -> bool:
     """Whether a torch function writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))

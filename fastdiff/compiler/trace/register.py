@@ -1,6 +1,6 @@
 """What a traced function works on: registers that look like tensors, and the model that ends a row.
 
-May import: torch, run, lin, process.
+May import: torch, run, lin, process, and what captures know of torch's functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.compiler.capture.intercept import writes
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.run import Run
 from fastdiff.process.schedules import Level, Schedule
@@ -282,4 +283,4 @@ def _known(func: Any) -> tuple[str, Callable[..., Lin] | None, bool]:
     if name in ("__get__", "__set__"):
         name = getattr(func.__self__, "__name__", name)
     operation = None if name in _READS else _OPERATIONS.get(name.strip("_"))
-    return name, operation, name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+    return name, operation, writes(func)
