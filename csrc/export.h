@@ -5,5 +5,6 @@
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
 
+FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args);
 FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
                                                    const float* x, float* next, void* model_in, float* denoised);

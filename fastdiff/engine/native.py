@@ -170,7 +170,20 @@ def bind(tensors: StepTensors, executor: str) -> Callable[..., None]:
 
     Raises ValueError when a model output is not like the one that was bound: its memory is read as it stands.
     """
-    return _bind(arguments(tensors), tensors, executor, "affine_step")
+    args = arguments(tensors)
+    step = _bind(args, tensors, executor, "affine_step")
+    return _quick(args, tensors, step) or step if executor == "cpp" else step
+
+
+def _quick(args: AffineArgs, tensors: StepTensors, step: Callable[..., None]) -> Callable[..., None] | None:
+    """`step` as one C function, which hands on to it what is not like the tensors that were bound."""
+
+    def failed(code: int) -> None:
+        raise _failed("affine_step on cpp", code)
+
+    given = tuple(getattr(tensors, name) for name in _BRANCHES)
+    stacked = 0, *_stacked(args, tensors.model_out)
+    return _python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
@@ -192,11 +205,7 @@ def _bind(
     shape, dtype, kind = like.shape, like.dtype, like.device
     contiguous = tensors.state[0].is_contiguous()
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    branch = args.B * args.N * like.element_size()
-    stacked = shape[0] // max(args.B, 1)
-    # where in the stack Fu and Fp begin; 0: not in it
-    second = branch if stacked > 1 else 0
-    third = 2 * branch if stacked > 2 else 0
+    second, third = _stacked(args, like)
     apart = tensors.unguided is not None or tensors.perturbed is not None
 
     def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
@@ -217,7 +226,7 @@ def _bind(
             place("perturbed", perturbed)
         code = run(address)
         if code:
-            raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+            raise _failed(f"{op} on {executor}", code)
 
     def place(name: str, given: Tensor | None) -> None:
         bound = getattr(tensors, name)
@@ -235,6 +244,12 @@ def _bind(
     return step
 
 
+def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
+    """Where in a stack of outputs Fu and Fp begin, in bytes; 0: not in it."""
+    branch, copies = args.B * args.N * like.element_size(), like.shape[0] // max(args.B, 1)
+    return branch if copies > 1 else 0, 2 * branch if copies > 2 else 0
+
+
 def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     """Run "noise_images" or "loss" once on checked tensors; capturable on "cuda"."""
     args = TrainArgs(factor=factor, channels=channels_of(tensors.images))
@@ -250,7 +265,7 @@ def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     if executor == "cuda":
         run = _on_current_stream(run, tensors.images.device)
     if code := run(ctypes.addressof(args)):
-        raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+        raise _failed(f"{op} on {executor}", code)
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:
@@ -265,7 +280,7 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
     assert tensors.model_in is not None
 
     def failed(code: int) -> None:
-        raise _failed(library, executor, code, args, tensors)
+        raise _failed(_named(executor, args, tensors), code)
 
     return _python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
 
@@ -280,15 +295,18 @@ def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors)
         args.denoised = None if denoised is None else denoised.data_ptr()
         code = run(address)
         if code:
-            raise _failed(library, "cuda", code, args, tensors)
+            raise _failed(_named("cuda", args, tensors), code)
 
     return step
 
 
-def _failed(library: ctypes.CDLL, executor: str, code: int, args: AffineArgs, tensors: StepTensors) -> RuntimeError:
+def _failed(where: str, code: int) -> RuntimeError:
+    return RuntimeError(f"{where}: {load().fastdiff_error(code).decode()} (code {code})")
+
+
+def _named(executor: str, args: AffineArgs, tensors: StepTensors) -> str:
     # both are named so that a step keeps the block and what it points to
-    why = f"{library.fastdiff_error(code).decode()} (code {code})"
-    return RuntimeError(f"affine_step on {executor}, {args.R} rows, state {tuple(tensors.state.shape)}: {why}")
+    return f"affine_step on {executor}, {args.R} rows, state {tuple(tensors.state.shape)}"
 
 
 def _given(tensor: Tensor | None) -> str:
