@@ -266,10 +266,13 @@ def _accelerated(base: Any) -> type:
 
 def _component(name: str) -> property:
     def read(self: Any) -> Any:
-        if name not in vars(self):  # what the base class makes of it: its config still knows the name
+        own = self.__dict__
+        if name not in own:  # what the base class makes of it: its config still knows the name
             raise AttributeError(name)
-        call = _call(self)
-        return vars(self)[name] if call is None else call.component(name)
+        call = own[ENGINE].current
+        if call is None or call.thread != threading.get_ident():
+            return own[name]
+        return call.stand_ins[name] if call.looping else call.component(name)
 
     def write(self: Any, value: Any) -> None:
         vars(self)[name] = value

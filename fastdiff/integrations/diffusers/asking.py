@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from fastdiff.engine import conditions
 from fastdiff.engine.graphs import WARM_UP, Recorder
+from fastdiff.engine.ops import Step
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
 _SCALAR = torch.Size()
+_FIRST, _SAMPLE = itemgetter(0), attrgetter("sample")
 WEIGHTS = "_parameters", "_buffers", "_modules"  # told apart by where they live
 BY_VALUE, COLLECTIONS = (bool, int, str), (OrderedDict, dict, set, list, tuple)
 
@@ -46,6 +49,14 @@ class Asked(NamedTuple):
             )
         return Asked(name, len(args) > 1, time, cond)
 
+    def arguments(self, x: Tensor, time: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the same call of this state at a time is given, by position and by name."""
+        head = (x,) if self.state is None else ()
+        if self.by_position:
+            return (*head, time), self.cond
+        state = {} if self.state is None else {self.state: x}
+        return head, {**state, "timestep": time, **self.cond}
+
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
         if self.state is not None:
@@ -54,6 +65,18 @@ class Asked(NamedTuple):
         if self.by_position:
             return lambda time: network(x, time, **cond)
         return lambda time: network(x, timestep=time, **cond)
+
+
+class Direct(NamedTuple):
+    """Rows of one call each: `row(pick(network(*args, **kw)))`, args and kw for each of them.
+
+    The row raises ValueError, and has done nothing, for an output that is not like the ones before.
+    """
+
+    network: Any
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]]
+    pick: Callable[[Any], Tensor]
+    row: Step
 
 
 class Asking:
@@ -73,6 +96,7 @@ class Asking:
         self.swapped = guided and not rescaled and kind.branches == "uncond first"
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
+        self._pick: Callable[[Any], Tensor] | None = None  # of what the network returns, if that is all there is to do
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -93,8 +117,7 @@ class Asking:
 
         own: conditions like the calls', instead of them.
         """
-        conds = self.conditions if own is None else own
-        calls = [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
+        calls = self._calls(self.conditions if own is None else own)
         first, last, output = calls[0], calls[-1], self._output
 
         def evaluate(time: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -109,8 +132,24 @@ class Asking:
 
         return apart if len(calls) > 1 else split if self.rescaled else evaluate
 
+    def direct(self, times: Sequence[Tensor]) -> Direct | None:
+        """The rows after another one like them, where its output went to its row as the network returned it."""
+        row, pick = self.desk.row, self._pick
+        if row is None or pick is None or self.rescaled or len(self.asked) > 1:
+            return None
+        one, (x,) = self.asked[0], self._inputs
+        return Direct(self.network, [one.arguments(x, time) for time in times], pick, row)
+
+    def settle(self, returned: Any) -> None:
+        """The row on what the one call returned."""
+        self.desk.advance(self._output(returned), None, self.form)
+
+    def _calls(self, conds: Sequence[dict[str, Any]]) -> list[Callable[[Tensor], Any]]:
+        return [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
+
     def _output(self, returned: Any) -> Tensor:
-        output: Tensor = returned[0] if isinstance(returned, tuple) else returned.sample
+        self._pick = pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
+        output: Tensor = pick(returned)
         channels = self.desk.channels
         if output.size(1) != channels:
             if not self.kind.variance:
@@ -122,6 +161,9 @@ class Asking:
                     "taken over here. restore(pipe) runs it as it was"
                 )
             output = output[:, :channels]
+            self._pick = None
+        if not output.is_contiguous():
+            self._pick = None
         return output.contiguous()
 
 

@@ -162,6 +162,11 @@ class Desk:
         for step in self._now:
             step(conditional, unguided)
 
+    @property
+    def row(self) -> ops.Step | None:
+        """The step that the last row took, if it was a single one that looks at its tensors itself."""
+        return self._now[0] if self.executor == "cpp" and len(self._now) == 1 else None
+
     def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
         tensors = replace(self.tensors, model_out=conditional, unguided=unguided)
         if not rescaled:
