@@ -19,6 +19,7 @@ from fastdiff.engine.ops import Step
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
+Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]  # of a call, by position and by name
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
 _SCALAR = torch.Size()
@@ -49,13 +50,13 @@ class Asked(NamedTuple):
             )
         return Asked(name, len(args) > 1, time, cond)
 
-    def arguments(self, x: Tensor, time: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What the same call of this state at a time is given, by position and by name."""
+    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> list[Arguments]:
+        """Those of the same call of this state, of each time."""
+        cond = self.cond if self.state is None else {self.state: x, **self.cond}
         head = (x,) if self.state is None else ()
         if self.by_position:
-            return (*head, time), self.cond
-        state = {} if self.state is None else {self.state: x}
-        return head, {**state, "timestep": time, **self.cond}
+            return [((*head, time), cond) for time in times]
+        return [(head, {**cond, "timestep": time}) for time in times]
 
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
@@ -68,13 +69,14 @@ class Asked(NamedTuple):
 
 
 class Direct(NamedTuple):
-    """Rows of one call each: `row(pick(network(*args, **kw)))`, args and kw for each of them.
+    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: of the second call, if there is one.
 
     The row raises ValueError, and has done nothing, for an output that is not like the ones before.
     """
 
     network: Any
-    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]]
+    calls: list[Arguments]
+    apart: list[Arguments] | None
     pick: Callable[[Any], Tensor]
     row: Step
 
@@ -96,7 +98,7 @@ class Asking:
         self.swapped = guided and not rescaled and kind.branches == "uncond first"
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
-        self._pick: Callable[[Any], Tensor] | None = None  # of what the network returns, if that is all there is to do
+        self._pick: Callable[[Any], Tensor] = _FIRST  # what makes the last output of what the network returned
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ class Asking:
         own: conditions like the calls', instead of them.
         """
         calls = self._calls(self.conditions if own is None else own)
-        first, last, output = calls[0], calls[-1], self._output
+        first, last, output = calls[0], calls[-1], self.output
 
         def evaluate(time: Tensor) -> tuple[Tensor, Tensor | None]:
             return output(first(time)), None
@@ -133,38 +135,41 @@ class Asking:
         return apart if len(calls) > 1 else split if self.rescaled else evaluate
 
     def direct(self, times: Sequence[Tensor]) -> Direct | None:
-        """The rows after another one like them, where its output went to its row as the network returned it."""
-        row, pick = self.desk.row, self._pick
-        if row is None or pick is None or self.rescaled or len(self.asked) > 1:
+        """Rows of calls like these, if the last one on this desk went to its row as the network returned it."""
+        known = self.desk.direct.get(self.form)
+        if known is None:
             return None
-        one, (x,) = self.asked[0], self._inputs
-        return Direct(self.network, [one.arguments(x, time) for time in times], pick, row)
+        calls = [one.arguments(x, times) for one, x in zip(self.asked, self._inputs, strict=True)]
+        return Direct(self.network, calls[0], calls[1] if len(calls) > 1 else None, *known)
 
-    def settle(self, returned: Any) -> None:
-        """The row on what the one call returned."""
-        self.desk.advance(self._output(returned), None, self.form)
+    def settle(self, conditional: Tensor, unguided: Tensor | None = None) -> None:
+        """The row on what the calls gave, which from now on stands for what the next ones will."""
+        desk, form = self.desk, self.form
+        desk.advance(conditional, unguided, form)
+        if not self.rescaled and desk.row is not None:
+            desk.direct[form] = self._pick, desk.row
 
     def _calls(self, conds: Sequence[dict[str, Any]]) -> list[Callable[[Tensor], Any]]:
         return [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
 
-    def _output(self, returned: Any) -> Tensor:
-        self._pick = pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
+    def output(self, returned: Any) -> Tensor:
+        """The latents' channels of what a call returned, contiguous."""
+        pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
-        channels = self.desk.channels
-        if output.size(1) != channels:
+        channels, found = self.desk.channels, output.size(1)
+        if found != channels:
             if not self.kind.variance:
-                what = (
-                    "a variance that it predicts" if output.size(1) == 2 * channels else "what it is given beside them"
-                )
+                what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
                 raise ValueError(
-                    f"accelerate: the network gives {output.size(1)} channels for latents of {channels}; {what} is not "
+                    f"accelerate: the network gives {found} channels for latents of {channels}; {what} is not "
                     "taken over here. restore(pipe) runs it as it was"
                 )
-            output = output[:, :channels]
-            self._pick = None
-        if not output.is_contiguous():
-            self._pick = None
-        return output.contiguous()
+            self._pick = lambda again: pick(again).narrow(1, 0, channels).contiguous()
+        elif output.is_contiguous():
+            self._pick = pick
+        else:
+            self._pick = lambda again: pick(again).contiguous()
+        return self._pick(returned)
 
 
 def as_it_stands(module: nn.Module) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ class Call:
             scale, rescale = self._guidance(asked)
             guided = scale is not None
             halved = guided and self.kind.doubled
-            latents = sample[: len(sample) // 2] if halved else sample
+            latents = sample[: sample.shape[0] // 2] if halved else sample
             loop = self._loop
             if loop is None:
                 start = self._start(timestep, latents, options)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.engine import torch_normals
 from fastdiff.integrations.diffusers.asking import Asked, Asking, Direct
 from fastdiff.integrations.diffusers.desk import Desk
+from fastdiff.integrations.diffusers.pipelines import interruption
 from fastdiff.integrations.diffusers.program import Draw, Like, Start
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Loop:
         self._shape, self._generator = shape, generator
         self._asked: tuple[Any, Sequence[Asked]] | None = None  # with its mark, and kept so that the mark holds
         self._given: tuple[Tensor, int] | None = None
+        self._asking: Asking
+        self._step: Callable[[int], None] | None = None
         self._direct: Direct | None = None
         self._draws = self._drawing()
 
@@ -75,11 +78,13 @@ class Loop:
         if replay is not None:
             self._step = lambda i: replay()
             return
-        evaluate, advance, form = asking.on(), self.desk.advance, asking.form
-        self._settle = asking.settle
+        self._asking, self._direct = asking, asking.direct(times)
+        if self._direct is not None:
+            return
+        evaluate, settle = asking.on(), asking.settle
 
         def step(i: int) -> None:
-            advance(*evaluate(times[i]), form)
+            settle(*evaluate(times[i]))
             self._direct = asking.direct(times)
 
         self._step = step
@@ -87,27 +92,33 @@ class Loop:
     def run(self, count: int) -> None:
         """This many rows, fewer where the pipeline is interrupted."""
         rows, draws, bar, total = self.rows, self._draws, self.call.bar, len(self.rows)
-        pipe, own = self.call.pipe, getattr(self.call.base, "interrupt", None)
-        interrupted: Callable[[Any], bool] | None = None if own is None else own.fget
+        interrupted, asked = interruption(self.call.base, self.call.pipe)
         ticks = self.call.hoists and not getattr(bar, "disable", False)
-        network, calls, pick, row = self._direct or (None,) * 4
-        i, last = self.next, min(self.next + count, rows.stop)
+        direct, i, last = self._direct, self.next, min(self.next + count, rows.stop)
         while i < last:
-            if interrupted is not None and i > rows.start and interrupted(pipe):
+            if interrupted is not None and i > rows.start and interrupted(asked):
                 break
             if draws is not None:
                 for draw in draws[i]:
                     draw()
-            if calls is None:
-                self._step(i)
-                network, calls, pick, row = self._direct or (None,) * 4
+            if direct is None:
+                self._step(i)  # type: ignore[misc]
+                direct = self._direct
             else:
+                network, calls, apart, pick, row = direct
                 args, kw = calls[i]
-                returned = network(*args, **kw)
+                returned, other = network(*args, **kw), None
+                if apart is not None:
+                    args, kw = apart[i]
+                    other = network(*args, **kw)
                 try:
-                    row(pick(returned))
-                except ValueError:
-                    self._settle(returned)
+                    if apart is None:
+                        row(pick(returned))
+                    else:
+                        row(pick(returned), pick(other))
+                except ValueError:  # not like the last ones
+                    output = self._asking.output
+                    self._asking.settle(output(returned), None if apart is None else output(other))
             i += 1
             if ticks:
                 done = i - rows.start
@@ -131,7 +142,7 @@ class Loop:
 
     def _drawing(self) -> list[tuple[Callable[[], Any], ...]] | None:
         """Per row, what draws each of its normals, as the scheduler draws them; None where no row draws."""
-        if not self.program.slots:
+        if not self.program.drawing:
             return None
         made: dict[tuple[Draw, int], Callable[[], Any]] = {}
         for draws in self.program.draws:
