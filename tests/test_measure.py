@@ -193,3 +193,30 @@ def test_what_has_no_meaning_is_refused(quantity: str) -> None:
     if quantity == "error":
         with pytest.raises(ValueError, match="after is None"):
             measure.measure(t, at.ERROR, "reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="torch sees no CUDA device")
+@pytest.mark.parametrize("executor", ["triton", "cuda"])
+@pytest.mark.parametrize("shape", [(3, 57, 61), (4, 24, 20), (2**20,)], ids=str)
+def test_captured_launches_are_the_reference(shape: tuple[int, ...], executor: str, quantity: str) -> None:
+    """To a rounding, in either memory format, and the same from replay to replay: no sum is read before it is there."""
+    for layout in LAYOUTS:
+        source = tensors(shape, 16, layout)
+        want = find(source, quantity, "reference")
+        t = MeasureTensors(*(tensor.to(DEVICE) for tensor in source.arguments()))  # type: ignore[union-attr]
+        before = t.before.clone(memory_format=torch.preserve_format)
+        run = measure.bind(t, QUANTITIES[quantity], executor, **TOLERANCES)
+        run()
+        torch.testing.assert_close(t.found.cpu(), want.found, rtol=2e-7, atol=0)
+        first, graph = t.found.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        differs = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(500):
+            t.before.copy_(before)
+            t.partial.fill_(float("nan"))
+            graph.replay()
+            differs += (t.found != first).sum()
+        assert int(differs) == 0 and not t.ticket.any()
+        assert torch.equal(t.before.cpu(), want.before)
