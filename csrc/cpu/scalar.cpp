@@ -1,5 +1,6 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
+#include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
 #include "step.h"
@@ -11,6 +12,7 @@ namespace fastdiff::cpu {
 
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+    measure<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>,
