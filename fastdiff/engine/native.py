@@ -47,6 +47,7 @@ _NORM_POINTERS = (
 )  # fmt: skip
 
 
+Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
@@ -182,18 +183,22 @@ def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, poi
     args.model_out_dtype = DTYPES[tensors.model_out.dtype]
 
 
-def bind(tensors: StepTensors, executor: str) -> Callable[..., None]:
+def bind(tensors: StepTensors, executor: str) -> Step:
     """`step(model_out, unguided, perturbed)` running one row on checked tensors: deterministic, capturable on "cuda".
 
-    Raises ValueError when a model output is not like the one that was bound: its memory is read as it stands.
+    Raises ValueError, and has done nothing, when a model output is not like the one that was bound: its memory is read
+    as it stands. True: all model outputs so far were finite; None: look at `status`.
     """
     args = arguments(tensors)
     step = _bind(args, tensors, executor, "affine_step")
     return _quick(args, tensors, step) or step if executor == "cpp" else step
 
 
-def _quick(args: AffineArgs, tensors: StepTensors, step: Callable[..., None]) -> Callable[..., None] | None:
-    """`step` as one C function, which hands on to it what is not like the tensors that were bound."""
+def _quick(args: AffineArgs, tensors: StepTensors, step: Step) -> Step | None:
+    """`step` as one C function, which hands on to it all that is not like the tensors that were bound.
+
+    None where torch keeps its tensors in another way than that function knows.
+    """
 
     def failed(code: int) -> None:
         raise _failed("affine_step on cpp", code)
@@ -213,7 +218,7 @@ def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str)
 def _bind(
     args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, executor: str, op: str
 ) -> Callable[..., None]:
-    library, address = load(), ctypes.addressof(args)
+    address = ctypes.addressof(args)
     run = _function(op, executor, tensors.state.device)
     like = tensors.model_out
     shape, dtype, kind = like.shape, like.dtype, like.device

@@ -69,7 +69,7 @@ class Asked(NamedTuple):
 
 
 class Direct(NamedTuple):
-    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: of the second call, if there is one.
+    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: those of a second call.
 
     The row raises ValueError, and has done nothing, for an output that is not like the ones before.
     """

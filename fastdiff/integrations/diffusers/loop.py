@@ -112,11 +112,10 @@ class Loop:
                     args, kw = apart[i]
                     other = network(*args, **kw)
                 try:
-                    if apart is None:
-                        row(pick(returned))
-                    else:
-                        row(pick(returned), pick(other))
-                except ValueError:  # not like the last ones
+                    fits = row(pick(returned)) if apart is None else row(pick(returned), pick(other))
+                except ValueError:
+                    fits = False
+                if fits is False:  # outputs that are not like the last ones
                     output = self._asking.output
                     self._asking.settle(output(returned), None if apart is None else output(other))
             i += 1

@@ -47,7 +47,7 @@ class Hosted:
         self._known = {key: value for key, value in self._known.items() if key in held}
         return self
 
-    def _seen(self, value: Any) -> tuple[Any, int, Tensor | None, Hashable]:
+    def _seen(self, value: Any) -> tuple[Any, int | None, Tensor | None, Hashable]:
         found = self._known.get(id(value))
         if found is None or found[0] is not value or found[1] != _version(value):
             if isinstance(value, Tensor):
