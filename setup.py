@@ -1,6 +1,6 @@
 """Builds the compiled extension, fastdiff/_C; everything else about the package is in pyproject.toml.
 
-The extension is a shared object with C functions, called through ctypes, and one for Python's stable interface; it has
+The extension is a shared object with C functions, called through ctypes, and a few of Python's stable interface; it has
 nothing of torch's C++ interface.
 It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked;
 FASTDIFF_REQUIRE_EXTENSION=1 makes a failed build an error.

@@ -1,4 +1,4 @@
-// What the shared object shows to the outside: C functions, called through ctypes, and one to Python (cpu/python.cpp).
+// What the shared object shows to the outside: C functions, called through ctypes, and Python's (cpu/python.cpp).
 #pragma once
 
 #include "affine.h"

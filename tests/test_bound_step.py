@@ -1,7 +1,8 @@
-"""The bound row of executor "cpp", which is a C function: what it refuses, what it keeps, and that it is the same row."""
+"""The bound row of executor "cpp", a C function: what it refuses, what it keeps, and that it is the same row."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import re
@@ -183,10 +184,8 @@ def test_no_reference_is_kept_or_lost() -> None:
         tensors.row.zero_()
         step(given.model_out, given.unguided)
         for args, kw in (((wrong, given.unguided), {}), ((given.model_out,), {"nothing": wrong})):
-            try:
+            with contextlib.suppress(ValueError, TypeError):
                 step(*args, **kw)
-            except (ValueError, TypeError):
-                pass
 
     use()
     gc.collect()
