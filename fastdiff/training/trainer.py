@@ -67,7 +67,7 @@ class Trainer:
         self.source = _source(config, self.ranks.device) if source is None else source
         if self.ranks.first:
             run.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save)
+        self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save, run / records.NAME)
         found = self._found(resume)
         saved = None if found is None else TrainConfig.load(run / "config.json")
         given = load(config.init) if config.init and found is None else None
@@ -96,11 +96,11 @@ class Trainer:
                 stream = self.loader.stream(self.progress.images)
                 while self.progress.images < self.config.images:
                     batch = next(stream)
-                    outcome = self._take(batch)
+                    outcome = self._take(batch, interrupts)
                     if after is not None:
                         after(self, batch, outcome)
                     self._report(outcome)
-                    if self.ranks.any(bool(interrupts.name)):
+                    if outcome.stop or (interrupts.name and self.ranks.world == 1):
                         reason = interrupts.name or "a signal to another process"
                         break
                 stream.close()
@@ -198,10 +198,10 @@ class Trainer:
         self.previews = Previews(config, self.objective, self.ema, self.ranks, self.run)
         self._eval_source: Source | None = None
 
-    def _take(self, batch: Batch) -> Outcome:
+    def _take(self, batch: Batch, interrupts: Interrupts) -> Outcome:
         skips = self.progress.skips
         began = time.monotonic()
-        outcome = self.step.run(batch, self.progress)
+        outcome = self.step.run(batch, self.progress, lambda: bool(interrupts.name))
         self.progress.seconds += time.monotonic() - began
         if self.progress.skips > skips:
             self._not_finite(batch, outcome)
