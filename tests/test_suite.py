@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ NO_GRID = {
 NO_SIGNAL = "alpha = 0"
 
 
-def levels_of(grid: str, schedule: Schedule, steps: int) -> list[Level]:
+@cache
+def levels_of(grid: str, name: str, steps: int) -> list[Level]:
+    schedule = suite.processes()[name]
     if grid == "custom":
         times = grids.make("custom", schedule, None, levels=grids.make("linspace", schedule, steps))
     else:
@@ -68,9 +71,9 @@ def places() -> Places:
         for grid in grids.names():
             if refused_grid(grid, schedule):
                 with pytest.raises(ValueError, match=NO_GRID.get(grid, "missing a required argument")):
-                    levels_of(grid, schedule, 4)
+                    levels_of(grid, name, 4)
             else:
-                found[name, grid] = levels_of(grid, schedule, 4)
+                found[name, grid] = levels_of(grid, name, 4)
     assert len(found) > 180
     return found
 
@@ -191,12 +194,12 @@ def meaningless(trial: suite.Trial) -> bool:
     schedule = suite.processes()[trial.schedule]
     if refused_grid(trial.grid, schedule):
         return True
-    first = levels_of(trial.grid, schedule, 8)[0]
+    first = levels_of(trial.grid, trial.schedule, 8)[0]
     if trial.what == "prediction":
         if trial.solver == "mean_reverting":
             return trial.name != "x0"  # its own option says what the network predicts
         return first.alpha == 0.0 and trial.name in ("eps", "score", "edm")
-    return any(reason(trial.solver, schedule, levels_of(trial.grid, schedule, n)) for n in suite.STEPS)
+    return any(reason(trial.solver, schedule, levels_of(trial.grid, trial.schedule, n)) for n in suite.STEPS)
 
 
 MINE = '''
@@ -443,6 +446,7 @@ def test_every_schedule_and_grid_is_in_the_suite() -> None:
 
 ON_TRITON = """
 import sys
+import quick_interpreter
 from fastdiff.engine import suite
 
 for name in sys.argv[1:]:
@@ -465,6 +469,7 @@ for name in sys.argv[1:]:
 def test_the_interpreted_triton_executor(names: list[str]) -> None:
     """Triton's kernel under its interpreter, two seconds a sampler, against the float64 table."""
     command = [sys.executable, "-c", ON_TRITON, *names]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
