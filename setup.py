@@ -16,7 +16,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PORTABLE = ("affine", "guide", "isa", "measure", "norm", "python", "scalar", "torch_normal", "train")
+PORTABLE = (
+    "affine", "attention", "guide", "isa", "measure", "norm", "python", "scalar", "torch_normal", "train",
+)  # fmt: skip
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/measure.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "affine.h"
+#include "attention.h"
 #include "guide.h"
 #include "measure.h"
 #include "norm.h"
@@ -60,6 +61,12 @@ inline Error check(const NormArgs& args) {
   if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
   if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;
   return args.dtype < kFloat32 || args.dtype > kBFloat16 ? kBadDtype : kOk;
+}
+
+inline Error check(const AttentionArgs& args) {
+  if (!args.q || !args.k || !args.v || !args.out || !args.stats) return kNullPointer;
+  if (args.grad && (!args.dq || !args.dk || !args.dv)) return kNullPointer;
+  return args.B < 1 || args.T < 1 || args.H < 1 || args.d < 1 ? kBadShape : kOk;
 }
 
 }  // namespace fastdiff

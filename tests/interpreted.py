@@ -17,6 +17,7 @@ from typing import Any
 
 import fastdiff.kernels
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 import triton
 import triton.language as tl

@@ -53,7 +53,10 @@ def tool(name: str) -> str | None:
 
 
 NVCC, CUOBJDUMP = tool("nvcc"), tool("cuobjdump")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to check the CUDA kernels here")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: install the CUDA toolkit to check the CUDA kernels here"),
+]
 
 
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 // The executor for AVX2, FMA and F16C (compiled with their flags).
 #include "lanes_avx2.h"
+#include "attention.h"
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
@@ -18,6 +19,7 @@ const Executor avx2_executor = {
     torch_normals_avx2,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
     norm_sums<Avx2>, norm_map<Avx2>,
+    attend<Avx2>, attend_backward<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

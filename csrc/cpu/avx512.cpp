@@ -1,5 +1,6 @@
 // The executor for AVX-512 F, BW, DQ, VL (compiled with their flags).
 #include "lanes_avx512.h"
+#include "attention.h"
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
@@ -15,6 +16,7 @@ const Executor avx512_executor = {
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
     norm_sums<Avx512>, norm_map<Avx512>,
+    attend<Avx512>, attend_backward<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

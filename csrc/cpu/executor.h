@@ -2,6 +2,7 @@
 // compiled for a newer CPU can leak into code that an older one runs.
 #pragma once
 
+#include "../attention.h"
 #include "../guide.h"
 #include "../measure.h"
 #include "../mersenne.h"
@@ -128,6 +129,9 @@ struct Executor {
   // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
+  // Head `which` of all samples' heads; scratch begins on a cache line (attention.cpp says how much).
+  void (*attend)(const AttentionArgs&, int64_t which, float* scratch);
+  void (*attend_backward)(const AttentionArgs&, int64_t which, float* scratch);
 };
 
 constexpr int64_t kFillSlack = 128;

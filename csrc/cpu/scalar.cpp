@@ -1,5 +1,6 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
+#include "attention.h"
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
@@ -16,6 +17,7 @@ const Executor scalar_executor = {
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>,
+    attend<Plain>, attend_backward<Plain>,
 };
 
 }  // namespace fastdiff::cpu

@@ -46,6 +46,7 @@ _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
 )  # fmt: skip
+_ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
 
 
 Step = Callable[..., "bool | None"]
@@ -109,6 +110,17 @@ class NormArgs(ctypes.Structure):
     )
 
 
+class AttentionArgs(ctypes.Structure):
+    """Mirror of struct AttentionArgs in csrc/attention.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _ATTENTION_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "T", "H", "d")]
+        + [("scale", ctypes.c_float)]
+        + [("reserved", ctypes.c_int32)]
+    )
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
@@ -116,16 +128,17 @@ def load() -> ctypes.CDLL:
     found = sorted(folder.glob("_C.*so"))
     if not found:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
+    blocks = {
+        "": AffineArgs, "guide_": GuideArgs, "measure_": MeasureArgs, "train_": TrainArgs, "norm_": NormArgs,
+        "attention_": AttentionArgs,
+    }  # fmt: skip
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = (
-            library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_measure_args_size,
-            library.fastdiff_train_args_size, library.fastdiff_norm_args_size,
-        )  # fmt: skip
-        library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2  # the newest: older builds end here
+        sizes = [getattr(library, f"fastdiff_{name}args_size") for name in blocks]
+        library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    for size, block in zip(sizes, (AffineArgs, GuideArgs, MeasureArgs, TrainArgs, NormArgs), strict=True):
+    for size, block in zip(sizes, blocks.values(), strict=True):
         size.restype = ctypes.c_int64
         if size() == ctypes.sizeof(block):
             continue
@@ -136,7 +149,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "measure", "noise_images", "loss", "norm"):
+    for op in ("affine_step", "guide", "measure", "noise_images", "loss", "norm", "attention"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
