@@ -1,4 +1,4 @@
-"""Rows of an accelerated pipeline that go from its network to the kernel directly, and the way around the others take."""
+"""Rows of an accelerated pipeline that go from its network to the kernel directly, and what becomes of the others."""
 
 from __future__ import annotations
 
