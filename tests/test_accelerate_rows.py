@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastdiff.integrations.diffusers import accelerate
+from fastdiff.integrations.diffusers import accelerate, asking
 from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.asking import Direct
 from fastdiff.integrations.diffusers.pipelines import interruption
@@ -42,8 +43,6 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def rows_of(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Direct | None]:
     """What the rows of calls are run by from here on, as each loop is made ready."""
-    from fastdiff.integrations.diffusers import asking
-
     seen: list[Direct | None] = []
     own = asking.Asking.direct
 
@@ -100,6 +99,24 @@ def test_an_output_in_another_form_in_between(kind: str, form: str) -> None:
     network_of(pipe).register_forward_hook(change)
     assert torch.equal(call(pipe), expected)
     assert count >= 5
+
+
+def test_another_network_that_returns_an_object() -> None:
+    pipe = accelerate(tiny.make("StableDiffusionPipeline"))
+    expected, own = call(pipe), pipe.unet
+
+    class Other(torch.nn.Module):
+        config, dtype, add_embedding = own.config, own.dtype, None
+
+        def forward(self, *args: Any, **kw: Any) -> SimpleNamespace:
+            return SimpleNamespace(sample=own(*args, **kw)[0] * 1.0)
+
+    (desk,) = vars(pipe)[ENGINE]._desks
+    assert [pick for pick, _ in desk.direct.values()] == [asking._FIRST]
+    vars(pipe)["unet"] = Other()
+    # the pipeline's own loop reads [0] of what stands in for the network, so only the rows see the object
+    assert torch.equal(call(pipe), expected)
+    assert [pick for pick, _ in desk.direct.values()] == [asking._SAMPLE]
 
 
 def test_an_output_in_another_dtype_in_between_binds_a_step_of_its_own() -> None:

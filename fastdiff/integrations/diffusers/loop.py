@@ -35,6 +35,7 @@ class Loop:
         self._asked: tuple[Any, Sequence[Asked]] | None = None  # with its mark, and kept so that the mark holds
         self._given: tuple[Tensor, int] | None = None
         self._asking: Asking
+        self._times: Sequence[Tensor] = ()
         self._step: Callable[[int], None] | None = None
         self._direct: Direct | None = None
         self._draws = self._drawing()
@@ -78,7 +79,7 @@ class Loop:
         if replay is not None:
             self._step = lambda i: replay()
             return
-        self._asking, self._direct = asking, asking.direct(times)
+        self._asking, self._times, self._direct = asking, times, asking.direct(times)
         if self._direct is not None:
             return
         evaluate, settle = asking.on(), asking.settle
@@ -113,11 +114,12 @@ class Loop:
                     other = network(*args, **kw)
                 try:
                     fits = row(pick(returned)) if apart is None else row(pick(returned), pick(other))
-                except ValueError:
+                except (ValueError, TypeError, AttributeError):
                     fits = False
                 if fits is False:  # outputs that are not like the last ones
                     output = self._asking.output
                     self._asking.settle(output(returned), None if apart is None else output(other))
+                    direct = self._direct = self._asking.direct(self._times)
             i += 1
             if ticks:
                 done = i - rows.start
@@ -148,7 +150,7 @@ class Loop:
             for draw, slot in draws:
                 if (draw, slot) not in made:
                     made[draw, slot] = self._drawer(draw, self.desk.noise[slot])
-        return [tuple(made[one] for one in draws) for draws in self.program.draws]
+        return [tuple(map(made.__getitem__, draws)) for draws in self.program.draws]
 
     def _drawer(self, draw: Draw, noise: Tensor) -> Callable[[], Any]:
         source = self._generator if draw.by_generator else None
