@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -16,7 +17,7 @@ const Executor avx2_executor = {
     Avx2::kName, step<Avx2>, fill<Avx2>, fill_channels_last<Avx2>, sums<Avx2>, magnitudes<Avx2>,
     torch_normals_avx2,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
-    norm_sums<Avx2>, norm_map<Avx2>,
+    norm_sums<Avx2>, norm_map<Avx2>, norm_gradient_sums<Avx2>, norm_gradient_map<Avx2>,
     attend<Avx2>, attend_backward<Avx2>,
 };
 

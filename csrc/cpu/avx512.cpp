@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -13,7 +14,7 @@ const Executor avx512_executor = {
     Avx512::kName, step<Avx512>, fill<Avx512>, fill_channels_last<Avx512>, sums<Avx512>, magnitudes<Avx512>,
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
-    norm_sums<Avx512>, norm_map<Avx512>,
+    norm_sums<Avx512>, norm_map<Avx512>, norm_gradient_sums<Avx512>, norm_gradient_map<Avx512>,
     attend<Avx512>, attend_backward<Avx512>,
 };
 

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -14,7 +15,7 @@ const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
-    norm_sums<Plain>, norm_map<Plain>,
+    norm_sums<Plain>, norm_map<Plain>, norm_gradient_sums<Plain>, norm_gradient_map<Plain>,
     attend<Plain>, attend_backward<Plain>,
 };
 
