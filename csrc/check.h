@@ -6,6 +6,7 @@
 #include "affine.h"
 #include "attention.h"
 #include "guide.h"
+#include "measure.h"
 #include "norm.h"
 #include "train.h"
 
@@ -35,6 +36,13 @@ inline Error check(const GuideArgs& args) {
     return kBadShape;
   if (args.model_out_dtype < kFloat32 || args.model_out_dtype > kBFloat16) return kBadDtype;
   return args.rule < kPlain || args.rule > kCfgZero ? kBadRule : kOk;
+}
+
+inline Error check(const MeasureArgs& args) {
+  if (!args.value || !args.before || !args.found || !args.partial) return kNullPointer;
+  if (args.quantity == kError && !args.after) return kNullPointer;
+  if (args.B < 0 || args.N < 1) return kBadShape;
+  return args.quantity < kError || args.quantity > kChange ? kBadRule : kOk;
 }
 
 // `loss`: of the loss, else of the noising.

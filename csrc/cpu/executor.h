@@ -4,6 +4,7 @@
 
 #include "../attention.h"
 #include "../guide.h"
+#include "../measure.h"
 #include "../mersenne.h"
 #include "../norm.h"
 #include "../philox.h"
@@ -117,6 +118,8 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // The sum of the measure op's terms over elements first .. first + count of all samples' memory.
+  double (*measure)(const MeasureArgs&, int64_t first, int64_t count);
   // n >= 16 normals of torch's generator, whose state is moved on; z null: nothing else.
   void (*torch_normals)(GeneratorBytes&, float* z, int64_t n);
   // Images as fp32 in [-1, 1], mirrored where asked, into to[0 .. units * channels).

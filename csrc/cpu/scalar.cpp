@@ -1,6 +1,7 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
 #include "attention.h"
+#include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
 #include "norm_backward.h"
@@ -13,6 +14,7 @@ namespace fastdiff::cpu {
 
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+    measure<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>, norm_gradient_sums<Plain>, norm_gradient_map<Plain>,
