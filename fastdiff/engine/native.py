@@ -45,6 +45,7 @@ _MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "
 _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
+    "grad", "sums",
 )  # fmt: skip
 _ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
 
@@ -149,7 +150,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "measure", "noise_images", "loss", "norm", "attention"):
+    for op in ("affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
