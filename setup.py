@@ -16,7 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PORTABLE = ("affine", "guide", "isa", "norm", "python", "scalar", "torch_normal", "train")
+PORTABLE = ("affine", "guide", "isa", "norm", "python", "scalar", "torch_normal", "train", "winograd")
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -7,6 +7,7 @@
 #include "guide.h"
 #include "norm.h"
 #include "train.h"
+#include "winograd.h"
 
 namespace fastdiff {
 
@@ -52,6 +53,15 @@ inline Error check(const NormArgs& args) {
   if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
   if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;
   return args.dtype < kFloat32 || args.dtype > kBFloat16 ? kBadDtype : kOk;
+}
+
+// `out`: of the output transform, else of the input transform.
+inline Error check(const WinogradArgs& args, bool out) {
+  if (out ? !args.products || !args.y : !args.x || !args.v) return kNullPointer;
+  if (args.size != 2 && args.size != 4) return kBadShape;
+  if (args.B < 1 || args.C < 1 || args.H < 1 || args.W < 1 || args.first < 0 || args.count < 1) return kBadShape;
+  const int64_t rows = (args.H + args.size - 1) / args.size, columns = (args.W + args.size - 1) / args.size;
+  return args.first + args.count > args.B * rows * columns ? kBadShape : kOk;
 }
 
 }  // namespace fastdiff

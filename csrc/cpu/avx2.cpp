@@ -6,6 +6,7 @@
 #include "sums.h"
 #include "torch_normal.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -16,6 +17,7 @@ const Executor avx2_executor = {
     torch_normals_avx2,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
     norm_sums<Avx2>, norm_map<Avx2>,
+    winograd_into<Avx2>, winograd_out<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

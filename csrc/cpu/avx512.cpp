@@ -5,6 +5,7 @@
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -13,6 +14,7 @@ const Executor avx512_executor = {
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
     norm_sums<Avx512>, norm_map<Avx512>,
+    winograd_into<Avx512>, winograd_out<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

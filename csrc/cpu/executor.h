@@ -7,6 +7,7 @@
 #include "../norm.h"
 #include "../philox.h"
 #include "../train.h"
+#include "../winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -104,6 +105,19 @@ struct NormMap {
   bool from_total, act;
 };
 
+// One tile of a Winograd convolution: where its pixels lie, row by row.
+struct TileIn {
+  const float* pixel[36];
+  float* v;  // taps `channels` apart
+};
+
+struct TileOut {
+  const float* products;
+  int64_t step;       // from tap to tap
+  const float* bias;  // null: none
+  float* pixel[16];   // null: outside of the image
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -125,6 +139,9 @@ struct Executor {
   // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
+  // size: outputs of a tile in each direction, 2 or 4.
+  void (*winograd_into)(const TileIn&, int64_t channels, int64_t size);
+  void (*winograd_out)(const TileOut&, int64_t channels, int64_t size);
 };
 
 constexpr int64_t kFillSlack = 128;

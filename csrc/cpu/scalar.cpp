@@ -6,6 +6,7 @@
 #include "sums.h"
 #include "torch_normal.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -14,6 +15,7 @@ const Executor scalar_executor = {
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>,
+    winograd_into<Plain>, winograd_out<Plain>,
 };
 
 }  // namespace fastdiff::cpu

@@ -94,6 +94,14 @@ class NormArgs(ctypes.Structure):
     )
 
 
+class WinogradArgs(ctypes.Structure):
+    """Mirror of struct WinogradArgs in csrc/winograd.h, which says what each field is."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "v", "products", "bias", "y")] + [
+        (name, ctypes.c_int64) for name in ("B", "C", "H", "W", "first", "count", "size")
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
@@ -105,12 +113,12 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(found[0]))
         sizes = (
             library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size,
-            library.fastdiff_norm_args_size,
+            library.fastdiff_norm_args_size, library.fastdiff_winograd_args_size,
         )  # fmt: skip
         library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2  # the newest: older builds end here
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs), strict=True):
+    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs, WinogradArgs), strict=True):
         size.restype = ctypes.c_int64
         if size() == ctypes.sizeof(block):
             continue
@@ -121,7 +129,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "noise_images", "loss", "norm"):
+    for op in ("affine_step", "guide", "noise_images", "loss", "norm", "winograd_into", "winograd_out"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
