@@ -26,8 +26,7 @@ TAPS = {2: 16, 4: 36}  # matrices of each tile size
 _A, _B = 0.625, 1.5
 # What a weight costs beside its multiplications, and a pixel of a transform, in multiplications of a large product.
 _WEIGHT, _PIXEL = 20.0, 12.0
-_GROUP = 1 << 20  # floats of both sides of the products at a time: they stay in the last-level cache
-_LEAST = 64  # tiles of a group, below which the products are slow
+_GROUP = 1 << 22  # floats of both sides of the products at a time: they stay in the last-level cache
 
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("winograd_conv(Tensor x, Tensor weight, Tensor expanded, Tensor? bias, *, str executor) -> Tensor")
@@ -96,7 +95,7 @@ def run(x: Tensor, expanded: Tensor, bias: Tensor | None = None) -> Tensor:
     tiles = batch * -(-height // size) * -(-width // size)
     if not tiles:
         return y
-    group = min(tiles, max(_LEAST, _GROUP // (taps * (inputs + outputs))))
+    group = min(tiles, max(1, _GROUP // (taps * (inputs + outputs))))
     space = _space(taps * group * (inputs + outputs))
     into = WinogradArgs(B=batch, C=inputs, H=height, W=width, size=size, x=x.data_ptr(), v=space.data_ptr())
     out = WinogradArgs(B=batch, C=outputs, H=height, W=width, size=size, y=y.data_ptr())

@@ -1,6 +1,6 @@
-"""A convolution for inference: on a CPU its weights are put into oneDNN's order once, not at each call.
+"""A convolution for inference: on a CPU its weights are put into oneDNN's order, or Winograd's, once, not at each call.
 
-May import: torch. The order is that of torch's own compiler for CPUs; where this torch has no such operator it is
+May import: engine.winograd. oneDNN's order is that of torch's own compiler for CPUs; where this torch has no such operator it is
 torch's plain convolution of the same weights. torch.compile takes it as one operator.
 """
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.engine import winograd
+
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("packed_conv(Tensor x, Tensor weight, int layer, int stride, int padding) -> Tensor")
 _numbers = itertools.count()
@@ -23,16 +25,20 @@ _layers: weakref.WeakValueDictionary[int, PackedConv] = weakref.WeakValueDiction
 class PackedConv(nn.Module):
     """conv(x) without bias, x channels_last. weight: [C_out, C_in, k, k]; a second copy of it is kept for a CPU.
 
+    winograd: whether a CPU may run it by `engine.winograd`, where that is faster for the image's shape; the copy is then
+    1.8 or 4 times as large as the weight. A sample's output does not depend on its batch, as far as the library's do not.
     Deterministic; capturable on a GPU. The copy follows the weight: it is made again after a change of it that torch
     counts, as all but those through `.data` are (`FastUNet.repack`).
     """
+
+    winograd = False
 
     def __init__(self, weight: nn.Parameter, stride: int = 1, padding: int = 1) -> None:
         super().__init__()
         self.weight = weight
         self.stride, self.padding = stride, padding
         self.number = next(_numbers)
-        self._packed: tuple[Tensor, int, Tensor] | None = None
+        self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}  # by tile size, 0: the library's order
         _layers[self.number] = self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,20 +53,31 @@ class PackedConv(nn.Module):
 
     def packed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same by the weight's copy in the library's order."""
-        if not x.numel() or not _has_operators():
+        size = self._tile_size(x, weight)
+        if not x.numel() or not (size or _has_operators()):
             return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         both = [self.padding] * 2, [self.stride] * 2, [1, 1]
-        kept = self._packed
+        kept = self._packed.get(size)
         if kept is None or kept[1] != weight._version or kept[0].data_ptr() != weight.data_ptr():
             with torch.inference_mode(False):
                 reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
                 of = weight.detach()  # kept too, so that no other weight comes to lie at its address
-                kept = self._packed = of, weight._version, reorder(of.to_mkldnn(), *both, 1, list(x.shape))
+                made = winograd.expand(of, size) if size else reorder(of.to_mkldnn(), *both, 1, list(x.shape))
+                kept = self._packed[size] = of, weight._version, made
+        if size:
+            return winograd.run(x.contiguous(memory_format=torch.channels_last), kept[2])
         found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept[2], None, *both, 1, "none", [], "")
         return found
 
+    def _tile_size(self, x: Tensor, weight: Tensor) -> int:
+        """Of the Winograd convolution that is the fastest for such an image, or 0."""
+        outputs, inputs, *taps = weight.shape
+        if not self.winograd or taps != [3, 3] or (self.stride, self.padding) != (1, 1):
+            return 0
+        return winograd.tile_size(inputs, outputs, *x.shape[2:])
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # it is neither copied nor stored
+        return self.__dict__ | {"_packed": {}}  # it is neither copied nor stored
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
