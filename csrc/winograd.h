@@ -10,7 +10,7 @@ extern "C" {
 struct WinogradArgs {
   const float* x;        // [B, C, H, W]: read by the input transform
   float* v;              // [count, (size + 2)^2, C]: written by it
-  const float* products; // [(size + 2)^2, count, C]: read by the output transform
+  const float* products; // [count, (size + 2)^2, C]: read by the output transform
   const float* bias;     // [C] or null: added by it
   float* y;              // [B, C, H, W]: written by it
   int64_t B, C, H, W;    // C: channels in of the input transform, out of the output transform

@@ -108,14 +108,13 @@ struct NormMap {
 // One tile of a Winograd convolution: where its pixels lie, row by row.
 struct TileIn {
   const float* pixel[36];
-  float* v;  // taps `channels` apart
+  float* v;  // [taps, channels]
 };
 
 struct TileOut {
-  const float* products;
-  int64_t step;       // from tap to tap
-  const float* bias;  // null: none
-  float* pixel[16];   // null: outside of the image
+  const float* products;  // [taps, channels]
+  const float* bias;      // null: none
+  float* pixel[16];       // null: outside of the image
 };
 
 struct Executor {

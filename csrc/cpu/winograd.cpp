@@ -56,11 +56,11 @@ Error into(const WinogradArgs& args) {
 
 Error out(const WinogradArgs& args) {
   if (const Error error = check(args, true); error != kOk) return error;
+  const int64_t taps = (args.size + 2) * (args.size + 2);
   const Executor& by = executor();
-  return each_tile(args, (args.size + 2) * (args.size + 2), [&](int64_t i, const Corner& at) {
+  return each_tile(args, taps, [&](int64_t i, const Corner& at) {
     TileOut tile;
-    tile.products = args.products + i * args.C;
-    tile.step = args.count * args.C;
+    tile.products = args.products + i * taps * args.C;
     tile.bias = args.bias;
     for (int64_t row = 0; row < args.size; ++row) {
       for (int64_t column = 0; column < args.size; ++column) {

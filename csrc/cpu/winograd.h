@@ -106,7 +106,7 @@ void tile_out(const TileOut& tile, int64_t channels) {
       for (int u = 0; u < count.value; ++u) {
         F m[taps];
         for (int i = 0; i < taps; ++i)
-          m[i] = load<L, partial.value>(tile.products + (i * taps + j) * tile.step + c + u * w, n);
+          m[i] = load<L, partial.value>(tile.products + (i * taps + j) * channels + c + u * w, n);
         Of::out(m);
         for (int i = 0; i < size; ++i) half[i][j][u] = m[i];
       }

@@ -1,114 +1,107 @@
 """A 3x3 convolution by Winograd's minimal filtering on a CPU: a quarter of the multiplications, for transforms.
 
-May import: the compiled extension (through native), backends. Executors are "cpp" (fp32 on a CPU) and "reference"
-(torch's own convolution): on a GPU the library's convolution stays.
+May import: the compiled extension (through native), backends, onednn. Executors are "cpp" (fp32 on a CPU) and
+"reference" (torch's own convolution): on a GPU the library's convolution stays.
 
 Lavin & Gray 2015, F(m x m, 3x3), m = 4 or 2, the image cut into tiles of m x m outputs:
     Y = A^T [(G w G^T) . (B^T d B)] A        d: the (m + 2) x (m + 2) pixels a tile sees
-The products, summed over the channels, are (m + 2)^2 matrix products, and torch's own.
+The products, summed over the channels, are (m + 2)^2 matrix products: one 1x1 convolution in as many groups, torch's
+own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.engine import backends, native
+from fastdiff.engine import backends, native, onednn
 from fastdiff.engine.native import WinogradArgs
 
 TAPS = {2: 16, 4: 36}  # matrices of each tile size
 # The points of F(4x4) as csrc/cpu/winograd.h has them: 0, +-A, +-B and infinity.
 _A, _B = 0.625, 1.5
-# What a weight costs beside its multiplications, and a pixel of a transform, in multiplications of a large product.
-_WEIGHT, _PIXEL = 20.0, 12.0
+# In multiplications of a large product: reading a weight, directly and expanded, transforming a number, and the calls.
+_DIRECT, _EXPANDED, _TRANSFORM, _CALLS = 9.0, 14.0, 25.0, 1.5e6
 _GROUP = 1 << 22  # floats of both sides of the products at a time: they stay in the last-level cache
 
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("winograd_conv(Tensor x, Tensor weight, Tensor expanded, Tensor? bias, *, str executor) -> Tensor")
-_workspace = threading.local()
 
 
 def conv(x: Tensor, weight: Tensor, expanded: Tensor, bias: Tensor | None = None, executor: str = "cpp") -> Tensor:
     """y = conv2d(x, weight, bias, padding=1), through the torch dispatcher, arguments checked.
 
     x: [B, C_in, H, W] fp32, channels_last. weight: [C_out, C_in, 3, 3] fp32, read by executor "reference" only;
-    expanded: what `expand` made of it, read by "cpp" only. bias: [C_out] or None. Returns [B, C_out, H, W], channels_last.
-    Largest error against float64 about 3e-6 of the largest output, where direct summation has 1e-6. A pixel that is not
-    finite spoils every output of the tiles that see it (up to m + 1 pixels away, not 1), never another sample.
-    Deterministic; the same on any number of threads and for a sample anywhere in a batch, as far as torch.bmm is, which
-    with MKL was so wherever it was measured. Not differentiable. Raises ValueError or TypeError for what does not fit.
+    expanded: what `expand` made of it, read by "cpp" only. bias: [C_out] or None. Returns [B, C_out, H, W] in
+    channels_last. The largest error against float64 is about 2e-6 of the largest output, as that of a direct sum over
+    many channels. A pixel that is not finite may spoil all outputs of the tiles that see it, up to m pixels away and
+    not one, and no other. Deterministic; a sample's output depends on nothing else in its batch and not on the number
+    of threads, as far as that of `engine.onednn` does not.
+    Not differentiable. Raises ValueError or TypeError for what does not fit.
     """
     found: Tensor = torch.ops.fastdiff.winograd_conv(x, weight, expanded, bias, executor=executor)
     return found
 
 
 def expand(weight: Tensor, size: int) -> Tensor:
-    """G w G^T: fp32 [(size + 2)^2, C_in, C_out] of a weight [C_out, C_in, 3, 3], computed in float64."""
+    """G w G^T of a weight [C_out, C_in, 3, 3]: fp32 [taps C_out, C_in, 1, 1], taps (size + 2)^2, found in float64."""
     g = _G4 if size == 4 else _G2
-    side, (outputs, inputs) = size + 2, weight.shape[:2]
-    found = torch.empty(TAPS[size], inputs, outputs, dtype=torch.float32)
-    for first in range(0, outputs, 64):  # float64 of the whole would be a multiple of the network's largest weight
+    outputs, inputs = weight.shape[:2]
+    found = torch.empty(size + 2, size + 2, outputs, inputs, dtype=torch.float32)
+    for first in range(0, outputs, 64):  # float64 of the whole would take eight times a weight's memory more
         part = weight[first : first + 64].detach().double()
-        wide = torch.einsum("pi,qj,ocij->pqco", g, g, part)
-        found[:, :, first : first + 64] = wide.reshape(side * side, inputs, -1)
-    return found
+        found[:, :, first : first + 64] = torch.einsum("pi,qj,ocij->pqoc", g, g, part)
+    return found.view(-1, inputs, 1, 1)
 
 
 def tile_size(channels_in: int, channels_out: int, height: int, width: int) -> int:
-    """The faster tile size for such an image, or 0 where the library's direct convolution is faster or has to do it.
+    """The fastest tile size for such an image, or 0 where the library's direct convolution is as fast.
 
-    Decided by one sample's shape alone, so that its batch does not change it. Costs in multiplications per pair of
-    channels: (m + 2)^2 for each tile, 9 for each pixel of a direct convolution; what reading a weight costs beside
-    them, and the transforms.
+    Decided by one sample's shape alone, so that no batch changes a sample. Costs in multiplications per pair of
+    channels: 9 for each pixel or (m + 2)^2 for each tile; then for each weight, which few pixels do not amortise, and
+    for the transforms, which few channels do not.
     """
-    if not _available() or torch.get_float32_matmul_precision() != "highest":
+    if channels_in % 16 or channels_out % 16 or not backends.probe()["cpp"].ok:
         return 0
     return _fastest(channels_in, channels_out, height, width)
 
 
 @functools.cache
 def _fastest(channels_in: int, channels_out: int, height: int, width: int) -> int:
-    costs = {0: 9 * (height * width + _WEIGHT / 2)}
+    costs = {0: 9 * (height * width + _DIRECT)}
     for size, taps in TAPS.items():
         tiles = -(-height // size) * -(-width // size)
-        costs[size] = taps * (tiles * (1 + _PIXEL / channels_in + _PIXEL / channels_out) + _WEIGHT)
+        transforms = tiles * _TRANSFORM * (1 / channels_in + 1 / channels_out)
+        costs[size] = taps * (tiles + transforms + _EXPANDED) + _CALLS / (channels_in * channels_out)
     return min(costs, key=lambda size: (costs[size], size))
 
 
-@functools.cache
-def _available() -> bool:
-    """Whether the transforms are there, and torch's batched product is the library's that was measured."""
-    return backends.probe()["cpp"].ok and torch.backends.mkl.is_available()
+def run(x: Tensor, size: int, outputs: int, multiply: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Tensor:
+    """The convolution on executor "cpp", without the dispatcher or checks.
 
-
-def run(x: Tensor, expanded: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same on executor "cpp" for tensors that `check` takes, without the dispatcher."""
+    multiply: the products, of [1, taps C_in, tiles, 1] in channels_last: a 1x1 convolution with the expanded weight.
+    """
     batch, inputs, height, width = x.shape
-    taps, _, outputs = expanded.shape
-    size = 4 if taps == 36 else 2
     y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    tiles = batch * -(-height // size) * -(-width // size)
-    if not tiles:
+    taps, tiles = TAPS[size], batch * -(-height // size) * -(-width // size)
+    if not y.numel():
         return y
-    group = min(tiles, max(1, _GROUP // (taps * (inputs + outputs))))
-    space = _space(taps * group * (inputs + outputs))
-    into = WinogradArgs(B=batch, C=inputs, H=height, W=width, size=size, x=x.data_ptr(), v=space.data_ptr())
+    into = WinogradArgs(B=batch, C=inputs, H=height, W=width, size=size, x=x.data_ptr())
     out = WinogradArgs(B=batch, C=outputs, H=height, W=width, size=size, y=y.data_ptr())
     out.bias = None if bias is None else bias.data_ptr()
+    group = max(1, _GROUP // (taps * (inputs + outputs)))
     for first in range(0, tiles, group):
         count = min(group, tiles - first)
-        v = space[: count * taps * inputs].view(count, taps, inputs)
-        products = space[v.numel() :][: taps * count * outputs].view(taps, count, outputs)
-        into.first = out.first = first
-        into.count = out.count = count
-        out.products = products.data_ptr()
+        v = torch.empty((1, count, 1, taps * inputs), dtype=x.dtype)
+        into.first, into.count, into.v = first, count, v.data_ptr()
         _launch("into", into)
-        torch.bmm(v.transpose(0, 1), expanded, out=products)
+        products = multiply(v.permute(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
+        out.first, out.count, out.products = first, count, products.data_ptr()
         _launch("out", out)
     return y
 
@@ -121,30 +114,23 @@ def check(x: Tensor, weight: Tensor, expanded: Tensor, bias: Tensor | None) -> N
             "call .contiguous(memory_format=torch.channels_last)"
         )
     inputs, outputs = x.shape[1], weight.shape[0]
-    shapes = [("weight", weight, ((outputs, inputs, 3, 3),))]
-    shapes.append(("expanded", expanded, tuple((taps, inputs, outputs) for taps in TAPS.values())))
+    shapes: list[tuple[str, Tensor, tuple[tuple[int, ...], ...]]] = [
+        ("weight", weight, ((outputs, inputs, 3, 3),)),
+        ("expanded", expanded, tuple((taps * outputs, inputs, 1, 1) for taps in TAPS.values())),
+    ]
     if bias is not None:
         shapes.append(("bias", bias, ((outputs,),)))
     for name, tensor, expected in shapes:
         if tuple(tensor.shape) not in expected:
             wanted = " or ".join(map(str, expected))
             raise ValueError(f"winograd_conv: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-    if not (expanded.is_contiguous() and (bias is None or bias.is_contiguous())):
-        raise ValueError("winograd_conv: expanded and bias must be contiguous; take what expand(weight, size) returns")
+    if bias is not None and not bias.is_contiguous():
+        raise ValueError("winograd_conv: bias must be contiguous; call .contiguous()")
     for name, tensor in (("x", x), *((name, tensor) for name, tensor, _ in shapes)):
         if tensor.dtype != torch.float32 or tensor.device != x.device:
             raise TypeError(
                 f"winograd_conv: {name} is {tensor.dtype} on {tensor.device}, expected torch.float32 on {x.device}"
             )
-
-
-def _space(floats: int) -> Tensor:
-    """This thread's room for both sides of the products, kept: fresh memory costs a page fault every 4 KiB."""
-    found: Tensor | None = getattr(_workspace, "floats", None)
-    if found is None or found.numel() < floats:
-        with torch.inference_mode(False):  # a normal tensor may be written in either mode
-            found = _workspace.floats = torch.empty(floats, dtype=torch.float32)
-    return found
 
 
 def _launch(which: str, args: WinogradArgs) -> None:
@@ -176,8 +162,16 @@ def _conv(x: Tensor, weight: Tensor, expanded: Tensor, bias: Tensor | None, *, e
         raise ValueError(f"winograd_conv: executor must be 'reference' or 'cpp', got {executor!r}")
     backends.require(executor, x.device)
     if executor == "cpp":
-        return run(x, expanded, bias)
+        size = next(size for size, taps in TAPS.items() if len(expanded) == taps * len(weight))
+        return run(x, size, len(weight), functools.partial(_multiply, expanded=expanded, taps=TAPS[size]), bias)
     return F.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
+
+
+def _multiply(v: Tensor, expanded: Tensor, taps: int) -> Tensor:
+    if not onednn.available():
+        return F.conv2d(v, expanded, groups=taps)
+    how = onednn.How(0, 1, taps)
+    return onednn.conv(v, onednn.pack(expanded, how, v.shape), how)
 
 
 def _fake(x: Tensor, weight: Tensor, expanded: Tensor, bias: Tensor | None, *, executor: str) -> Tensor:

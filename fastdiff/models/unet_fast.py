@@ -7,8 +7,8 @@ May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what i
 - q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
   into that of q: softmax(x A x^T) x B;
 - nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
-- on a CPU the convolutions' weights are put into the library's order once, not at each call; in fp32 the 3x3 ones run by
-  Winograd's minimal filtering where that is faster (engine.winograd);
+- on a CPU the convolutions' weights are put into the library's order once, not at each call; in fp32 the 3x3 ones run
+  by Winograd's minimal filtering where that is faster (engine.winograd);
 - the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
 
