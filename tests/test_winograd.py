@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_unet import CONFIGS, random_inputs, random_peer
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdiff.engine import native, onednn, winograd
 from fastdiff.errors import BackendUnavailable
@@ -157,6 +159,18 @@ def test_what_does_not_fit_is_refused() -> None:
         winograd.conv(x, weight, expanded, bias, executor="triton")
 
 
+def test_the_c_functions_refuse_what_they_cannot_read() -> None:
+    library, room = native.load(), torch.zeros(36 * 16)
+    fields = {"B": 1, "C": 1, "H": 4, "W": 4, "first": 0, "count": 1, "size": 4}
+    addresses = dict.fromkeys(("x", "v", "products", "y"), room.data_ptr())
+    for change, code in (
+        ({}, 0), ({"x": None, "y": None}, 1), ({"size": 3}, 2), ({"count": 2}, 2), ({"first": 1}, 2), ({"C": 0}, 2),
+    ):  # fmt: skip
+        args = native.WinogradArgs(**(addresses | fields | change))
+        for which in ("into", "out"):
+            assert getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args)) == code
+
+
 # -- when it is chosen
 
 
@@ -210,6 +224,23 @@ def test_other_convolutions_stay_the_librarys() -> None:
         conv.winograd = wanted
         conv(x)
         assert list(conv._packed) == [0]
+
+
+@torch.no_grad()
+def test_under_transforms_and_tracers_it_is_torchs_operator() -> None:
+    x = torch.randn(2, 64, 32, 32).contiguous(memory_format=LAST)
+    conv = PackedConv(torch.nn.Parameter(torch.randn(64, 64, 3, 3) / 24, requires_grad=False))
+    conv.winograd = True
+    expected = conv(x)
+    assert 4 in conv._packed
+    close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    mapped = torch.func.vmap(lambda one: conv(one[None])[0])(x)
+    torch.testing.assert_close(mapped, expected, **close)
+    _, tangent = torch.func.jvp(conv, (x,), (x,))
+    torch.testing.assert_close(tangent, expected, **close)
+    traced = make_fx(conv)(torch.zeros_like(x))
+    assert torch.equal(traced(x), expected), "the values of the trace's own input are not baked in"
+    assert torch.equal(conv(torch._neg_view(x)), conv(-x))
 
 
 # -- in the UNet

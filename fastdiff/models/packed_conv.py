@@ -1,7 +1,7 @@
 """A convolution for inference: on a CPU its weights are put into the library's order, or Winograd's, once.
 
-May import: engine.winograd, engine.onednn; where this torch has no operators for that it is torch's plain convolution
-of the same weights. torch.compile takes it as one operator.
+May import: engine.winograd, engine.onednn, engine.norm. Where this torch has no operators for that it is torch's plain
+convolution of the same weights. torch.compile takes it as one operator.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.engine import onednn, winograd
+from fastdiff.engine.norm import dispatches, transformed
 from fastdiff.engine.onednn import How
 
 _library = torch.library.Library("fastdiff", "FRAGMENT")
@@ -45,9 +46,9 @@ class PackedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C_in, H, W] -> [B, C_out, H', W'], in channels_last where the library keeps it."""
         packs = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not packs:
+        if not packs or (not torch.compiler.is_compiling() and transformed()):
             return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-        if type(x) is Tensor and not torch.compiler.is_compiling():
+        if not dispatches((x, self.weight)):
             return self.packed(x, self.weight)
         found: Tensor = torch.ops.fastdiff.packed_conv(x, self.weight, self.number, self.stride, self.padding)
         return found
