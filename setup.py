@@ -16,9 +16,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PORTABLE = ("affine", "guide", "isa", "norm", "python", "scalar", "torch_normal", "train", "winograd")
+PORTABLE = (
+    "affine", "attention", "guide", "isa", "measure", "norm", "python", "scalar", "torch_normal", "train",
+    "winograd",
+)  # fmt: skip
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
-CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/train.cu"]
+CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/measure.cu", "csrc/cuda/train.cu"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Each instruction set is a translation unit of its own, so that nothing else is compiled for the newer CPU.

@@ -4,7 +4,7 @@
 #   OUT=folder PYTHON=python3 bench/gpu.sh [PART...]
 #
 # Parts, all of them unless some are named: machine info verify gpu-tests conformance sample bench-ops bench-brownian
-# bench-train-ops bench-loop bench-norm bench-unet bench-stream.
+# bench-train-ops bench-train bench-loop bench-norm bench-unet bench-stream.
 # Works offline with the Python that has torch; makes no virtual environment. A part that fails does not stop the next
 # one. Leaves $OUT/results.txt (all output, ending in a summary of the parts) and $OUT/results.csv. The status is the
 # number of parts that failed. A part that takes longer than $LIMIT seconds is ended and counted as failed.
@@ -82,6 +82,7 @@ rm -f "$OUT/results.csv"
 part bench-ops "$PYTHON" "$bench" ops --device cuda --csv "$OUT/results.csv"
 part bench-brownian "$PYTHON" "$bench" brownian --device cuda --csv "$OUT/results.csv"
 part bench-train-ops "$PYTHON" "$bench" train-ops --device cuda --csv "$OUT/results.csv"
+part bench-train "$PYTHON" "$bench" train --device cuda --csv "$OUT/results.csv"
 part bench-loop "$PYTHON" "$bench" loop --device cuda --csv "$OUT/results.csv"
 part bench-norm "$PYTHON" "$bench" norm --device cuda --csv "$OUT/results.csv"
 part bench-unet "$PYTHON" "$bench" unet --device cuda --csv "$OUT/results.csv"

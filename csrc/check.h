@@ -4,7 +4,9 @@
 #include <initializer_list>
 
 #include "affine.h"
+#include "attention.h"
 #include "guide.h"
+#include "measure.h"
 #include "norm.h"
 #include "train.h"
 #include "winograd.h"
@@ -37,6 +39,13 @@ inline Error check(const GuideArgs& args) {
   return args.rule < kPlain || args.rule > kCfgZero ? kBadRule : kOk;
 }
 
+inline Error check(const MeasureArgs& args) {
+  if (!args.value || !args.before || !args.found || !args.partial) return kNullPointer;
+  if (args.quantity == kError && !args.after) return kNullPointer;
+  if (args.B < 0 || args.N < 1) return kBadShape;
+  return args.quantity < kError || args.quantity > kChange ? kBadRule : kOk;
+}
+
 // `loss`: of the loss, else of the noising.
 inline Error check(const TrainArgs& args, bool loss) {
   if (!args.images || !args.table || !args.key) return kNullPointer;
@@ -53,6 +62,12 @@ inline Error check(const NormArgs& args) {
   if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
   if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;
   return args.dtype < kFloat32 || args.dtype > kBFloat16 ? kBadDtype : kOk;
+}
+
+inline Error check(const AttentionArgs& args) {
+  if (!args.q || !args.k || !args.v || !args.out || !args.stats) return kNullPointer;
+  if (args.grad && (!args.dq || !args.dk || !args.dv)) return kNullPointer;
+  return args.B < 1 || args.T < 1 || args.H < 1 || args.d < 1 ? kBadShape : kOk;
 }
 
 // `out`: of the output transform, else of the input transform.

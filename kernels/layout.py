@@ -65,6 +65,10 @@ CEILING: tl.constexpr = tl.constexpr(5)
 PARTS: tl.constexpr = tl.constexpr(64)
 SUMS: tl.constexpr = tl.constexpr(8)
 
+# the measure op
+ERROR: tl.constexpr = tl.constexpr(0)
+CHANGE: tl.constexpr = tl.constexpr(1)
+
 # the training ops
 INPUT_X0: tl.constexpr = tl.constexpr(0)
 INPUT_Z: tl.constexpr = tl.constexpr(1)

@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+    # one that takes long and comes last would keep a test process busy after the others have ended
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

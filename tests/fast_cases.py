@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,10 +22,20 @@ def quiet() -> None:
     diffusers.utils.logging.set_verbosity_error()
 
 
-def made(name: str, config: dict[str, Any], steps: int | None, wrap: Any = lambda kind: kind, **kw: Any) -> Any:
-    """A scheduler of that class, or of what `wrap` makes of it, with its timesteps set."""
-    original = make(name, config)
-    scheduler = wrap(type(original)).from_config(original.config)
+_MADE: dict[tuple[str, str, Any], Any] = {}
+
+
+def plain(kind: type) -> type:
+    return kind
+
+
+def made(name: str, config: dict[str, Any], steps: int | None, wrap: Any = plain, **kw: Any) -> Any:
+    """A scheduler of that class, or of what `wrap` makes of it, with its timesteps set; a copy, as in `make`."""
+    key = name, str(config), wrap
+    if key not in _MADE:
+        original = make(name, config)
+        _MADE[key] = wrap(type(original)).from_config(original.config)
+    scheduler = copy.deepcopy(_MADE[key])
     if name == "SCM":
         kw["intermediate_timesteps"] = 1.3 if steps == 2 else None
     scheduler.set_timesteps(*(() if steps is None else (steps,)), **kw)

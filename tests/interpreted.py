@@ -17,6 +17,7 @@ from typing import Any
 
 import fastdiff.kernels
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 import triton
 import triton.language as tl
@@ -60,6 +61,7 @@ with interpretation():
     layout = importlib.import_module("kernels_under_test.layout")
     philox_module = importlib.import_module("kernels_under_test.philox")
     guide = importlib.import_module("kernels_under_test.guide")
+    measure = importlib.import_module("kernels_under_test.measure")
     train = importlib.import_module("kernels_under_test.train")
     norm = importlib.import_module("kernels_under_test.norm")
     norm_backward = importlib.import_module("kernels_under_test.norm_backward")

@@ -18,7 +18,6 @@ from fastdiff.compiler import layout as at
 from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.verify_adaptive import execute
 from fastdiff.engine import noise
-from fastdiff.engine.adaptive import norm
 from fastdiff.models.exact import Gaussian, Mixture
 
 BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
@@ -130,17 +129,6 @@ def test_a_seed_follows_the_path_of_the_fixed_grids(backend: str) -> None:
     ]
     assert distance[1] < 0.06 and distance[1] < 0.2 * distance[0]
     assert distance[2] > 0.4
-
-
-def test_the_norm_is_the_formula_and_the_same_in_any_batch() -> None:
-    rng = np.random.default_rng(0)
-    for size in (1, 2, 3, 255, 1001):
-        error, before, after = (torch.from_numpy(rng.standard_normal((5, size))).float() for _ in range(3))
-        allowed = np.maximum(0.3, 0.4 * np.maximum(np.abs(before.numpy()), np.abs(after.numpy())))
-        expected = np.sqrt(np.mean(np.square(error.numpy() / allowed), axis=1, dtype=np.float64))
-        got = norm(error, before, after, 0.4, 0.3)
-        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
-        assert torch.equal(got[2:3], norm(error[2:3], before[2:3], after[2:3], 0.4, 0.3))
 
 
 @pytest.mark.parametrize(("solver", "stages"), [("dpm_adaptive", 3), ("rk45", 6)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import itertools
 import math
@@ -99,8 +100,15 @@ def test_every_scheduler_is_compared_or_there_is_a_reason() -> None:
         assert name in (Path(__file__).parent / file).read_text().replace(f'"{name}": ', ""), name
 
 
+_MADE: dict[str, Any] = {}
+
+
 def scheduler_of(module: str, name: str, **options: Any) -> Any:
-    return getattr(importlib.import_module(f"diffusers.schedulers.{module}"), name)(**options)
+    """A copy of the first one made with these options: KDPM2's constructor takes half a second."""
+    label = f"{name} {options}"
+    if label not in _MADE:
+        _MADE[label] = getattr(importlib.import_module(f"diffusers.schedulers.{module}"), name)(**options)
+    return copy.deepcopy(_MADE[label])
 
 
 def stages_in_double(scheduler: Any) -> None:

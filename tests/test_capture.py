@@ -107,8 +107,21 @@ UNABLE = {("PNDM", 1), ("PNDM", 2), ("PNDM", 3), ("UnCLIP", 1), ("MiniMaxH3", 1)
 IDS = ["-".join(map(str, (name, *config.values(), *options.values()))) for name, config, options in CASES]
 
 
+_MADE: dict[str, Any] = {}
+
+
 def make(name: str, config: dict[str, Any]) -> Any:
-    """The scheduler of that name; skipped where diffusers has it only with packages that are not there."""
+    """The scheduler of that name; skipped where diffusers has it only with packages that are not there.
+
+    A copy of the first one made with this config: KDPM2's constructor takes half a second.
+    """
+    label = f"{name} {config}"
+    if label not in _MADE:
+        _MADE[label] = _make(name, config)
+    return copy.deepcopy(_MADE[label])
+
+
+def _make(name: str, config: dict[str, Any]) -> Any:
     found = getattr(diffusers, f"{name}Scheduler", None)
     if found is None:
         module = __import__("diffusers.schedulers", fromlist=["x"])

@@ -31,6 +31,7 @@ MAY_IMPORT = {
 NATIVE_USERS = {
     "engine.ops",
     "engine.guide",
+    "engine.measure",
     "engine.train_ops",
     "engine.native",
     "engine.norm",
@@ -206,6 +207,8 @@ HEADER_NAMES = {
     "kSettings": layout.SETTINGS,
     "kParts": layout.PARTS,
     "kSums": layout.SUMS,
+    "kError": layout.ERROR,
+    "kChange": layout.CHANGE,
     "kInputX0": layout.INPUT_X0,
     "kInputZ": layout.INPUT_Z,
     "kInputY": layout.INPUT_Y,
@@ -221,10 +224,12 @@ HEADER_NAMES = {
 
 
 def test_columns_of_the_headers_are_the_layout():
-    headers = (ROOT / "csrc" / name for name in ("affine.h", "guide.h", "train.h"))
+    headers = (ROOT / "csrc" / name for name in ("affine.h", "guide.h", "measure.h", "train.h"))
     text = re.sub(r"//.*", "", "".join(header.read_text() for header in headers))
     found: dict[str, int] = {}
-    for definitions in re.findall(r"(?:constexpr int(?:32_t)?|enum Rule : int32_t {) (k[^;}]+) ?[;}]", text):
+    for definitions in re.findall(
+        r"(?:constexpr int(?:32_t)?|enum (?:Rule|Quantity) : int32_t {) (k[^;}]+) ?[;}]", text
+    ):
         for name, value in re.findall(r"(k\w+)\s*=\s*([^,]+)", definitions):
             found[name] = eval(value, {"__builtins__": {}}, dict(found))
     assert {name: found.get(name) for name in HEADER_NAMES} == HEADER_NAMES

@@ -36,6 +36,7 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("fastdiff ")]
 
 
+@pytest.mark.long
 def test_python_blocks_run_in_order(tmp_path):
     page = [""] * len(README.read_text().splitlines())
     for start, text in blocks("python"):

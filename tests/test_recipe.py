@@ -34,6 +34,7 @@ def run_recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.long
 def test_trains_resumes_and_ships(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = run_recipe("--data", str(data), "--out", str(out), "--images", "16")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.compiler import solvers
-from fastdiff.engine import buffers, ops
+from fastdiff.engine import adaptive, buffers, ops, skipping
 
 ADAPTIVE = [name for name in fd.solvers.names() if solvers.get(name).adaptive]
 FIXED = [name for name in fd.solvers.names() if name not in ADAPTIVE]
@@ -23,6 +23,8 @@ BACKENDS = [name for name in ("reference", "cpp") if fd.backends()[name].ok]
 SCHEDULES = ("edm", "linear", "rectified_flow")
 SHAPE = (2, 3, 8, 8)
 PLAN_SECONDS = 0.05
+# Copies of a table, of each sample's row or of the outputs of some samples; the others are views, which run nothing.
+COPIES = {"aten.copy_.default", "aten.lift_fresh.default", "aten.select.int", "aten.slice.Tensor"}
 
 
 class Traffic(TorchDispatchMode):
@@ -86,7 +88,8 @@ def traffic_of(
         return output
 
     patch.setattr(ops, "bind", seen.counting("row", ops.bind))
-    patch.setattr(buffers, "bind_guide", seen.counting("reduction", buffers.bind_guide))
+    for module, name in ((buffers, "bind_guide"), (adaptive, "bind_measure"), (skipping, "bind_measure")):
+        patch.setattr(module, name, seen.counting("reduction", getattr(module, name)))
     plan = fd.plan(solver, schedule_for(solver), 6)
     sampler = fd.Sampler(plan, fd.Denoiser(net, plan.schedule, "x0"), backend)
     arguments |= {"given": {name: torch.zeros(SHAPE) for name in plan.given}}
@@ -112,16 +115,29 @@ def test_no_solver_runs_more_than_its_row_between_two_evaluations(
 def test_an_adaptive_solver_does_more_only_where_it_decides(
     solver: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a trial step a row and nothing else; after it the error is measured, and one row accepts or rejects."""
+    """Within a trial step a row and nothing else; after it one reduction, and one row that accepts or rejects.
+
+    Beside them the host copies its decision, a table, to the device.
+    """
     between, sampler = traffic_of(solver, backend, monkeypatch)
     assert sampler.last_run is not None and sampler.last_run.adaptive is not None
     counts = sampler.last_run.adaptive
     trials = max(a + r for a, r in zip(counts.accepted, counts.rejected, strict=True))
-    # a select is a view of a register, which runs nothing
-    decisions = [gap for gap in between if [name for name in gap if name != "aten.select.int"] != ["row"]]
+    gaps = [tuple(name for name in gap if name not in COPIES) for gap in between]
     assert len(between) == sampler.last_run.nfe - 1
-    assert 0 < len(decisions) <= trials + 1 < len(between)
-    assert all(gap.count("row") <= 2 for gap in decisions)
+    assert set(gaps) <= {("row",), ("row", "reduction", "row"), ("row", "row")}
+    # the last decision of a solver that evaluates nothing after it is not between two evaluations
+    assert trials - gaps.count(("row", "reduction", "row")) in (0, 1)
+    assert gaps.count(("row", "row")) <= 1  # from the first evaluation, before the first trial
+    assert all(gap == ["row"] for gap in between if len(gap) < 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adaptive_skipping_is_one_reduction(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    between, sampler = traffic_of("ddim", backend, monkeypatch, skip=fd.AdaptiveSkip(0.0))
+    gaps = [[name for name in gap if name not in COPIES] for gap in between]
+    assert gaps[1:] == [["row", "reduction"]] * (sampler.plan.nfe - 2)
+    assert gaps[0] == ["aten.zeros_like.default", "row", "reduction"]  # memory for the outputs, once
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""The whole product of samplers, schedules, grids and predictions, and the suite that a user's own sampler runs too."""
+"""All pairs of samplers, schedules, grids and predictions, and the suite that a user's own sampler runs too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ NO_GRID = {
 NO_SIGNAL = "alpha = 0"
 
 
-def levels_of(grid: str, schedule: Schedule, steps: int) -> list[Level]:
+@cache
+def levels_of(grid: str, name: str, steps: int) -> list[Level]:
+    schedule = suite.processes()[name]
     if grid == "custom":
         times = grids.make("custom", schedule, None, levels=grids.make("linspace", schedule, steps))
     else:
@@ -55,17 +60,20 @@ def refused_grid(grid: str, schedule: Schedule) -> bool:
     return grid == "flow_shift" and schedule.kind != "flow"
 
 
+Places = dict[tuple[str, str], list[Level]]
+
+
 @pytest.fixture(scope="module")
-def places() -> dict[tuple[str, str], list[Level]]:
+def places() -> Places:
     """Four levels of every grid on every schedule that has them; the others are refused by name."""
     found = {}
     for name, schedule in suite.processes().items():
         for grid in grids.names():
             if refused_grid(grid, schedule):
                 with pytest.raises(ValueError, match=NO_GRID.get(grid, "missing a required argument")):
-                    levels_of(grid, schedule, 4)
+                    levels_of(grid, name, 4)
             else:
-                found[name, grid] = levels_of(grid, schedule, 4)
+                found[name, grid] = levels_of(grid, name, 4)
     assert len(found) > 180
     return found
 
@@ -84,12 +92,33 @@ def reason(solver: str, schedule: Schedule, levels: list[Level]) -> str | None:
     )
 
 
-@pytest.mark.parametrize("solver", SHIPPED)
-def test_every_schedule_grid_and_prediction(solver: str, places: dict[tuple[str, str], list[Level]]) -> None:
-    """Four steps of everything: a plan that keeps its laws and packs for every network, or an error of a known kind."""
+def all_pairs(solver: str, places: Places) -> list[tuple[str, str]]:
+    """The fewest places where the sampler meets every schedule, every grid, and a start without signal on each.
+
+    Of the places where it compiles, and again of those where it is refused. Each sampler goes through the schedules
+    with its own shift of the grids, so that the samplers together also meet every grid on every schedule.
+    """
+    names, kinds = grids.names(), list(suite.processes())
+
+    def diagonal(place: tuple[str, str]) -> tuple[int, int]:
+        schedule = kinds.index(place[0])
+        return (names.index(place[1]) - schedule - SHIPPED.index(solver)) % len(names), schedule
+
+    met: set[object] = set()
+    chosen = []
+    for place in sorted(places, key=diagonal):
+        refused = reason(solver, suite.processes()[place[0]], places[place]) is not None
+        blind = places[place][0].alpha == 0.0
+        new = {(refused, place[0], blind), (refused, place[1])} - met
+        met |= new
+        chosen += [place] if new else []
+    return chosen
+
+
+def hold_everywhere(solver: str, places: Places) -> None:
+    """Four steps in each place: a plan that keeps its laws and packs for every network, or an error of a known kind."""
     upward = solvers.get(solver).upward
     options = {"inner": 2} if solver == "annealed_langevin" else {}  # a tenth of its rows
-    compiled = 0
     for (name, grid), levels in places.items():
         schedule = suite.processes()[name]
         expected = reason(solver, schedule, levels)
@@ -101,7 +130,6 @@ def test_every_schedule_grid_and_prediction(solver: str, places: dict[tuple[str,
         plan = compile_levels(solver, ordered, schedule, grid, options)
         report = verify(plan, refine=False)
         assert report.ok, f"{name} {grid}: {report}"
-        compiled += 1
         evaluated = [row.level for row in plan.rows if row.level is not None]
         blind = any(level.alpha == 0.0 for level in evaluated)
         for kind in predictions.names():
@@ -116,7 +144,37 @@ def test_every_schedule_grid_and_prediction(solver: str, places: dict[tuple[str,
                     plan.pack(kind)
             else:
                 assert np.isfinite(plan.pack(kind).coef[:, fd.compiler.layout.P : fd.compiler.layout.Q + 1]).all()
-    assert compiled >= len(places) - 180 if solver not in FLOW_ONLY else compiled >= 18
+
+
+@pytest.mark.parametrize("solver", SHIPPED)
+def test_every_schedule_grid_and_prediction(solver: str, places: Places) -> None:
+    """Every pair of them; `-k every_combination -m slow` is the whole product."""
+    hold_everywhere(solver, {place: places[place] for place in all_pairs(solver, places)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SHIPPED)
+def test_every_combination(solver: str, places: Places) -> None:
+    hold_everywhere(solver, places)
+
+
+def test_all_pairs_are_met(places: Places) -> None:
+    """Each sampler, where it compiles and where it is refused, misses no schedule and no grid of the whole product."""
+
+    def met(solver: str, among: Iterable[tuple[str, str]]) -> set[tuple[bool, int, str]]:
+        refusals = {p: reason(solver, suite.processes()[p[0]], places[p]) is not None for p in among}
+        return {(refused, axis, p[axis]) for p, refused in refusals.items() for axis in (0, 1)}
+
+    visits: Counter[tuple[str, str]] = Counter()
+    for solver in SHIPPED:
+        chosen = all_pairs(solver, places)
+        visits.update(chosen)
+        assert met(solver, chosen) == met(solver, places), solver
+        assert len([key for key in met(solver, chosen) if key[:2] == (False, 1)]) >= 18, (
+            f"{solver} compiles on fewer grids"
+        )
+    assert set(visits) == set(places) and min(visits.values()) >= 2
+    assert visits.total() < 0.15 * len(SHIPPED) * len(places)
 
 
 def trial_id(trial: suite.Trial) -> str:
@@ -136,12 +194,12 @@ def meaningless(trial: suite.Trial) -> bool:
     schedule = suite.processes()[trial.schedule]
     if refused_grid(trial.grid, schedule):
         return True
-    first = levels_of(trial.grid, schedule, 8)[0]
+    first = levels_of(trial.grid, trial.schedule, 8)[0]
     if trial.what == "prediction":
         if trial.solver == "mean_reverting":
             return trial.name != "x0"  # its own option says what the network predicts
         return first.alpha == 0.0 and trial.name in ("eps", "score", "edm")
-    return any(reason(trial.solver, schedule, levels_of(trial.grid, schedule, n)) for n in suite.STEPS)
+    return any(reason(trial.solver, schedule, levels_of(trial.grid, trial.schedule, n)) for n in suite.STEPS)
 
 
 MINE = '''
@@ -388,6 +446,7 @@ def test_every_schedule_and_grid_is_in_the_suite() -> None:
 
 ON_TRITON = """
 import sys
+import quick_interpreter
 from fastdiff.engine import suite
 
 for name in sys.argv[1:]:
@@ -398,6 +457,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names",
     [
@@ -410,6 +470,7 @@ for name in sys.argv[1:]:
 def test_the_interpreted_triton_executor(names: list[str]) -> None:
     """Triton's kernel under its interpreter, two seconds a sampler, against the float64 table."""
     command = [sys.executable, "-c", ON_TRITON, *names]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_runs import tiny
 from torch import nn
 
 from fastdiff.files import write_atomically
@@ -25,6 +26,7 @@ from fastdiff.training.data.arrays import Arrays
 from fastdiff.training.data.pictures import Fit
 from fastdiff.training.ema import Ema, gamma_of_width
 from fastdiff.training.ranks import Ranks, join
+from fastdiff.training.trainer import Trainer
 
 
 class Weight(nn.Module):
@@ -136,8 +138,9 @@ def test_numbers_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     seen: list[Any] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int) -> None:
             assert folder == str(tmp_path / "tensorboard")
+            seen.append(purge_step)
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             seen.append((name, value, step))
@@ -149,10 +152,10 @@ def test_numbers_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             seen.append("close")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    said = records.Records(tmp_path, 0, 8, tensorboard=True)
-    said.write("train", 8, loss=0.5, where="here")
+    said = records.Records(tmp_path, 16, 24, tensorboard=True)  # what came after 16 images comes again
+    said.write("train", 24, loss=0.5, where="here")
     said.close()
-    assert seen == [("train/loss", 0.5, 8), "flush", "close"]
+    assert seen == [17, ("train/loss", 0.5, 24), "flush", "close"]
 
 
 def test_values_of_the_command_line() -> None:
@@ -210,3 +213,43 @@ def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     UNet(config).save(tmp_path / "b.safetensors")
     Checkpoints(tmp_path, Ranks(0, 1, torch.device("cpu"))).save({"net/a": torch.ones(3)}, Progress(images=8))
     assert len(synced) >= 6 and early == []
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_counts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a checkpoint gets its name, what a power cut leaves of the log has all lines up to it."""
+    log, on_disk, behind = tmp_path / "run" / "metrics.jsonl", "", []
+    fsync, replace = os.fsync, os.replace
+
+    def seen(handle: int) -> None:
+        nonlocal on_disk
+        fsync(handle)
+        if log.is_file() and os.fstat(handle).st_ino == log.stat().st_ino:
+            on_disk = log.read_text()
+
+    def renamed(old: str | Path, new: Path) -> None:
+        if Path(new).parent.name == "checkpoints" and Path(new).name.isdigit():
+            images = [json.loads(line)["images"] for line in log.read_text().splitlines()]
+            there = [json.loads(line)["images"] for line in on_disk.splitlines()]
+            behind.append([each for each in images if each <= int(Path(new).name) and each not in there])
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "replace", renamed)
+    Trainer(tiny(data, images=48, log_images=8, save_images=16), tmp_path / "run").train()
+    assert behind == [[], [], []] and len(on_disk.splitlines()) == 6
+
+
+def test_a_step_asks_the_other_processes_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and the wish to stop go in one message: twelve steps more are twelve messages more."""
+    asked: list[list[float]] = []
+    monkeypatch.setattr(Ranks, "_reduce", lambda self, values, how: asked.append(values) or values)
+    counts = []
+    for images in (96, 192):
+        asked.clear()
+        options = {"log_images": 1000, "save_images": 1000, "async_save": False}
+        Trainer(tiny(data, images=images, **options), tmp_path / str(images)).train()
+        counts.append(len(asked))
+    assert counts[1] - counts[0] == 12
+    assert sum(len(values) == 2 for values in asked) == 24

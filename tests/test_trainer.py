@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path: Path) -> None:
 def test_a_process_without_the_bad_samples_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(tiny(data), tmp_path / "run")
     outcome = Outcome(np.nan, np.nan, 1e-3, False, torch.ones(8), torch.ones(8))
-    monkeypatch.setattr(trainer.step, "run", lambda batch, progress: trainer.step.count(outcome, progress))
+    monkeypatch.setattr(trainer.step, "run", lambda batch, progress, asked: trainer.step.count(outcome, progress))
     with pytest.raises(NotFinite, match="loss nan .* 0 samples here: another process has them"):
         trainer.train()
 

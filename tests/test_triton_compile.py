@@ -24,7 +24,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Specialisation(NamedTuple):
     """What the launcher compiles for: the model's dtypes, where normals come from, the shape of a sample, and extras.
 
-    Of the guide op, `kernel` is its rule or "quantile"; of the training ops "noising" or "loss", model_in the images'.
+    Of the guide op, `kernel` is its rule or "quantile", of the measure op its quantity; of the training ops
+    "noising" or "loss", model_in the images'.
     """
 
     path: str
@@ -88,6 +89,12 @@ USUAL_TRAINING = [
     if one.path in ("contiguous", "contiguous, odd", "3 channels last")
     and (one.model_out, one.model_in) in (("bfloat16", "uint8"), ("float32", "float32"))
 ]
+MEASURES = {"error": at.ERROR, "change": at.CHANGE}
+MEASURING = [
+    Specialisation(path, "float32", "float32", (), kernel)
+    for path in ("contiguous", "contiguous, odd", "long")
+    for kernel in MEASURES
+]
 # loads of each branch, loads of a fp32 register or of M, and stores of M, per vector
 GUIDE_ACCESSES = {
     "plain": (0, 0, 0),
@@ -108,12 +115,13 @@ def uses_e(coef: torch.Tensor) -> bool:
 
 def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[str, Any]]:
     """Launch each specialisation on a stand-in driver and describe the kernel that a GPU would have got."""
-    from fastdiff.kernels import affine, guide, train
+    from fastdiff.kernels import affine, guide, measure, train
 
     kernels = (
         (affine, "affine_kernel"),
         (guide, "guide_kernel"),
         (guide, "quantile_kernel"),
+        (measure, "measure_kernel"),
         (train, "train_kernel"),
     )
     compiled = Compiled(architecture, kernels)
@@ -123,6 +131,10 @@ def compile_all(architecture: int, wanted: list[Specialisation]) -> list[dict[st
         if specialisation.kernel in ("noising", "loss"):
             train.bind(**t, factor=1.0)()
             reports.append(report(*compiled.last["train_kernel"]))
+            continue
+        if specialisation.kernel in MEASURES:
+            measure.bind(**t, quantity=MEASURES[specialisation.kernel], rtol=0.1, atol=0.1)()
+            reports.append(report(*compiled.last["measure_kernel"]))
             continue
         branches = t["model_out"], t["unguided"], t["perturbed"]
         if specialisation.kernel == "row":
@@ -166,6 +178,10 @@ def tensors(specialisation: Specialisation) -> dict[str, Any]:
         }
         taught = {"weight": torch.zeros(batch), "partial": torch.zeros(batch, at.PARTS)}
         return given | ({**taught, "model_out": given["out"].clone()} if specialisation.kernel == "loss" else {})
+    if specialisation.kernel in MEASURES:
+        named = {name: images(batch) for name in ("value", "before", "after")}
+        sums = {"found": torch.zeros(batch, 2), "partial": torch.zeros(batch, at.PARTS, dtype=torch.float64)}
+        return {**named, **sums, "ticket": integers(torch.int32), "status": integers(torch.int32)}
     coef = torch.zeros(7, at.COEF_FIXED + at.NOISE_STRIDE * terms)
     coef[3, at.OUTPUT + at.OUTPUT_STRIDE + at.OUT_E] = float("second" in extras)
     return {
@@ -198,8 +214,8 @@ def report(kernel: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_good(specialisation: Specialisation, report: dict[str, Any]) -> None:
-    """16-byte accesses to fp32, 8-byte ones to halves, and no other; no spill, no local memory, no f64."""
-    assert report["doubles"] == 0
+    """16-byte accesses to fp32, 8-byte ones to halves, and no other; no spill; f64 in the measure op alone."""
+    assert bool(report["doubles"]) == (specialisation.kernel in MEASURES)
     assert report["local"] == 0
     assert report["resources"]["STACK"] == 0
     assert report["resources"]["LOCAL"] == 0
@@ -211,6 +227,9 @@ def assert_good(specialisation: Specialisation, report: dict[str, Any]) -> None:
         return
     if specialisation.kernel in ("noising", "loss"):
         expected = train_accesses(specialisation)
+    elif specialisation.kernel in MEASURES:  # the error and two states; the state now and before, before written
+        error = specialisation.kernel == "error"
+        expected = Counter({"ld.global.v4.b32": 3 if error else 2, "st.global.v4.b32": 0 if error else 1})
     else:
         expected = row_accesses(specialisation) if specialisation.kernel == "row" else guide_accesses(specialisation)
     assert bulk == Counter({name: vectors * count for name, count in expected.items() if count})
@@ -279,15 +298,16 @@ def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_guide_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guide_measure_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
     training = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
-    check(architecture, [*fewer(architecture, GUIDES), *training], capsys)
+    measuring = MEASURING if architecture == 90 else MEASURING[:2]
+    check(architecture, [*fewer(architecture, GUIDES), *measuring, *training], capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_pair_of_model_dtypes(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, [*EVERY, *EXTENDED, *GUIDES, *TRAINING], capsys)
+    check(architecture, [*EVERY, *EXTENDED, *GUIDES, *MEASURING, *TRAINING], capsys)
 
 
 def fewer(architecture: int, wanted: list[Specialisation]) -> list[Specialisation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,25 @@ CONFIGS = {
 }  # fmt: skip
 
 
+_PEERS: dict[tuple[str, int], tuple[nn.Module, Tensor]] = {}
+
+
 def random_peer(config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """A diffusers network none of whose parameters, norms and biases included, is left at 0 or 1."""
+    """A diffusers network none of whose parameters, norms and biases included, is left at 0 or 1; a copy of the first.
+
+    torch's generator is left as the making of that one left it.
+    """
+    key = str(config), seed
+    if key not in _PEERS:
+        torch.manual_seed(seed)
+        _PEERS[key] = _random_peer(config), torch.get_rng_state()
+    peer, state = _PEERS[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(peer)
+
+
+def _random_peer(config: dict[str, Any]) -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(seed)
     peer = diffusers.UNet2DModel(sample_size=16, **config).eval()
     with torch.no_grad():
         for name, parameter in peer.named_parameters():

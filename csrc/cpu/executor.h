@@ -2,7 +2,9 @@
 // compiled for a newer CPU can leak into code that an older one runs.
 #pragma once
 
+#include "../attention.h"
 #include "../guide.h"
+#include "../measure.h"
 #include "../mersenne.h"
 #include "../norm.h"
 #include "../philox.h"
@@ -128,6 +130,8 @@ struct Executor {
   Sums (*sums)(const Part&);
   // |D| before its clamp, as the row will make it from `by`, into to[0 .. count).
   void (*magnitudes)(const Part&, const Scalars& by, float* to);
+  // The sum of the measure op's terms over elements first .. first + count of all samples' memory.
+  double (*measure)(const MeasureArgs&, int64_t first, int64_t count);
   // n >= 16 normals of torch's generator, whose state is moved on; z null: nothing else.
   void (*torch_normals)(GeneratorBytes&, float* z, int64_t n);
   // Images as fp32 in [-1, 1], mirrored where asked, into to[0 .. units * channels).
@@ -138,6 +142,9 @@ struct Executor {
   // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
+  // Head `which` of all samples' heads; scratch begins on a cache line (attention.cpp says how much).
+  void (*attend)(const AttentionArgs&, int64_t which, float* scratch);
+  void (*attend_backward)(const AttentionArgs&, int64_t which, float* scratch);
   // size: outputs of a tile in each direction, 2 or 4.
   void (*winograd_into)(const TileIn&, int64_t channels, int64_t size);
   void (*winograd_out)(const TileOut&, int64_t channels, int64_t size);

@@ -1,5 +1,7 @@
 // The executor for any machine.
 #include "lanes_scalar.h"
+#include "attention.h"
+#include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
 #include "step.h"
@@ -12,9 +14,11 @@ namespace fastdiff::cpu {
 
 const Executor scalar_executor = {
     Plain::kName, step<Plain>, fill<Plain>, fill_channels_last<Plain>, sums<Plain>, magnitudes<Plain>,
+    measure<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>,
+    attend<Plain>, attend_backward<Plain>,
     winograd_into<Plain>, winograd_out<Plain>,
 };
 

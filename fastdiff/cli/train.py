@@ -15,6 +15,8 @@ from fastdiff.training.trainer import Trainer
 
 EXAMPLE = """fastdiff train --preset cifar32 --data my_pictures --out runs/mine --images 2000000
   fastdiff sample --model runs/mine --out samples.png
+from the weights of another model instead of random ones (a run's folder, a .safetensors file, a shipped model):
+  fastdiff train --preset cifar32 --data others --out runs/tuned --init runs/mine --learning-rate 1e-4
 several GPUs of one machine, or of many (see torchrun --help):
   torchrun --nproc-per-node 8 -m fastdiff.cli train --preset imagenet64 --data shards --out runs/big --resume auto"""
 

@@ -1,7 +1,7 @@
 """Column numbers of a packed plan: the one contract between the compiler and every executor.
 
 `coef` is fp32 [rows, COEF_FIXED + 4 * terms], `ids` is int32 [rows, IDS_FIXED + 2 * terms].
-The other copies are csrc/affine.h, csrc/guide.h, csrc/train.h and kernels/layout.py; a test keeps them equal.
+The other copies are csrc/{affine,guide,measure,train}.h and kernels/layout.py; a test keeps them equal.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ PLAIN_MIX = (1.0, 1.0, 1.0, 1.0, 0.0, float("inf"), 1.0, 0.0)
 PLAIN, RESCALE, APG, CFG_ZERO = range(4)
 PHI, ETA, BETA, RADIUS, PERCENTILE, CEILING = range(6)
 SETTINGS, PARTS, SUMS = 8, 64, 8
+
+# the measure op: what it finds
+ERROR, CHANGE = range(2)
 
 # the training ops' table, fp32 [B, TRAIN_COLUMNS], one unused: factors of the image and of two unit noises in the
 # network's input and in what it shall answer, and whether the image is mirrored; and the ids of the noises

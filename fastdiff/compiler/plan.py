@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,8 +241,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text with a digest; `Plan.from_json` gives it back bit for bit."""
-        body = asdict(self) | {"options": dict(self.options)}
-        body["schedule"] = None if self.schedule is None else self.schedule.to_dict()
+        schedule = None if self.schedule is None else self.schedule.to_dict()
+        body = {f.name: getattr(self, f.name) for f in fields(self)} | {"schedule": schedule}
         body = _portable(body)
         return json.dumps({"format": _FORMAT, "digest": _digest(body), "plan": body}, indent=1, allow_nan=False)
 
@@ -341,12 +341,16 @@ def _pair(value: list[float] | None) -> tuple[float, float] | None:
 
 
 def _portable(value: Any) -> Any:
-    """inf and nan, which JSON does not have, as {"float": "inf"}."""
+    """Rows and levels as dictionaries; inf and nan, which JSON does not have, as {"float": "inf"}."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, Mapping):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(item) for item in value]
-    return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+    if is_dataclass(value):
+        return {f.name: _portable(getattr(value, f.name)) for f in fields(value)}
+    return value
 
 
 def _unported(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """The loop of an adaptive sampler: rows of the next trial step, model, row, ..., the norm of its error, decide.
 
-May import: buffers, ops, compiler, models.denoiser. Each sample has steps of its own, so a sample depends on its seed
-alone, not on the batch: the table has a row per sample. The host reads back once after each trial step, the error of
-every sample and whether its network failed; without it no next row is known. The tables are uploaded right after, when
-the device has nothing to do yet. Everything else on a state is done by the row op.
+May import: buffers, measure, ops, compiler, models.denoiser. Each sample has steps of its own, so a sample depends on
+its seed alone, not on the batch: the table has a row per sample. The host reads back once after each trial step, the
+error of every sample and whether its network failed; without it no next row is known. The tables are uploaded right
+after, when the device has nothing to do yet. Everything on a state is done by the row op and the measure op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.assemble import Row
 from fastdiff.compiler.walk import Walk
 from fastdiff.engine import ops
-from fastdiff.engine.buffers import Buffers
+from fastdiff.engine.buffers import Buffers, upload
+from fastdiff.engine.measure import MeasureTensors, scratch
+from fastdiff.engine.measure import bind as bind_measure
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.process.schedules import Level
 
@@ -50,44 +52,30 @@ def solve(
     """
     walks = [Walk(plan, sample, path) for sample in range(buffers.batch)]
     tables = _Tables(plan, buffers, model, executor, path, advance, report)
+    end, error, *carried = plan.example.results
+    state, scale = buffers.tensors.state, plan.method.scale
+    errors = MeasureTensors(
+        value=state[error],
+        before=state[scale],
+        after=state[(end, *carried)[scale]],
+        status=buffers.tensors.status,
+        **scratch(buffers.batch, state.device),
+    )
+    find = bind_measure(errors, at.ERROR, executor, plan.method.rtol, plan.method.atol)
     if len(plan.start.rows) > 1:
         tables.run(dict.fromkeys(range(buffers.batch), plan.start.rows), opened=True)
-    end, error, *carried = plan.example.results
-    scale = plan.method.scale
     while active := [sample for sample, walk in enumerate(walks) if not walk.done]:
         tables.run({sample: walks[sample].trial() for sample in active})
-        before, after = (buffers.tensors.state[register] for register in (scale, (end, *carried)[scale]))
-        errors = norm(buffers.tensors.state[error], before, after, plan.method.rtol, plan.method.atol)
-        errors, failed = torch.stack((errors, buffers.tensors.status.float())).tolist()
-        if max(failed) >= 0.0:
+        find()
+        found = errors.found.tolist()
+        if max(status for _, status in found) >= 0.0:
             tables.check_finite()
         for sample in active:
-            walks[sample].judge(errors[sample])
+            walks[sample].judge(found[sample][0])
     tables.run({sample: walk.finish() for sample, walk in enumerate(walks)})
     tables.check_finite()
     nfe, accepted, rejected = zip(*((w.evaluations, w.accepted, w.rejected) for w in walks), strict=True)
     return Counts(nfe, accepted, rejected)
-
-
-def norm(error: Tensor, before: Tensor, after: Tensor, rtol: float, atol: float) -> Tensor:
-    """fp32 [B]: the root mean square of error / max(atol, rtol max(|before|, |after|)) over each sample, [B, *S]."""
-    allowed = torch.maximum(before.abs(), after.abs()).mul_(rtol).clamp_(min=atol)
-    return mean((error / allowed).square_()).sqrt()
-
-
-def mean(values: Tensor) -> Tensor:
-    """fp32 [B] from [B, *S], which is overwritten.
-
-    Summed by halves, elementwise, so that a sample's number depends on no other, on no thread count and on no memory
-    format, which a reduction does not promise.
-    """
-    values = values.reshape(values.shape[0], -1)
-    count = size = values.shape[1]
-    while size > 1:
-        half = (size + 1) // 2
-        values[:, : size - half] += values[:, half:size]
-        size = half
-    return values[:, 0] / count
 
 
 class _Tables:
@@ -185,6 +173,6 @@ class _Host:
     def upload(self) -> None:
         """Copy the table to the device and forget which samples take part."""
         for tensor, host in ((self._device.coef, self._coef), (self._device.ids, self._ids)):
-            tensor.copy_(torch.from_numpy(host))
-        self._device.row.copy_(torch.from_numpy(self._row))
+            upload(tensor, host)
+        upload(self._device.row, self._row)
         self._row.fill(-1)

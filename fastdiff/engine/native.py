@@ -23,6 +23,7 @@ from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from fastdiff.engine.guide import GuideTensors
+    from fastdiff.engine.measure import MeasureTensors
     from fastdiff.engine.ops import StepTensors
     from fastdiff.engine.train_ops import TrainTensors
 
@@ -39,10 +40,12 @@ _POINTERS = (
 _GUIDE_POINTERS = (
     "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
 )  # fmt: skip
+_MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "ticket")
 _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
 )  # fmt: skip
+_ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
 
 
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
@@ -70,6 +73,17 @@ class GuideArgs(ctypes.Structure):
     )
 
 
+class MeasureArgs(ctypes.Structure):
+    """Mirror of struct MeasureArgs in csrc/measure.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _MEASURE_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "N")]
+        + [(name, ctypes.c_float) for name in ("rtol", "atol")]
+        + [(name, ctypes.c_int32) for name in ("quantity", "reserved")]
+    )
+
+
 class TrainArgs(ctypes.Structure):
     """Mirror of struct TrainArgs in csrc/train.h, which says what each field is."""
 
@@ -94,6 +108,17 @@ class NormArgs(ctypes.Structure):
     )
 
 
+class AttentionArgs(ctypes.Structure):
+    """Mirror of struct AttentionArgs in csrc/attention.h, which says what each field is."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _ATTENTION_POINTERS]
+        + [(name, ctypes.c_int64) for name in ("B", "T", "H", "d")]
+        + [("scale", ctypes.c_float)]
+        + [("reserved", ctypes.c_int32)]
+    )
+
+
 class WinogradArgs(ctypes.Structure):
     """Mirror of struct WinogradArgs in csrc/winograd.h, which says what each field is."""
 
@@ -109,16 +134,17 @@ def load() -> ctypes.CDLL:
     found = sorted(folder.glob("_C.*so"))
     if not found:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
+    blocks = {
+        "": AffineArgs, "guide_": GuideArgs, "measure_": MeasureArgs, "train_": TrainArgs, "norm_": NormArgs,
+        "attention_": AttentionArgs, "winograd_": WinogradArgs,
+    }  # fmt: skip
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = (
-            library.fastdiff_args_size, library.fastdiff_guide_args_size, library.fastdiff_train_args_size,
-            library.fastdiff_norm_args_size, library.fastdiff_winograd_args_size,
-        )  # fmt: skip
-        library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2  # the newest: older builds end here
+        sizes = [getattr(library, f"fastdiff_{name}args_size") for name in blocks]
+        library.fastdiff_torch_generator_unmoved.argtypes = [ctypes.c_void_p] * 2
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled extension {found[0].name} does not load ({error})", _FIX) from error
-    for size, block in zip(sizes, (AffineArgs, GuideArgs, TrainArgs, NormArgs, WinogradArgs), strict=True):
+    for size, block in zip(sizes, blocks.values(), strict=True):
         size.restype = ctypes.c_int64
         if size() == ctypes.sizeof(block):
             continue
@@ -129,7 +155,8 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "noise_images", "loss", "norm", "winograd_into", "winograd_out"):
+    ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "attention"
+    for op in (*ops, "winograd_into", "winograd_out"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -162,10 +189,14 @@ def arguments(tensors: StepTensors) -> AffineArgs:
     return args
 
 
-def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, pointers: tuple[str, ...]) -> None:
+def _point(args: ctypes.Structure, tensors: object, pointers: tuple[str, ...]) -> None:
     for name in pointers:
         tensor = getattr(tensors, name)
         setattr(args, name, None if tensor is None else tensor.data_ptr() or None)
+
+
+def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, pointers: tuple[str, ...]) -> None:
+    _point(args, tensors, pointers)
     args.K, args.B, *shape = tensors.state.shape
     args.N = torch.Size(shape).numel()
     args.R, args.coef_width = tensors.coef.shape
@@ -192,10 +223,7 @@ def _bind(
     args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, executor: str, op: str
 ) -> Callable[..., None]:
     library, address = load(), ctypes.addressof(args)
-    run: Callable[[int], int] = getattr(library, f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
-    if executor == "cuda":
-        run = _on_current_stream(run, tensors.state.device)
-
+    run = _function(op, executor, tensors.state.device)
     like = tensors.model_out
     shape, dtype, kind = like.shape, like.dtype, like.device
     contiguous = tensors.state[0].is_contiguous()
@@ -243,22 +271,32 @@ def _bind(
     return step
 
 
+def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: float, executor: str) -> Callable[[], None]:
+    """`find()`, writing each sample's number on checked tensors: deterministic, capturable on "cuda"."""
+    args = MeasureArgs(rtol=rtol, atol=atol, quantity=quantity)
+    _point(args, tensors, _MEASURE_POINTERS)
+    args.B, args.N = len(tensors.value), tensors.value[0].numel()
+    library, run = load(), _function("measure", executor, tensors.value.device)
+
+    def find() -> None:
+        if code := run(ctypes.addressof(args)):
+            # tensors is named so that the bound call keeps what the block points to
+            why = f"{library.fastdiff_error(code).decode()} (code {code})"
+            raise RuntimeError(f"measure on {executor}, values {tuple(tensors.value.shape)}: {why}")
+
+    return find
+
+
 def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     """Run "noise_images" or "loss" once on checked tensors; capturable on "cuda"."""
     args = TrainArgs(factor=factor, channels=channels_of(tensors.images))
-    for name in _TRAIN_POINTERS:
-        tensor = getattr(tensors, name)
-        setattr(args, name, None if tensor is None else tensor.data_ptr())
+    _point(args, tensors, _TRAIN_POINTERS)
     args.B, args.N, args.width = len(tensors.images), tensors.images[0].numel(), tensors.images.shape[-1]
     model = tensors.out if tensors.model_out is None else tensors.model_out
     assert model is not None
     args.image_dtype, args.model_dtype = DTYPES[tensors.images.dtype], DTYPES[model.dtype]
-    library = load()
-    run: Callable[[int], int] = getattr(library, f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
-    if executor == "cuda":
-        run = _on_current_stream(run, tensors.images.device)
-    if code := run(ctypes.addressof(args)):
-        raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+    if code := _function(op, executor, tensors.images.device)(ctypes.addressof(args)):
+        raise RuntimeError(f"{op} on {executor}: {load().fastdiff_error(code).decode()} (code {code})")
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:
@@ -279,7 +317,7 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
 
 
 def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:
-    run = _on_current_stream(library.fastdiff_affine_step_cuda, tensors.state.device)
+    run = _function("affine_step", "cuda", tensors.state.device)
     address, row = ctypes.addressof(args), tensors.row
 
     def step(i: int, model_out: Tensor, x: Tensor | None, first: Tensor, denoised: Tensor | None) -> None:
@@ -301,6 +339,12 @@ def _failed(library: ctypes.CDLL, executor: str, code: int, args: AffineArgs, te
 
 def _given(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else "given"
+
+
+def _function(op: str, executor: str, device: torch.device) -> Callable[[int], int]:
+    """The extension's function for an op, of the address of its block; on a GPU in the current stream."""
+    run: Callable[[int], int] = getattr(load(), f"fastdiff_{op}_{'cuda' if executor == 'cuda' else 'cpu'}")
+    return _on_current_stream(run, device) if executor == "cuda" else run
 
 
 def _on_current_stream(launch: Callable[..., int], device: torch.device) -> Callable[[int], int]:

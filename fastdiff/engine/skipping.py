@@ -1,6 +1,6 @@
 """An approximation: samples whose path is smooth skip evaluations of the network, each as it finds.
 
-May import: adaptive (the mean), buffers, branches, crowd, compiler. AdaptiveDiffusion (Ye et al.
+May import: measure, buffers, branches, crowd, compiler. AdaptiveDiffusion (Ye et al.
 2024): with d_i the mean of |x_i - x_{i-1}| over the sample, x_i the state that row i evaluates, row i takes the noise
 estimate of the last row that asked where the third difference of the path is small,
     |(d_i + d_{i-2}) / 2 - d_{i-1}| <= delta d_{i-1},
@@ -17,11 +17,13 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine.adaptive import mean
 from fastdiff.engine.branches import Branches
 from fastdiff.engine.buffers import Buffers, upload
 from fastdiff.engine.crowd import POSITIONS, Crowd
+from fastdiff.engine.measure import MeasureTensors, scratch
+from fastdiff.engine.measure import bind as bind_measure
 
 NEEDED = 3  # differences that the rule looks at
 
@@ -86,14 +88,18 @@ def solve(
     batch, count = buffers.batch, (len(plan.rows) - 1) // 2
     crowd = Crowd.of(branches, len(buffers.model_in))
     rules = [Rule(skip) for _ in range(batch)]
-    state, previous = buffers.tensors.state, buffers.tensors.state[plan.rows[1].x].clone()
+    state = buffers.tensors.state
+    previous, numbers = state[plan.rows[1].x].clone(), scratch(batch, state.device)
+    finds = {
+        x: bind_measure(MeasureTensors(state[x], previous, **numbers), at.CHANGE, executor)
+        for x in {row.x for row in plan.rows[1 : count + 1]}
+    }
     for i in range(count):
         row, skips = plan.rows[i + 1], [False] * batch
         if i:
-            now = state[row.x]
-            differences = mean((now - previous).abs_()).tolist()
+            finds[row.x]()
+            differences = numbers["found"][:, 0].tolist()
             skips = [rule.skips(d) for rule, d in zip(rules, differences, strict=True)]
-            previous.copy_(now)
         rows = np.array([i + count * skipped for skipped in skips], dtype=np.int32)
         upload(buffers.tensors.row, rows)
         asking = [b for b in range(batch) if not skips[b]]

@@ -209,16 +209,17 @@ def _runs_with(trial: Trial) -> str:
         plan.pack(trial.name)
     except ValueError as reason:
         raise Refused(str(reason)) from reason
-    return _compare(plan, trial.name, "reference")
+    return _compare(plan, *_engine(plan, trial.name, "reference"))
 
 
 def _runs_on(trial: Trial) -> str:
     """The executor gives the float64 sample; so does the plan read back from JSON, bit for bit."""
     plan = make_plan(trial, RUN_STEPS)
     read = Plan.from_json(plan.to_json())
-    if not np.array_equal(_engine(plan, "x0", trial.name)[1], _engine(read, "x0", trial.name)[1]):
+    times, got = _engine(plan, "x0", trial.name)
+    if not np.array_equal(got, _engine(read, "x0", trial.name)[1]):
         return "the plan read back from JSON gives another sample"
-    return _compare(plan, "x0", trial.name)
+    return _compare(plan, times, got)
 
 
 _CHECKS: dict[str, Callable[[Trial], str]] = {
@@ -229,8 +230,10 @@ _CHECKS: dict[str, Callable[[Trial], str]] = {
 }
 
 
-def _compare(plan: Plan, kind: str, executor: str) -> str:
-    expected, got, times = _both(plan, kind, executor)
+def _compare(plan: Plan, times: float, got: Array) -> str:
+    """The engine's sample against that of `execute`. times: how far off those are that the network was shown."""
+    start, normals = _inputs(plan)
+    expected = execute(plan, estimate, start, lambda i, _: normals[i], dict.fromkeys(plan.given, GIVEN))
     error = float(np.abs(got - expected).max() / np.abs(expected).max())
     if not error <= ROUNDING:
         return f"off by {error:.1e} of the largest element from the float64 table"
@@ -244,14 +247,6 @@ def estimate(x: Array, level: Level) -> Array:
     return denoised
 
 
-def _both(plan: Plan, kind: str, executor: str) -> tuple[Array, Array, float]:
-    """The sample of `execute`, that of the engine, and how far off the times are that the network was shown."""
-    start, normals = _inputs(plan)
-    expected = execute(plan, estimate, start, lambda i, _: normals[i], dict.fromkeys(plan.given, GIVEN))
-    times, got = _engine(plan, kind, executor)
-    return expected, got, times
-
-
 def _inputs(plan: Plan) -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
     scale = max(plan.levels[0].sigma, 0.5)
@@ -259,7 +254,7 @@ def _inputs(plan: Plan) -> tuple[Array, Array]:
 
 
 def _engine(plan: Plan, kind: str, executor: str) -> tuple[float, Array]:
-    """Run a plan in fp32 with a network of this prediction whose D is `estimate`."""
+    """In fp32 with a network of this prediction whose D is `estimate`: how far off its times are, and the sample."""
     start, normals = _inputs(plan)
     folds = [
         (row.level, predictions.coefficients(kind, row.level, plan.schedule))

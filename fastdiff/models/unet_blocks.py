@@ -1,7 +1,8 @@
 """The parts of the DDPM/ADM UNet: residual, attention and resampling blocks.
 
 Parameter names follow diffusers, so that its weights load unchanged.
-All blocks keep the memory format of their input and are deterministic and capturable. May import: engine.norm.
+All blocks keep the memory format of their input and are deterministic and capturable.
+May import: engine.norm, engine.attention.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.engine.attention import attention
 from fastdiff.engine.norm import norm_act
 
 from .unet_config import UNetConfig
@@ -149,15 +151,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, channels), nn.Dropout(dropout)])
         set_to_zero(self.to_out[0])
 
-    def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, channels, H, W] -> same shape."""
         h = x if self.group_norm is None else normalised(self.group_norm, x, act=False)
         h = h.flatten(2).transpose(1, 2)
-        q, k, v = (self._split(layer(h)) for layer in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = attention(self.to_q(h), self.to_k(h), self.to_v(h), self.heads)
         h = self.to_out[1](self.to_out[0](h))
         h = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
         return h if self.scale == 1.0 else h / self.scale

@@ -7,7 +7,6 @@ the clean level; steps = 1 is the schedule's noisiest level. sigma_min, sigma_ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -246,28 +245,33 @@ def beta_quantile(ranks: Array, a: float, b: float) -> Array:
     """
     _positive("a", a)
     _positive("b", b)
-    lower, upper = _half_beta(a, b), _half_beta(b, a)
-    middle = float(lower(np.array([0.5]))[0])
-    left = np.asarray(ranks) <= middle
+    lower, upper = _half_series(a, b), _half_series(b, a)
+    left = np.asarray(ranks) <= _half_beta(np.array([0.5]), a, lower[:, None])
+    power, series = np.where(left, a, b), np.where(left, lower[:, None], upper[:, None])
     target = np.where(left, ranks, 1.0 - np.asarray(ranks))
     low, high = np.zeros_like(target), np.full_like(target, 0.5)
     for _ in range(BISECTIONS):
         x = 0.5 * (low + high)
-        below = np.where(left, lower(x), upper(x)) < target
+        below = _half_beta(x, power, series) < target
         low, high = np.where(below, x, low), np.where(below, high, x)
     x = np.where(target == 0.0, 0.0, 0.5 * (low + high))
     x = np.where(0.5 - x < 1e-12, 0.5, x)  # the middle itself, which is a tie where times are rounded
     return np.where(left, x, 1.0 - x)
 
 
-def _half_beta(a: float, b: float) -> Callable[[Array], Array]:
-    """I_x(a, b) for x in [0, 1/2]."""
+def _half_beta(x: Array, a: Array | float, series: Array) -> Array:
+    """I_x(a, b) for x in [0, 1/2]. series: [SERIES_TERMS, *] of the same b."""
+    value: Array = x**a * np.polynomial.polynomial.polyval(x, series, tensor=False)
+    return value
+
+
+def _half_series(a: float, b: float) -> Array:
     scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
     coefficients, term = [], 1.0
     for n in range(SERIES_TERMS):
-        coefficients.append(term / (a + n))
+        coefficients.append(scale * term / (a + n))
         term *= (n + 1.0 - b) / (n + 1.0)
-    return lambda x: scale * x**a * np.polynomial.polynomial.polyval(x, coefficients)
+    return np.array(coefficients)
 
 
 def _between(times: Array, low: float, high: float) -> Array:

@@ -65,11 +65,15 @@ class Checkpoints:
     """Writes, finds and reads the checkpoints of one run.
 
     keep: how many whole ones stay. in_background: `save` returns when the tensors are copied, and a thread writes.
+    log: a file of the run that survives a power cut as far as any checkpoint does.
     All processes call `save`, `load`, `poll` and `finish` together; an error of one is raised in all.
     """
 
-    def __init__(self, run: Path, ranks: Ranks, keep: int = 2, in_background: bool = False) -> None:
+    def __init__(
+        self, run: Path, ranks: Ranks, keep: int = 2, in_background: bool = False, log: Path | None = None
+    ) -> None:
         self.folder, self.ranks, self.keep, self.in_background = run / "checkpoints", ranks, keep, in_background
+        self.log = log
         self._pending: tuple[Future[Any], Path, Progress] | None = None
         if ranks.first and self.folder.is_dir():
             for left in self.folder.glob(".*"):
@@ -158,6 +162,9 @@ class Checkpoints:
             json.dump(asdict(progress) | {"files": files}, file)
         sync(staging / PROGRESS)
         sync(staging)
+        if self.log is not None and self.log.is_file():
+            sync(self.log)
+            sync(self.log.parent)
         target = staging.with_name(staging.name[1:])
         shutil.rmtree(target, ignore_errors=True)  # one that was damaged, or the save would not have begun
         os.replace(staging, target)

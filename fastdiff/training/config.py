@@ -53,6 +53,7 @@ class TrainConfig:
     objective: str = _option("edm", "see fastdiff.training.objectives.names()")
     objective_options: dict[str, Any] = _option({}, "of it, as NAME=VALUE")  # noqa: RUF009
     drop_label: float = _option(0.1, "share of samples that train the unguided branch")
+    init: str = _option("", "weights to start from: a run's folder, a .safetensors file, or a shipped model's name")
 
     images: int = _option(1_000_000, "how many to train on, counted with repetition", free=True)
     batch: int = _option(128, "images of one step, over all processes")

@@ -31,10 +31,10 @@ class GraphedStep(Step):
         super().__init__(*args)
         self._replay: Callable[[], None] | None = None
 
-    def run(self, batch: Batch, progress: Progress) -> Outcome:
-        """Take one step and count it in `progress`."""
+    def run(self, batch: Batch, progress: Progress, asked: Callable[[], bool] = lambda: False) -> Outcome:
+        """Take one step and count it in `progress`. asked: as of `Step`."""
         if progress.step < WARM_UP and self._replay is None:
-            return super().run(batch, progress)
+            return super().run(batch, progress, asked)
         rate = self.prepare(progress)
         draws = [self.objective.draw(part.seeds, 0) for part in batch.split(self.micro)]
         if self._replay is None:
@@ -47,7 +47,7 @@ class GraphedStep(Step):
         if taken:
             self.observe(self.losses, progress)
         samples, levels = self.per_sample.clone(), torch.cat([draw.model_time for draw in draws])
-        return self.count(Outcome(loss, norm, rate, taken, samples, levels), progress)
+        return self.count(Outcome(loss, norm, rate, taken, samples, levels, asked()), progress)
 
     def _hold(self, batch: Batch, draws: list[Draw]) -> None:
         device = self.ranks.device

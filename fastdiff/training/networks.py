@@ -26,15 +26,16 @@ _EDM_CLOCK = 16.0  # EDM's clock ln(sigma)/4 spans about 3; the embedding wants 
 _CLOCK = 1000.0
 
 
-def fill(config: TrainConfig, source: Source) -> TrainConfig:
+def fill(config: TrainConfig, source: Source, sigma_data: float | None = None) -> TrainConfig:
     """The configuration with all that the data decide: channels, classes, their names, and EDM's sigma_data.
 
+    sigma_data: that of the weights the run starts from, which keep their meaning with it alone.
     Raises: ValueError where names and classes do not agree.
     """
     options = dict(config.objective_options)
     draft = objectives.get(config.objective, **options)
     if draft.prediction == "edm" and "sigma_data" not in options:
-        options["sigma_data"] = round(root_mean_square(source) * (1.0 if _is_pixels(source) else config.scale), 4)
+        options["sigma_data"] = sigma_data or _scale(config, source)
     names = source.class_names or config.class_names
     if names and source.num_classes and len(names) != source.num_classes:
         if config.class_names and not source.class_names and not config.preset:
@@ -47,6 +48,11 @@ def fill(config: TrainConfig, source: Source) -> TrainConfig:
         objective_options=options,
         drop_label=config.drop_label if source.num_classes else 0.0,
     )
+
+
+def _scale(config: TrainConfig, source: Source) -> float:
+    """The root mean square of the data as the network is shown them."""
+    return round(root_mean_square(source) * (1.0 if _is_pixels(source) else config.scale), 4)
 
 
 def _is_pixels(source: Source) -> bool:

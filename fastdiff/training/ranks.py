@@ -42,11 +42,11 @@ class Ranks:
 
     def largest(self, value: float) -> float:
         """The largest of a number over all processes."""
-        return self._reduce(value, dist.ReduceOp.MAX)
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
 
-    def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        return self._reduce(value, dist.ReduceOp.SUM)
+    def totals(self, *values: float) -> list[float]:
+        """The sum of each number over all processes, in one message."""
+        return self._reduce(list(values), dist.ReduceOp.SUM)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """A tensor on the CPU of every process, in the order of the processes."""
@@ -66,12 +66,12 @@ class Ranks:
         if self.group is not None:
             dist.destroy_process_group()
 
-    def _reduce(self, value: float, how: dist.ReduceOp.RedOpType) -> float:
+    def _reduce(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         if self.group is None:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, how, self.group)
-        return float(tensor)
+        return tensor.tolist()
 
 
 def join(device: str = "auto", threads: int | None = None) -> Ranks:

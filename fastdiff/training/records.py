@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from fastdiff.files import write_atomically
 
+NAME = "metrics.jsonl"
+
 
 class Records:
     """One run's records, written by its first process only.
@@ -24,8 +26,8 @@ class Records:
     """
 
     def __init__(self, run: Path, images: int, total: int, tensorboard: bool, active: bool = True) -> None:
-        self.path, self.active = run / "metrics.jsonl", active
-        self.board = _board(run) if tensorboard and active else None
+        self.path, self.active = run / NAME, active
+        self.board = _board(run, images) if tensorboard and active else None
         if active:
             forget_after(self.path, images)
         self.bar = tqdm(
@@ -86,7 +88,8 @@ def memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _board(run: Path) -> Any:
+def _board(run: Path, images: int) -> Any:
+    """A writer of TensorBoard files, which hides what an earlier try wrote after this many images."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -94,4 +97,4 @@ def _board(run: Path) -> Any:
             "tensorboard=true needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
             "the option out; metrics.jsonl has the same numbers"
         ) from error
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=images + 1)

@@ -6,6 +6,7 @@ May import: config, data.loader, ema, objectives, optimizer, ranks, checkpoint (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ _DROPOUT = 0x2545F4914F6CDD1D  # spreads (seed, step, rank) over the seeds of to
 class Outcome:
     """loss: mean over the batch; norm: of its gradient, both over all processes; rate: of learning.
 
-    taken: whether the weights were changed. per_sample, level: [B], of this process's share.
+    taken: whether the weights were changed. per_sample, level: [B], of this process's share. stop: whether any process
+    was asked to stop by the end of the step.
     """
 
     loss: float
@@ -39,6 +41,7 @@ class Outcome:
     taken: bool
     per_sample: Tensor
     level: Tensor
+    stop: bool = False
 
 
 class NotFinite(FloatingPointError):
@@ -70,8 +73,8 @@ class Step:
         share = config.batch // ranks.world
         self.micro = min(share, config.micro_batch or share)
 
-    def run(self, batch: Batch, progress: Progress) -> Outcome:
-        """Take one step and count it in `progress`. Raises: NotFinite once more steps were left out than allowed."""
+    def run(self, batch: Batch, progress: Progress, asked: Callable[[], bool] = lambda: False) -> Outcome:
+        """Take one step and count it in `progress`. asked: whether this process was asked to stop."""
         rate = self.prepare(progress)
         parts = batch.split(self.micro)
         losses = []
@@ -86,7 +89,6 @@ class Step:
         means = [
             loss.mean.detach() * (len(part.seeds) / len(batch.seeds)) for loss, part in zip(losses, parts, strict=True)
         ]
-        mean = self.ranks.total(float(torch.stack(means).sum())) / self.ranks.world
         taken = math.isfinite(norm)
         if taken:  # decided by the norm, which all processes share
             self.scaler.step(self.optimizer)
@@ -97,7 +99,10 @@ class Step:
         samples, levels = (
             torch.cat(parts) for parts in zip(*((loss.per_sample, loss.level) for loss in losses), strict=True)
         )
-        return self.count(Outcome(mean, norm, rate, taken, samples, levels), progress)
+        # as late as can be, so that a signal during the step ends it, and in one message with the loss
+        total, stops = self.ranks.totals(float(torch.stack(means).sum()), float(asked()))
+        outcome = Outcome(total / self.ranks.world, norm, rate, taken, samples, levels, stops > 0)
+        return self.count(outcome, progress)
 
     def prepare(self, progress: Progress) -> float:
         """Set the rate, and the seed of dropout, of the step that begins now."""

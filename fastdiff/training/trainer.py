@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.files import write_atomically
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.shipped import load
 
 from . import flops, optimizer, records
 from .checkpoint import Checkpoints, Progress, tensors_of
@@ -28,10 +30,11 @@ from .data.loader import Batch, Loader
 from .ema import Ema
 from .graphed import GraphedStep
 from .interrupts import Interrupts
-from .networks import blocks, build_network, build_objective, fill, recompute, with_head
+from .networks import blocks, build_network, build_objective, fill, recompute, with_head, without_head
 from .previews import Previews
 from .ranks import Ranks, join, spread
 from .records import Records
+from .start import start_from
 from .step import NotFinite, Outcome, Step
 
 RESIDENT_BYTES = 2 << 30  # sets up to this size are kept whole, on the device, when resident is "auto"
@@ -62,12 +65,16 @@ class Trainer:
             config = config.change(precision="bf16" if self.ranks.device.type == "cuda" else "fp32")
         self._check_batch(config)
         self.source = _source(config, self.ranks.device) if source is None else source
-        self.config = fill(config, self.source)
         if self.ranks.first:
             run.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save)
+        self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save, run / records.NAME)
         found = self._found(resume)
-        self._build()
+        saved = None if found is None else TrainConfig.load(run / "config.json")
+        given = load(config.init) if config.init and found is None else None
+        self.config = fill(config, self.source, _sigma_data(config, saved, given))
+        if saved is not None:
+            check_resume(saved, self.config)
+        self._build(given)
         self.progress = Progress()
         if found is not None:
             self.progress = self.checkpoints.load(self.tensors(), found)
@@ -89,11 +96,11 @@ class Trainer:
                 stream = self.loader.stream(self.progress.images)
                 while self.progress.images < self.config.images:
                     batch = next(stream)
-                    outcome = self._take(batch)
+                    outcome = self._take(batch, interrupts)
                     if after is not None:
                         after(self, batch, outcome)
                     self._report(outcome)
-                    if self.ranks.any(bool(interrupts.name)):
+                    if outcome.stop or (interrupts.name and self.ranks.world == 1):
                         reason = interrupts.name or "a signal to another process"
                         break
                 stream.close()
@@ -142,9 +149,10 @@ class Trainer:
         where = f"{self.ranks.device.type}, {self.ranks.world} process{'es' * (self.ranks.world > 1)}"
         resumed = f", going on after {self.progress.images:,}" if self.progress.images else ""
         how = f"{self.config.batch} a step, {self.config.precision}"
+        begun = f", started from {self.config.init}" if self.config.init else ""
         return [
             f"data      {self.source.describe()}, trained at {self.config.size}x{self.config.size}{classes}",
-            f"network   {size:,} parameters, {self.flops / 1e9:.2f} GFLOP for an image forward and back",
+            f"network   {size:,} parameters, {self.flops / 1e9:.2f} GFLOP for an image forward and back{begun}",
             f"objective {self.config.objective} on {self.objective.schedule!r}",
             f"run       {self.config.images:,} images, {how}, {where}{resumed}",
         ]
@@ -163,10 +171,13 @@ class Trainer:
             return 1e12 * self.config.peak_tflops
         return flops.peak(self.ranks.device, self.config.precision)[0]
 
-    def _build(self) -> None:
+    def _build(self, given: Denoiser | None) -> None:
+        """Network, optimizer, averages and what feeds them. given: whose weights a run with `init` begins with."""
         config, device = self.config, self.ranks.device
         self.objective = build_objective(config)
         net = with_head(build_network(config, self.objective), self.objective, config.seed).train()
+        if given is not None:
+            start_from(given, config, self.objective, without_head(net))
         if config.channels_last and config.parallel != "fsdp":  # which shards contiguous weights only
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net = net.to(device)
@@ -187,10 +198,10 @@ class Trainer:
         self.previews = Previews(config, self.objective, self.ema, self.ranks, self.run)
         self._eval_source: Source | None = None
 
-    def _take(self, batch: Batch) -> Outcome:
+    def _take(self, batch: Batch, interrupts: Interrupts) -> Outcome:
         skips = self.progress.skips
         began = time.monotonic()
-        outcome = self.step.run(batch, self.progress)
+        outcome = self.step.run(batch, self.progress, lambda: bool(interrupts.name))
         self.progress.seconds += time.monotonic() - began
         if self.progress.skips > skips:
             self._not_finite(batch, outcome)
@@ -276,23 +287,26 @@ class Trainer:
         return self._eval_source
 
     def _found(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, after checking that it is of the same run."""
+        """The checkpoint to go on from. Raises: ValueError where there is one and nobody said so."""
         latest = self.checkpoints.latest()
-        if latest is None:
-            return None
-        if not resume:
+        if latest is not None and not resume:
             raise ValueError(
                 f"{self.run} holds a run already, of {int(latest.name)} images: add --resume auto to go on, or choose "
                 "another folder"
             )
-        saved = TrainConfig.load(self.run / "config.json")
-        check_resume(saved, self.config)
         return latest
 
     def _check_batch(self, config: TrainConfig) -> None:
         world = self.ranks.world
         if config.batch % world:
             raise ValueError(f"batch {config.batch} is not a multiple of the {world} processes; choose one that is")
+
+
+def _sigma_data(config: TrainConfig, saved: TrainConfig | None, given: Denoiser | None) -> float | None:
+    """That of the weights a run begins with, which later starts of the run have in its configuration."""
+    if not config.init or saved is None:
+        return None if given is None else given.sigma_data
+    return saved.objective_options.get("sigma_data")
 
 
 def _open(config: TrainConfig) -> Source:

@@ -1,0 +1,94 @@
+"""Self-attention for training on a CPU, where torch's own kernel is slow for small heads. May import: native, backends.
+
+out_i = sum_j softmax_j(q_i k_j / sqrt(d)) v_j over the tokens of a sample, head by head (Vaswani et al. 2017).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdiff.engine import backends, native
+from fastdiff.engine.native import AttentionArgs
+
+SMALL_HEAD = 64  # elements, up to which the extension is faster than torch
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of every token to every token of its sample, in heads of C / heads elements.
+
+    q, k, v: [B, T, C]. Returns [B, T, C] in their dtype. Differentiable: where a gradient is wanted on a CPU, in fp32
+    and with heads of up to SMALL_HEAD elements, by the extension, whose results depend neither on the batch nor on the
+    number of threads; else by torch's scaled_dot_product_attention. The second derivative is torch's plain one.
+    """
+    if _is_ours((q, k, v), heads):
+        attended: Tensor = _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), heads)
+        return attended
+    split = (tokens.unflatten(2, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
+    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+def _is_ours(tensors: tuple[Tensor, ...], heads: int) -> bool:
+    """Whether the extension takes these: no transform, mode or compiler wants torch's operator, nor `sdpa_kernel`."""
+    q = tensors[0]
+    return (
+        q.is_cpu
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in tensors)
+        and q.shape[2] <= SMALL_HEAD * heads
+        and q.numel() > 0
+        and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel sets, on a CPU too
+        and not is_dynamo_compiling()
+        and not (_is_tracing() or _len_torch_dispatch_stack() or _len_torch_function_stack())
+        and not (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        and _there()
+    )
+
+
+@functools.cache
+def _there() -> bool:
+    return backends.probe()["cpp"].ok and native.cpu_instruction_set() != "scalar"
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        out, stats = torch.empty_like(q), q.new_empty(len(q), heads, q.shape[1], 2)
+        _launch(heads, q=q, k=k, v=v, out=out, stats=stats)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.heads = heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            wanted = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+            with sdpa_kernel([SDPBackend.MATH]):
+                found = iter(torch.autograd.grad(attention(q, k, v, ctx.heads), wanted, grad, create_graph=True))
+            return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _launch(ctx.heads, q=q, k=k, v=v, out=out, stats=stats, grad=grad.contiguous(), dq=dq, dk=dk, dv=dv)
+        return dq, dk, dv, None
+
+
+def _launch(heads: int, **tensors: Tensor) -> None:
+    batch, tokens, channels = tensors["q"].shape
+    size = channels // heads
+    args = AttentionArgs(
+        B=batch, T=tokens, H=heads, d=size, scale=size**-0.5,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )  # fmt: skip
+    library = native.load()
+    if code := library.fastdiff_attention_cpu(ctypes.addressof(args)):
+        raise RuntimeError(f"attention on cpp: {library.fastdiff_error(code).decode()} (code {code})")
