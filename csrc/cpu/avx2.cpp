@@ -9,6 +9,7 @@
 #include "sums.h"
 #include "torch_normal.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -21,6 +22,7 @@ const Executor avx2_executor = {
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
     norm_sums<Avx2>, norm_map<Avx2>, norm_gradient_sums<Avx2>, norm_gradient_map<Avx2>,
     attend<Avx2>, attend_backward<Avx2>,
+    winograd_into<Avx2>, winograd_out<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

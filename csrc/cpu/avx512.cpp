@@ -8,6 +8,7 @@
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -18,6 +19,7 @@ const Executor avx512_executor = {
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
     norm_sums<Avx512>, norm_map<Avx512>, norm_gradient_sums<Avx512>, norm_gradient_map<Avx512>,
     attend<Avx512>, attend_backward<Avx512>,
+    winograd_into<Avx512>, winograd_out<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

@@ -9,6 +9,7 @@
 #include "../norm.h"
 #include "../philox.h"
 #include "../train.h"
+#include "../winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -107,6 +108,18 @@ struct NormMap {
   const float *slope, *rest;  // null: forward
 };
 
+// One tile of a Winograd convolution: where its pixels lie, row by row.
+struct TileIn {
+  const float* pixel[36];
+  float* v;  // [taps, channels]
+};
+
+struct TileOut {
+  const float* products;  // [taps, channels]
+  const float* bias;      // null: none
+  float* pixel[16];       // null: outside of the image
+};
+
 struct Executor {
   const char* name;
   // Runs the row on the stretch; true when the model output held an inf or a NaN.
@@ -136,6 +149,9 @@ struct Executor {
   // Head `which` of all samples' heads; scratch begins on a cache line (attention.cpp says how much).
   void (*attend)(const AttentionArgs&, int64_t which, float* scratch);
   void (*attend_backward)(const AttentionArgs&, int64_t which, float* scratch);
+  // size: outputs of a tile in each direction, 2 or 4.
+  void (*winograd_into)(const TileIn&, int64_t channels, int64_t size);
+  void (*winograd_out)(const TileOut&, int64_t channels, int64_t size);
 };
 
 constexpr int64_t kFillSlack = 128;

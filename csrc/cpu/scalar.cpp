@@ -9,6 +9,7 @@
 #include "sums.h"
 #include "torch_normal.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -19,6 +20,7 @@ const Executor scalar_executor = {
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>, norm_gradient_sums<Plain>, norm_gradient_map<Plain>,
     attend<Plain>, attend_backward<Plain>,
+    winograd_into<Plain>, winograd_out<Plain>,
 };
 
 }  // namespace fastdiff::cpu
