@@ -30,7 +30,7 @@ MAY_IMPORT = {
         "engine.onednn",
         "engine.winograd",
         "files",
-    },  # fmt: skip
+    },
     "engine": {"process", "compiler", "models.denoiser", "files"},
     "report": {"process", "compiler", "files"},
     "training": {"process", "compiler", "engine", "models", "files", "images"},
