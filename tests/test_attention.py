@@ -147,6 +147,41 @@ def test_the_second_derivative_is_that_of_torch() -> None:
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("made", ["the same", "of another"])
+def test_the_second_derivative_of_inputs_that_are_made_of_each_other(made: str) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = inputs(2, 5, 2, 4)[0].to(dtype).requires_grad_()
+        q = 1.5 * x
+        with sdpa_kernel([SDPBackend.MATH, *([SDPBackend.FLASH_ATTENTION] if dtype == torch.float32 else [])]):
+            out = attention(*((q, q, q) if made == "the same" else (q, 2 * q, q.sin())), 2)
+        assert (type(out.grad_fn).__name__ == "_AttentionBackward") is (dtype == torch.float32)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append((first.detach().double(), torch.autograd.grad(first.square().sum(), x)[0].double()))
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_tensor_that_is_negated_when_it_is_read() -> None:
+    *leaves, grad = inputs(2, 7, 2, 8)
+    q, k, v = (tensor.requires_grad_() for tensor in leaves)
+    out = attention(q, k, v, 2)
+    negative = torch.autograd.grad(out, q, torch._neg_view(grad), retain_graph=True)[0]
+    torch.testing.assert_close(negative, torch.autograd.grad(out, q, -grad)[0])
+    torch.testing.assert_close(attention(torch._neg_view(q), k, v, 2), attention(-q, k, v, 2))
+
+
+def test_other_tokens_for_keys_are_torchs() -> None:
+    q = torch.randn(2, 4, 8, requires_grad=True)
+    for batch, tokens in ((2, 5), (2, 3), (1, 4)):
+        k, v = torch.randn(2, batch, tokens, 8)
+        split = (one.unflatten(2, (2, 4)).transpose(1, 2) for one in (q, k, v))
+        expected = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attention(q, k, v, 2), expected)
+    with pytest.raises(RuntimeError, match="unflatten"):
+        attention(q, q, q, 3)
+
+
 def test_a_network_trains_with_it_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     config = UNetConfig(
         block_out_channels=(16, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),

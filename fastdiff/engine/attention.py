@@ -45,7 +45,9 @@ def _is_ours(tensors: tuple[Tensor, ...], heads: int) -> bool:
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
         and all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in tensors)
+        and all(tensor.shape == q.shape and not tensor.is_neg() for tensor in tensors)
         and q.shape[2] <= SMALL_HEAD * heads
+        and q.shape[2] % heads == 0
         and q.numel() > 0
         and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel sets, on a CPU too
         and not is_dynamo_compiling()
@@ -73,12 +75,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            # views, so that none of them is another, nor made of it
+            q, k, v = (tensor.view_as(tensor) for tensor in (q, k, v))
             wanted = [tensor for tensor in (q, k, v) if tensor.requires_grad]
             with sdpa_kernel([SDPBackend.MATH]):
                 found = iter(torch.autograd.grad(attention(q, k, v, ctx.heads), wanted, grad, create_graph=True))
             return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
+        grad = grad.contiguous().resolve_neg()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _launch(ctx.heads, q=q, k=k, v=v, out=out, stats=stats, grad=grad.contiguous(), dq=dq, dk=dk, dv=dv)
+        _launch(ctx.heads, q=q, k=k, v=v, out=out, stats=stats, grad=grad, dq=dq, dk=dk, dv=dv)
         return dq, dk, dv, None
 
 
