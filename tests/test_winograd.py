@@ -188,6 +188,19 @@ def test_the_tile_size_that_was_the_fastest(shape: tuple[int, int, int, int], si
     assert winograd.tile_size(*shape) == size
 
 
+def test_a_weight_whose_changes_torch_does_not_count_is_not_packed() -> None:
+    """Made in inference mode: there is no telling a stale copy of it."""
+    x = torch.randn(1, 48, 32, 32).contiguous(memory_format=LAST)
+    with torch.inference_mode():
+        conv = PackedConv(torch.nn.Parameter(torch.randn(64, 48, 3, 3), requires_grad=False))
+        conv.winograd = True
+        first = conv(x)
+        conv.weight.mul_(2.0)
+        torch.testing.assert_close(conv(x), 2.0 * first)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), 2.0 * first)
+
+
 @torch.no_grad()
 def test_a_packed_convolution_follows_its_weight_and_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.nn.Parameter(torch.randn(64, 48, 3, 3).contiguous(memory_format=LAST), requires_grad=False)

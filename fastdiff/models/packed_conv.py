@@ -30,7 +30,8 @@ class PackedConv(nn.Module):
     winograd: whether a CPU may run it by `engine.winograd`, where that is faster for the image's shape; the copy is
     then 1.8 or 4 times as large as the weight. A sample's output depends on nothing else in its batch, as far as that
     of the library's convolutions does not. Deterministic; capturable on a GPU. The copy follows the weight: it is made
-    again after a change of it that torch counts, as all but those through `.data` are (`FastUNet.repack`).
+    again after a change of it that torch counts, as all but those through `.data` are (`FastUNet.repack`); a weight
+    that was made in inference mode, whose changes it never counts, is read as it is.
     """
 
     winograd = False
@@ -55,7 +56,7 @@ class PackedConv(nn.Module):
 
     def packed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same by the weight's copy in the library's order."""
-        if not x.numel() or not onednn.available():
+        if not x.numel() or not onednn.available() or weight.is_inference():  # whose changes torch does not count
             return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         size = self._tile_size(x, weight)
         if not size:
