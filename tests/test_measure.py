@@ -134,6 +134,12 @@ def test_a_value_that_is_not_finite_ends_and_stays_in_its_sample(bad: float, exe
         t.value[1].view(-1)[-1] = 0.0
         t.after[1].view(-1)[-1] = float("nan")
         assert bool(find(t, quantity, executor).found[1, 0].isnan()) == (quantity == "error")
+        t.after[1].view(-1)[-1] = 0.5
+        t.before[1].view(-1)[-1] = float("nan")
+        found = find(t, quantity, executor).found
+        t.before[1].view(-1)[-1] = 0.0
+        smaller = find(t, quantity, executor).found
+        assert found[1, 0].isnan() if quantity == "change" else torch.equal(found, smaller)
 
 
 def test_values_of_any_size(quantity: str) -> None:
@@ -186,7 +192,9 @@ def test_what_has_no_meaning_is_refused(quantity: str) -> None:
     t = tensors((7,))
     with pytest.raises(ValueError, match=r"quantity must be 0 or 1 \(ERROR, CHANGE\), got 2"):
         measure.measure(t, 2, "reference")
-    for options in ({"rtol": -0.1}, {"atol": 0.0}, {"rtol": float("nan")}, {"atol": float("inf")}):
+    for options in (
+        {"rtol": -0.1}, {"atol": 0.0}, {"rtol": float("nan")}, {"atol": float("inf")}, {"rtol": 1e39}, {"atol": 1e-60},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="rtol must be finite and at least 0 and atol above 0"):
             measure.measure(t, QUANTITIES[quantity], "reference", **options)
     t.after = None

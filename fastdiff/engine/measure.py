@@ -5,6 +5,7 @@ May import: fastdiff.kernels and the compiled extension (through engine.native),
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -68,7 +69,8 @@ def measure(tensors: MeasureTensors, quantity: int, executor: str, rtol: float =
         ERROR   found_0 = sqrt(mean((value / max(atol, rtol max(|before|, |after|)))^2))
         CHANGE  found_0 = mean(|value - before|);  before <- value
     A number depends on its sample alone: not on the batch, the threads, the memory format or the executor, but for a
-    rounding of fp64 that seldom shows in fp32. inf and NaN stay in their sample. Deterministic; capturable on executors
+    rounding of fp64 that seldom shows in fp32. inf and NaN stay in their sample; a NaN of `before` is not larger than
+    anything in ERROR, and so passed over. Deterministic; capturable on executors
     "triton" and "cuda". Raises ValueError or TypeError for an argument that does not fit and BackendUnavailable for an
     executor that is not there.
     """
@@ -97,8 +99,9 @@ def check(t: MeasureTensors, quantity: int, rtol: float, atol: float) -> None:
     """Raise ValueError or TypeError unless every tensor has the shape, dtype, device and layout of `MeasureTensors`."""
     if quantity not in (at.ERROR, at.CHANGE):
         raise ValueError(f"measure: quantity must be 0 or 1 (ERROR, CHANGE), got {quantity}")
-    if not (0.0 <= rtol < math.inf and 0.0 < atol < math.inf):
-        raise ValueError(f"measure: rtol must be finite and at least 0 and atol above 0, got {rtol} and {atol}")
+    least, most = (ctypes.c_float(tolerance).value for tolerance in (atol, rtol))  # as the terms have them
+    if not (0.0 <= most < math.inf and 0.0 < least < math.inf):
+        raise ValueError(f"measure: rtol must be finite and at least 0 and atol above 0 in fp32, got {rtol} and {atol}")
     given = Checks("measure", t.value.unsqueeze(0))
     batch, sample = t.value.shape[0], tuple(t.value.shape[1:])
     for name in ("value", "before", "after"):

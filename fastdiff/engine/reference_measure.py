@@ -28,7 +28,8 @@ def measure(
     del partial, ticket  # only executors that sum in parts need them
     if quantity == at.ERROR:
         assert after is not None
-        allowed = (rtol * torch.maximum(before.abs(), after.abs())).clamp_(min=atol)
+        size = torch.where(before.abs() > after.abs(), before.abs(), after.abs())  # a NaN of `after` stays
+        allowed = (rtol * size).clamp_(min=atol)
         terms = (value / allowed).square_()
     else:
         terms = (value - before).abs_()
