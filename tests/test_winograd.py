@@ -202,6 +202,18 @@ def test_a_weight_whose_changes_torch_does_not_count_is_not_packed() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("size", "side"), [(4, 32), (2, 8)])
+def test_where_new_tensors_are_made_by_default_does_not_matter(size: int, side: int) -> None:
+    conv = PackedConv(torch.nn.Parameter(torch.randn(256, 256, 3, 3), requires_grad=False))
+    conv.winograd = True
+    x = torch.randn(1, 256, side, side).contiguous(memory_format=LAST)
+    with torch.device("meta"):
+        found = conv(x)
+    assert list(conv._packed) == [size]
+    assert torch.equal(found, conv(x))
+
+
+@torch.no_grad()
 def test_a_packed_convolution_follows_its_weight_and_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.nn.Parameter(torch.randn(64, 48, 3, 3).contiguous(memory_format=LAST), requires_grad=False)
     conv = PackedConv(weight)

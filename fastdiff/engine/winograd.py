@@ -52,7 +52,7 @@ def expand(weight: Tensor, size: int) -> Tensor:
     """G w G^T of a weight [C_out, C_in, 3, 3]: fp32 [taps C_out, C_in, 1, 1], taps (size + 2)^2, found in float64."""
     g = _G4 if size == 4 else _G2
     outputs, inputs = weight.shape[:2]
-    found = torch.empty(size + 2, size + 2, outputs, inputs, dtype=torch.float32)
+    found = torch.empty(size + 2, size + 2, outputs, inputs, dtype=torch.float32, device=weight.device)
     for first in range(0, outputs, 64):  # float64 of the whole would take eight times a weight's memory more
         part = weight[first : first + 64].detach().double()
         found[:, :, first : first + 64] = torch.einsum("pi,qj,ocij->pqoc", g, g, part)
@@ -87,7 +87,8 @@ def run(x: Tensor, size: int, outputs: int, multiply: Callable[[Tensor], Tensor]
     multiply: the products, of [1, taps C_in, tiles, 1] in channels_last: a 1x1 convolution with the expanded weight.
     """
     batch, inputs, height, width = x.shape
-    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    shape = batch, outputs, height, width
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     taps, tiles = TAPS[size], batch * -(-height // size) * -(-width // size)
     if not y.numel():
         return y
@@ -97,7 +98,7 @@ def run(x: Tensor, size: int, outputs: int, multiply: Callable[[Tensor], Tensor]
     group = max(1, _GROUP // (taps * (inputs + outputs)))
     for first in range(0, tiles, group):
         count = min(group, tiles - first)
-        v = torch.empty((1, count, 1, taps * inputs), dtype=x.dtype)
+        v = x.new_empty((1, count, 1, taps * inputs))
         into.first, into.count, into.v = first, count, v.data_ptr()
         _launch("into", into)
         products = multiply(v.permute(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
@@ -149,11 +150,13 @@ def _points() -> Tensor:
         for k, other in enumerate(points):
             distances *= p - other if k != i else 1.0
         rows.append([1.0 / distances, p / distances, p * p / distances])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
 
 
 _G4 = _points()
-_G2 = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+_G2 = torch.tensor(
+    [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu"
+)
 
 
 def _conv(x: Tensor, weight: Tensor, expanded: Tensor, bias: Tensor | None, *, executor: str) -> Tensor:
