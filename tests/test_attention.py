@@ -182,6 +182,18 @@ def test_other_tokens_for_keys_are_torchs() -> None:
         attention(q, q, q, 3)
 
 
+def test_gradients_in_a_batch_and_under_a_compiler() -> None:
+    *leaves, grad = inputs(2, 7, 2, 8)
+    q, k, v = (tensor.requires_grad_() for tensor in leaves)
+    out, grads = attention(q, k, v, 2), torch.stack([grad, -2.0 * grad, grad.flip(1)])
+    found = torch.autograd.grad(out, (q, v), grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, (q, v), one, retain_graph=True) for one in grads]
+    for own, expected in zip(found, map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(lambda *given: attention(*given, 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), out, rtol=1e-5, atol=1e-6)
+
+
 def test_a_network_trains_with_it_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     config = UNetConfig(
         block_out_channels=(16, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _has_storage,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     q, k, v: [B, T, C]. Returns [B, T, C] in their dtype. Differentiable: where a gradient is wanted on a CPU, in fp32
     and with heads of up to SMALL_HEAD elements, by the extension, whose results depend neither on the batch nor on the
-    number of threads; else by torch's scaled_dot_product_attention. The second derivative is torch's plain one.
+    number of threads; else by torch's scaled_dot_product_attention. The second derivative is torch's plain one, and so
+    are gradients in batches.
     """
     if _is_ours((q, k, v), heads):
         attended: Tensor = _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), heads)
@@ -42,6 +49,7 @@ def _is_ours(tensors: tuple[Tensor, ...], heads: int) -> bool:
     q = tensors[0]
     return (
         q.is_cpu
+        and not is_dynamo_compiling()  # before what it cannot trace
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
         and all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in tensors)
@@ -50,7 +58,6 @@ def _is_ours(tensors: tuple[Tensor, ...], heads: int) -> bool:
         and q.shape[2] % heads == 0
         and q.numel() > 0
         and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel sets, on a CPU too
-        and not is_dynamo_compiling()
         and not (_is_tracing() or _len_torch_dispatch_stack() or _len_torch_function_stack())
         and not (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
         and _there()
@@ -74,12 +81,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            # views, so that none of them is another, nor made of it
-            q, k, v = (tensor.view_as(tensor) for tensor in (q, k, v))
-            wanted = [tensor for tensor in (q, k, v) if tensor.requires_grad]
-            with sdpa_kernel([SDPBackend.MATH]):
-                found = iter(torch.autograd.grad(attention(q, k, v, ctx.heads), wanted, grad, create_graph=True))
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated
+        if again or not _has_storage(grad):  # a batch of gradients has none
+            with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
+                # views, so that none of them is another, nor made of it
+                q, k, v = (tensor.view_as(tensor) for tensor in (q, k, v))
+                wanted = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+                found = iter(torch.autograd.grad(attention(q, k, v, ctx.heads), wanted, grad, create_graph=again))
             return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
         grad = grad.contiguous().resolve_neg()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
