@@ -17,7 +17,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 PORTABLE = (
-    "affine", "attention", "guide", "isa", "measure", "norm", "python", "scalar", "torch_normal", "train",
+    "affine", "attention", "guide", "isa", "measure", "norm", "norm_backward", "python", "scalar",
+    "torch_normal", "train", "winograd",
 )  # fmt: skip
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/measure.cu", "csrc/cuda/train.cu"]

@@ -9,6 +9,7 @@
 #include "measure.h"
 #include "norm.h"
 #include "train.h"
+#include "winograd.h"
 
 namespace fastdiff {
 
@@ -67,6 +68,15 @@ inline Error check(const AttentionArgs& args) {
   if (!args.q || !args.k || !args.v || !args.out || !args.stats) return kNullPointer;
   if (args.grad && (!args.dq || !args.dk || !args.dv)) return kNullPointer;
   return args.B < 1 || args.T < 1 || args.H < 1 || args.d < 1 ? kBadShape : kOk;
+}
+
+// `out`: of the output transform, else of the input transform.
+inline Error check(const WinogradArgs& args, bool out) {
+  if (out ? !args.products || !args.y : !args.x || !args.v) return kNullPointer;
+  if (args.size != 2 && args.size != 4) return kBadShape;
+  if (args.B < 1 || args.C < 1 || args.H < 1 || args.W < 1 || args.first < 0 || args.count < 1) return kBadShape;
+  const int64_t rows = (args.H + args.size - 1) / args.size, columns = (args.W + args.size - 1) / args.size;
+  return args.first + args.count > args.B * rows * columns ? kBadShape : kOk;
 }
 
 }  // namespace fastdiff

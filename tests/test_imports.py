@@ -22,7 +22,15 @@ MAY_IMPORT = {
     "process": set(),
     "images": {"files"},
     "compiler": {"process"},
-    "models": {"process", "engine.ops", "engine.norm", "files"},
+    "models": {
+        "process",
+        "engine.attention",
+        "engine.ops",
+        "engine.norm",
+        "engine.onednn",
+        "engine.winograd",
+        "files",
+    },  # fmt: skip
     "engine": {"process", "compiler", "models.denoiser", "files"},
     "report": {"process", "compiler", "files"},
     "training": {"process", "compiler", "engine", "models", "files", "images"},

@@ -4,9 +4,11 @@
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
+#include "winograd.h"
 
 namespace fastdiff::cpu {
 
@@ -15,8 +17,9 @@ const Executor avx512_executor = {
     measure<Avx512>,
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
-    norm_sums<Avx512>, norm_map<Avx512>,
+    norm_sums<Avx512>, norm_map<Avx512>, norm_gradient_sums<Avx512>, norm_gradient_map<Avx512>,
     attend<Avx512>, attend_backward<Avx512>,
+    winograd_into<Avx512>, winograd_out<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

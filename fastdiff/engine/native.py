@@ -45,6 +45,7 @@ _MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "
 _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
+    "grad", "sums",
 )  # fmt: skip
 _ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
 
@@ -121,6 +122,14 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class WinogradArgs(ctypes.Structure):
+    """Mirror of struct WinogradArgs in csrc/winograd.h, which says what each field is."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "v", "products", "bias", "y")] + [
+        (name, ctypes.c_int64) for name in ("B", "C", "H", "W", "first", "count", "size")
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
@@ -130,7 +139,7 @@ def load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
     blocks = {
         "": AffineArgs, "guide_": GuideArgs, "measure_": MeasureArgs, "train_": TrainArgs, "norm_": NormArgs,
-        "attention_": AttentionArgs,
+        "attention_": AttentionArgs, "winograd_": WinogradArgs,
     }  # fmt: skip
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -149,7 +158,8 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    for op in ("affine_step", "guide", "measure", "noise_images", "loss", "norm", "attention"):
+    ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
+    for op in (*ops, "winograd_into", "winograd_out"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -98,11 +98,11 @@ def channel_add(
             return total
     before = row(before, x.shape[0])
     differentiates = _needs_gradient((x, before, residual))
-    if torch.compiler.is_compiling() or executor == "reference" or differentiates or _transformed():
+    if torch.compiler.is_compiling() or executor == "reference" or differentiates or transformed():
         check_add(x, before, residual, "reference")
         return reference_norm.total_of(x, before, residual, None).to(x.dtype)
     chosen = executor or choose(x.device, x.dtype)
-    if not _dispatches((x, before, residual)):
+    if not dispatches((x, before, residual)):
         return _add(x, before, residual, chosen)
     added: Tensor = torch.ops.fastdiff.channel_add(x, before, residual, executor=chosen)
     return added
@@ -133,7 +133,7 @@ def _norm(
             outputs = _outputs(given.x, given.skip, groups, keep, known.last)
             norm_cpu.run(known.block, given, outputs[0], outputs[1] if keep else None, outputs[2])
             return outputs
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and transformed():
         given = _in_rows(given)
         check_sizes(given, groups, "reference")
         return reference_norm.forward(given, groups, eps, act)
@@ -142,7 +142,7 @@ def _norm(
     keep = keep or (differentiates and not (given.residual is None and given.skip is None))
     arguments = *given, groups, eps, act, keep
     chosen = executor or "auto"
-    if differentiates or _dispatches(given):
+    if differentiates or dispatches(given):
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastdiff.norm_act(*arguments, executor=chosen)
         return found
     return _forward(*arguments, executor=chosen)  # the dispatcher costs as much as a small image
@@ -152,12 +152,12 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a function transform or a forward derivative is under way, which need torch's own operators."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _dispatches(tensors: Sequence[Tensor | None]) -> bool:
+def dispatches(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call on these, the image first, has to be an operator of torch's, not only a kernel on their memory."""
     x = tensors[0]
     return (
@@ -173,7 +173,7 @@ def _dispatches(tensors: Sequence[Tensor | None]) -> bool:
 def _direct(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call on these, the image first, needs nothing but the CPU's kernel."""
     x = tensors[0]
-    return (  # `_dispatches` and `_transformed` spelled out: a call costs as much as what it asks
+    return (  # `dispatches` and `transformed` spelled out: a call costs as much as what it asks
         type(x) is Tensor
         and x.is_cpu
         and not is_dynamo_compiling()
@@ -264,15 +264,21 @@ def _backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Ten
     executor = choose(total.device, total.dtype) if executor == "auto" else executor
     last = check(given, groups, executor)
     grad = _like(grad, last)
-    if executor != "triton":
+    if executor == "reference":
         du, sums = reference_norm.backward(grad, given, stats, groups, act)
         return _like(du, last), sums
-    from fastdiff.kernels import norm_backward
-
     du = torch.empty_like(total)
     sums = torch.empty(*total.shape[:1], 3, total.shape[1], dtype=torch.float32, device=total.device)
-    norm_backward.backward(grad, given, stats, groups, act, du, sums, last)
-    return du, sums
+    run: Any
+    if executor == "cpp":
+        run = norm_cpu.backward
+    else:
+        from fastdiff.kernels import norm_backward
+
+        run = norm_backward.backward
+    if total.numel():
+        run(grad, given, stats, groups, act, du, sums, last)
+    return du, sums if total.numel() else sums.zero_()
 
 
 def _fake_backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Tensor]:

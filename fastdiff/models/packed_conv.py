@@ -1,7 +1,7 @@
-"""A convolution for inference: on a CPU its weights are put into oneDNN's order once, not at each call.
+"""A convolution for inference: on a CPU its weights are put into the library's order, or Winograd's, once.
 
-May import: torch. The order is that of torch's own compiler for CPUs; where this torch has no such operator it is
-torch's plain convolution of the same weights. torch.compile takes it as one operator.
+May import: engine.winograd, engine.onednn, engine.norm. Where this torch has no operators for that it is torch's plain
+convolution of the same weights. torch.compile takes it as one operator.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.engine import onednn, winograd
+from fastdiff.engine.norm import dispatches, transformed
+from fastdiff.engine.onednn import How
+
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("packed_conv(Tensor x, Tensor weight, int layer, int stride, int padding) -> Tensor")
 _numbers = itertools.count()
@@ -23,44 +27,64 @@ _layers: weakref.WeakValueDictionary[int, PackedConv] = weakref.WeakValueDiction
 class PackedConv(nn.Module):
     """conv(x) without bias, x channels_last. weight: [C_out, C_in, k, k]; a second copy of it is kept for a CPU.
 
-    Deterministic; capturable on a GPU. The copy follows the weight: it is made again after a change of it that torch
-    counts, as all but those through `.data` are (`FastUNet.repack`).
+    winograd: whether a CPU may run it by `engine.winograd`, where that is faster for the image's shape; the copy is
+    then 1.8 or 4 times as large as the weight. A sample's output depends on nothing else in its batch, as far as that
+    of the library's convolutions does not. Deterministic; capturable on a GPU. The copy follows the weight: it is made
+    again after a change of it that torch counts, as all but those through `.data` are (`FastUNet.repack`).
     """
+
+    winograd = False
 
     def __init__(self, weight: nn.Parameter, stride: int = 1, padding: int = 1) -> None:
         super().__init__()
         self.weight = weight
         self.stride, self.padding = stride, padding
         self.number = next(_numbers)
-        self._packed: tuple[Tensor, int, Tensor] | None = None
+        self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}  # by tile size, 0: the library's order
         _layers[self.number] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C_in, H, W] -> [B, C_out, H', W'], in channels_last where the library keeps it."""
         packs = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not packs:
+        if not packs or (not torch.compiler.is_compiling() and transformed()):
             return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-        if type(x) is Tensor and not torch.compiler.is_compiling():
+        if not dispatches((x, self.weight)):
             return self.packed(x, self.weight)
         found: Tensor = torch.ops.fastdiff.packed_conv(x, self.weight, self.number, self.stride, self.padding)
         return found
 
     def packed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same by the weight's copy in the library's order."""
-        if not x.numel() or not _has_operators():
+        if not x.numel() or not onednn.available():
             return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
-        both = [self.padding] * 2, [self.stride] * 2, [1, 1]
-        kept = self._packed
+        size = self._tile_size(x, weight)
+        if not size:
+            return self._library(0, x, weight, How(self.padding, self.stride))
+
+        def multiply(v: Tensor) -> Tensor:
+            return self._library(size, v, weight, How(0, 1, winograd.TAPS[size]))
+
+        return winograd.run(x.contiguous(memory_format=torch.channels_last), size, len(weight), multiply)
+
+    def _library(self, size: int, x: Tensor, weight: Tensor, how: How) -> Tensor:
+        """The library's convolution with its copy of the weight, or of that expanded for tiles of this size."""
+        kept = self._packed.get(size)
         if kept is None or kept[1] != weight._version or kept[0].data_ptr() != weight.data_ptr():
             with torch.inference_mode(False):
-                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
                 of = weight.detach()  # kept too, so that no other weight comes to lie at its address
-                kept = self._packed = of, weight._version, reorder(of.to_mkldnn(), *both, 1, list(x.shape))
-        found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, kept[2], None, *both, 1, "none", [], "")
-        return found
+                packed = onednn.pack(winograd.expand(of, size) if size else of, how, x.shape)
+                kept = self._packed[size] = of, weight._version, packed
+        return onednn.conv(x, kept[2], how)
+
+    def _tile_size(self, x: Tensor, weight: Tensor) -> int:
+        """Of the Winograd convolution that is the fastest for such an image, or 0."""
+        outputs, inputs, *taps = weight.shape
+        if not self.winograd or taps != [3, 3] or (self.stride, self.padding) != (1, 1):
+            return 0
+        return winograd.tile_size(inputs, outputs, *x.shape[2:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # it is neither copied nor stored
+        return self.__dict__ | {"_packed": {}}  # it is neither copied nor stored
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -78,12 +102,3 @@ def _fake(x: Tensor, weight: Tensor, layer: int, stride: int, padding: int) -> T
 
 _library.impl("packed_conv", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdiff::packed_conv", _fake, lib=_library)
-
-
-def _has_operators() -> bool:
-    return bool(
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )

@@ -104,14 +104,15 @@ class UNet(nn.Module):
         x = F.pixel_shuffle(x, patch) if patch > 1 else x
         return x / time.to(x.dtype)[:, None, None, None] if self.config.time_embedding_type == "fourier" else x
 
-    def fast(self, dtype: torch.dtype | None = None) -> FastUNet:
+    def fast(self, dtype: torch.dtype | None = None, winograd: bool = True) -> FastUNet:
         """This network for inference (fastdiff.models.unet_fast): copied weights, cast once to `dtype`, fewer kernels.
 
         dtype: float32, float16 or bfloat16; None is the network's own. Where it has another, TypeError.
+        winograd: False on a CPU keeps the memory of the weights at twice the network's, and is slower.
         """
         from .unet_fast import FastUNet
 
-        return FastUNet(self, dtype)
+        return FastUNet(self, dtype, winograd)
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)

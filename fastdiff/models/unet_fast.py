@@ -7,7 +7,8 @@ May import: process, engine.norm. Made from a plain UNet by `net.fast()`; what i
 - q, k and v are one GEMM; with one head the matrix of the output is folded into that of v and the matrix of the keys
   into that of q: softmax(x A x^T) x B;
 - nearest doubling and the 3x3 convolution after it are one transposed convolution, 16 taps for each 36;
-- on a CPU the convolutions' weights are put into the library's order once, not at each call;
+- on a CPU the convolutions' weights are put into the library's order once, not at each call; in fp32 the 3x3 ones run
+  by Winograd's minimal filtering where that is faster (engine.winograd);
 - the projections of the time of all blocks are one GEMM in fp32; `prepare_times` has it done for every row of a plan.
 """
 
@@ -49,9 +50,11 @@ class FastUNet(nn.Module):
     What it derives from its weights follows their changes (load_state_dict, copy_, `.to`, other tensors put in their
     place), except a write into `weight.data`, which torch does not count: `repack` after one. It cannot be cast to
     half precision or float64, which would cast what has to be fp32: a call then raises TypeError.
+    winograd: in fp32 on a CPU, 3x3 convolutions by Winograd's minimal filtering where it is faster (engine.winograd),
+    which for weights of n bytes keeps 1.8 n or 4 n beside them, where the library's order takes n.
     """
 
-    def __init__(self, net: UNet, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, net: UNet, dtype: torch.dtype | None = None, winograd: bool = True) -> None:
         super().__init__()
         dtype = dtype or net.conv_in.weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -77,6 +80,9 @@ class FastUNet(nn.Module):
         if self.fallbacks:
             rows.keep(net.config.time_dim)  # plain blocks project the embedding themselves
         self.rows_weight, self.rows_bias = rows.matrix(net.config.time_dim, net.conv_in.weight.device)
+        for module in self.modules():
+            if isinstance(module, PackedConv):
+                module.winograd = winograd
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
