@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "process": set(),
     "images": {"files"},
     "compiler": {"process"},
-    "models": {"process", "engine.ops", "engine.norm", "engine.onednn", "engine.winograd", "files"},
+    "models": {"process", "engine.ops", "engine.norm", "engine.attention", "engine.onednn", "engine.winograd", "files"},
     "engine": {"process", "compiler", "models.denoiser", "files"},
     "report": {"process", "compiler", "files"},
     "training": {"process", "compiler", "engine", "models", "files", "images"},
