@@ -1,5 +1,6 @@
 # make demo     set everything up in .venv and draw samples.png
 # make test     the same set-up, then the test suite
+# make slow     the tests of minutes that the suite leaves out: whole products where it meets every pair
 #
 # make demo TORCH=own PYTHON=python3
 #   uses the torch and all else that PYTHON already has (a CUDA build, say) instead of the versions in constraints.txt.
@@ -20,7 +21,7 @@ else
 PINS := -c constraints.txt
 endif
 
-.PHONY: demo test setup lint format typecheck bench clean
+.PHONY: demo test slow setup lint format typecheck bench clean
 
 demo: setup
 	$(BIN)/fastdiff sample --out samples.png
@@ -28,6 +29,9 @@ demo: setup
 test: setup
 	$(RUN) pytest -m alone $(PYTEST_FLAGS) $$(grep -l mark.alone tests/*.py)
 	$(RUN) pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
+
+slow: setup
+	$(RUN) pytest -m slow -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
 
 setup: $(VENV)/.built
 

@@ -1,6 +1,6 @@
 """Builds the compiled extension, fastdiff/_C; everything else about the package is in pyproject.toml.
 
-The extension is a shared object with C functions, called through ctypes, and one for Python's stable interface; it has
+The extension is a shared object with C functions, called through ctypes, and a few of Python's stable interface; it has
 nothing of torch's C++ interface.
 It is optional: with no compiler, or FASTDIFF_NO_EXTENSION=1, the package installs without it and says so when asked;
 FASTDIFF_REQUIRE_EXTENSION=1 makes a failed build an error.
@@ -17,8 +17,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 PORTABLE = (
-    "affine", "attention", "guide", "isa", "measure", "norm", "python", "scalar", "torch_normal", "train",
-    "winograd",
+    "affine", "attention", "guide", "isa", "measure", "norm", "norm_backward", "python", "scalar",
+    "torch_normal", "train", "winograd",
 )  # fmt: skip
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/measure.cu", "csrc/cuda/train.cu"]

@@ -1,9 +1,10 @@
-// What the shared object shows to the outside: C functions, called through ctypes, and one to Python (cpu/python.cpp).
+// What the shared object shows to the outside: C functions, called through ctypes, and Python's (cpu/python.cpp).
 #pragma once
 
 #include "affine.h"
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
 
+FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args);
 FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
                                                    const float* x, float* next, void* model_in, float* denoised);

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import scheduler_loops as loops
 import torch
-from test_capture import make
+from capture_cases import make
 
 from fastdiff.integrations.diffusers import fast
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
 from fastdiff.compiler import layout as at
@@ -13,6 +14,17 @@ from fastdiff.engine import noise as counter_noise
 from fastdiff.engine.ops import StepTensors
 
 INF = float("inf")
+every_pair_or_all = pytest.mark.parametrize(
+    "product", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "all"]
+)
+
+
+def seeds_of(count: int, product: bool, *numbers: int) -> Sequence[int]:
+    """The seeds of a test's combination, whose parameters have these numbers: all, or one of them.
+
+    The one is another for the neighbours of every parameter, so that each value of each meets every seed.
+    """
+    return range(count) if product else (sum(numbers) % count,)
 
 
 @dataclass

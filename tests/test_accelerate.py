@@ -22,7 +22,7 @@ import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate, fast, restore
 from fastdiff.integrations.diffusers import desk as desk_module
 from fastdiff.integrations.diffusers.accelerate import ENGINE
-from fastdiff.integrations.diffusers.call import Loop
+from fastdiff.integrations.diffusers.loop import Loop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

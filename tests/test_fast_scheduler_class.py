@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import scheduler_loops as loops
 import torch
+from capture_cases import CASES, make
 from fast_cases import X, both, quiet  # noqa: F401
-from test_capture import CASES, make
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

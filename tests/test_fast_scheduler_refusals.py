@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import scheduler_loops as loops
 import torch
+from capture_cases import make
 from fast_cases import X, both, quiet, ready  # noqa: F401
-from test_capture import make
 
 from fastdiff.integrations.diffusers import fast
 

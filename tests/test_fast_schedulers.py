@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import scheduler_loops as loops
 import torch
+from capture_cases import CASES, IDS, UNABLE, make
 from fast_cases import X, both, made, quiet  # noqa: F401
-from test_capture import CASES, IDS, UNABLE, make
 from torch import Tensor
 
 from fastdiff.engine import backends

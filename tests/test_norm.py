@@ -14,7 +14,7 @@ from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, 
 from torch import Tensor
 
 from bench.shapes import NETWORKS, Norm
-from fastdiff.engine import native, norm, norm_cpu
+from fastdiff.engine import native, norm, norm_cpu, reference_norm
 from fastdiff.errors import BackendUnavailable
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_presets import PRESETS
@@ -139,6 +139,39 @@ def test_instruction_sets_and_threads_agree(layout: torch.memory_format) -> None
     vectors = [v[1:2] if v is not None and v.dim() > 1 else v for v in rest[:7]]
     alone = norm._forward(x[1:2], *vectors, *rest[7:], True, executor="cpp")
     assert torch.equal(alone[0][0], found[-1][0][1])
+
+
+@pytest.mark.parametrize("act", [True, False])
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
+def test_gradients_of_instruction_sets_and_threads_agree(layout: torch.memory_format, act: bool) -> None:
+    """Against the formulas in float64; of threads and batch to the bit. A sample is three patches and a rest."""
+    case = Case(3, 44, (30, 31), 4, layout=layout, extras=("before", "scale", "shift"))
+    library, before = native.load(), torch.get_num_threads()
+    stats = run(case, "cpp")[2]
+    grad = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    given = case.inputs()
+    exact = reference_norm.backward(
+        grad.double(), given._replace(x=given.x.double()), stats.double(), 4, act
+    )  # fmt: skip
+
+    def gradient(first: int = 0, last: int = 3) -> tuple[Tensor, Tensor]:
+        rows = slice(first, last)
+        vectors = [given.weight, given.bias, given.before[rows], given.scale[rows], given.shift[rows]]
+        return norm._backward(grad[rows], given.x[rows], *vectors, stats[rows], 4, act, executor="cpp")
+
+    for n in [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]:
+        library.fastdiff_cpu_isa(n)
+        du, sums = gradient()
+        torch.testing.assert_close(du.double(), exact[0], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(sums[:, :2].double(), exact[1][:, :2], rtol=1e-5, atol=2e-4)
+        torch.testing.assert_close(sums[:, 2].double(), exact[1][:, 2], rtol=1e-5, atol=2e-4)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(gradient(), (du, sums), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(gradient(1, 2), (du, sums), strict=True))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -295,11 +328,14 @@ def test_gradcheck(layout: torch.memory_format, extras: tuple[str, ...]) -> None
     assert torch.autograd.gradcheck(call, tensors)
 
 
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("extras", [("before",), EXTRAS])
-def test_gradients_are_as_good_as_torch(dtype: torch.dtype, extras: tuple[str, ...]) -> None:
-    """Of a forward pass on cpp: each gradient's error against float64 at most twice that of torch in the same dtype."""
-    case = Case(3, 24, (7, 6), 4, dtype, LAST, extras)
+def test_gradients_are_as_good_as_torch(
+    dtype: torch.dtype, extras: tuple[str, ...], layout: torch.memory_format
+) -> None:
+    """On cpp: each gradient's error against float64 at most twice that of torch in the same dtype."""
+    case = Case(3, 24, (7, 6), 4, dtype, layout, extras)
     seed = torch.randn(case.in_torch(torch.float32)[0].shape, generator=torch.Generator().manual_seed(5))
 
     def gradients(inside: torch.dtype, ours: bool) -> dict[str, Tensor]:
@@ -310,7 +346,7 @@ def test_gradients_are_as_good_as_torch(dtype: torch.dtype, extras: tuple[str, .
             name: tensor.detach().to(inside).clone(memory_format=torch.preserve_format).requires_grad_()
             for name, tensor in leaves.items()
         }
-        twin = Case(3, 24, (7, 6), 4, dtype, LAST, extras)
+        twin = Case(3, 24, (7, 6), 4, dtype, layout, extras)
         twin.x, twin.weight, twin.bias = leaves["x"], leaves["weight"], leaves["bias"]
         twin.options = {name: leaves.get(name) for name in EXTRAS}
         if ours:

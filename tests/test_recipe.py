@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -11,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from guided_cases import latents
 
 import fastdiff as fd
 
-ROOT = Path(__file__).parents[1]
+RECIPE = Path(__file__).parents[1] / "recipes" / "fashion.py"
+OPTIONS = ("--batch", "8", "--threads", "1")
 
 
 @pytest.fixture
@@ -28,30 +33,59 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def run_recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "recipes" / "fashion.py"), "--batch", "8", "--threads", "1", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The recipe in this process, which has torch; its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *OPTIONS, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.mark.long
-def test_trains_resumes_and_ships(data: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("single_thread")
+def test_trains_resumes_and_ships(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a shell, and again from its checkpoint; the weights sample as their network does, called by hand."""
     out = tmp_path / "run"
-    first = run_recipe("--data", str(data), "--out", str(out), "--images", "16")
+    environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1])}
+    command = [sys.executable, str(RECIPE), *OPTIONS, "--data", str(data), "--out", str(out), "--images", "16"]
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert first.returncode == 0, first.stderr
     assert "1,909,636 parameters" in first.stdout and "done      16 images" in first.stdout
-    second = run_recipe("--data", str(data), "--out", str(out), "--images", "24", "--resume", "auto")
-    assert "going on after 16" in second.stdout and "done      24 images" in second.stdout, second.stderr
+    assert run_here(monkeypatch, "--data", str(data), "--out", str(out), "--images", "24", "--resume", "auto") == 0
+    second = capsys.readouterr()
+    assert "going on after 16" in second.out and "done      24 images" in second.out, second.err
 
     model = fd.load(out)
     assert model.prediction == "edm" and model.null_label == 10 and model.shape == (1, 32, 32)
     shipped = fd.load("fashion")
     assert model.class_names[7] == "sneaker" and model.net.config == shipped.net.config
     labels = torch.tensor([3, 7])
-    x = fd.sample(model, (2, 1, 32, 32), steps=2, cond=labels, uncond=torch.full_like(labels, 10), guidance=2.0)
-    assert torch.isfinite(x).all()
+    options = {"cond": labels, "uncond": torch.full_like(labels, 10), "guidance": 2.0, "seed": [5, 6]}
+    x = fd.sample(model, (2, 1, 32, 32), "ddim", 2, "karras", **options)
+    torch.testing.assert_close(x.double(), two_steps(model, labels, [5, 6]), rtol=0, atol=1e-4 * float(x.abs().max()))
 
 
-def test_missing_data_says_what_is_wanted(tmp_path: Path) -> None:
-    finished = run_recipe("--data", str(tmp_path), "--out", str(tmp_path / "run"), "--images", "16")
-    assert finished.returncode == 2 and "expected pictures, IDX files or tar shards" in finished.stderr
+@torch.no_grad()
+def two_steps(model: fd.Denoiser, labels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    """Karras et al. 2022, Table 1 and Algorithm 1 without its second slope, guided by 2, in float64."""
+    s, t, _ = (level.sigma for level in fd.plan("ddim", "edm", 2, "karras").levels)
+    net, data = copy.deepcopy(model.net).double(), model.sigma_data
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        total = math.hypot(sigma, data)
+        time = torch.full((len(x),), math.log(sigma) / 4, dtype=torch.float64)
+        unguided, guided = (net(x / total, time, given) for given in (torch.full_like(labels, 10), labels))
+        return (data / total) ** 2 * x + sigma * data / total * (unguided + 2.0 * (guided - unguided))
+
+    x = s * latents(seeds, (1, 32, 32))
+    return denoise(t / s * x + (1 - t / s) * denoise(x, s), t)
+
+
+def test_missing_data_says_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--images", "16") == 2
+    assert "expected pictures, IDX files or tar shards" in capsys.readouterr().err

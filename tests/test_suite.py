@@ -148,7 +148,7 @@ def hold_everywhere(solver: str, places: Places) -> None:
 
 @pytest.mark.parametrize("solver", SHIPPED)
 def test_every_schedule_grid_and_prediction(solver: str, places: Places) -> None:
-    """Every pair of them; `-k every_combination -m slow` is the whole product."""
+    """Every pair of them; test_every_combination has the whole product."""
     hold_everywhere(solver, {place: places[place] for place in all_pairs(solver, places)})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 from interpreted import DEVICE, KERNELS, affine, interpreted, jit, layout, load, philox_module  # noqa: F401
-from row_cases import Case, expected
+from row_cases import Case, every_pair_or_all, expected, seeds_of
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import noise as counter_noise
@@ -192,12 +192,14 @@ SHAPES = [
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 
 
+@every_pair_or_all
 @pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32-fp32", "fp16-bf16", "bf16-fp16"])
 @pytest.mark.parametrize(("shape", "layout"), SHAPES)
 def test_random_rows(
-    shape: tuple[int, ...], layout: torch.memory_format, dtypes: tuple[torch.dtype, torch.dtype]
+    shape: tuple[int, ...], layout: torch.memory_format, dtypes: tuple[torch.dtype, torch.dtype], product: bool
 ) -> None:
-    for seed, injected in enumerate((False, True)):
+    for seed in seeds_of(2, product, SHAPES.index((shape, layout)), DTYPES.index(dtypes)):
+        injected = seed == 1
         case = Case(shape, 3, layout, *dtypes, injected=injected, idle=injected, seed=seed + sum(shape))
         step = case.tensors()
         assert_row(step, run(step, programs=(affine.PROGRAMS, 1)[seed]))
@@ -222,21 +224,24 @@ FEATURES = [
 ]
 
 
+FEW_SHAPES = [
+    ((3, 5, 7), torch.contiguous_format),
+    ((3, 24, 20), torch.contiguous_format),
+    ((3, 24, 20), torch.channels_last),
+    ((3, 5, 5), torch.channels_last),
+]
+
+
+@every_pair_or_all
 @pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(map(str, features.values())))
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [
-        ((3, 5, 7), torch.contiguous_format),
-        ((3, 24, 20), torch.contiguous_format),
-        ((3, 24, 20), torch.channels_last),
-        ((3, 5, 5), torch.channels_last),
-    ],
-)
+@pytest.mark.parametrize(("shape", "layout"), FEW_SHAPES)
 def test_random_rows_with_everything_a_rule_may_add(
-    shape: tuple[int, ...], layout: torch.memory_format, features: dict[str, Any]
+    shape: tuple[int, ...], layout: torch.memory_format, features: dict[str, Any], product: bool
 ) -> None:
-    for seed, dtypes in enumerate(DTYPES):
-        case = Case(shape, 3, layout, *dtypes, injected=seed == 1, idle=seed == 2, seed=seed + sum(shape), **features)
+    for seed in seeds_of(len(DTYPES), product, FEW_SHAPES.index((shape, layout)), FEATURES.index(features)):
+        case = Case(
+            shape, 3, layout, *DTYPES[seed], injected=seed == 1, idle=seed == 2, seed=seed + sum(shape), **features
+        )
         step = case.tensors()
         assert_row(step, run(step, programs=(affine.PROGRAMS, 1, 2)[seed]))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import DEVICE, guide, interpreted  # noqa: F401
-from row_cases import Case
+from row_cases import Case, every_pair_or_all, seeds_of
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import reference_guide
@@ -106,32 +106,43 @@ def assert_found(tensors: GuideTensors, rule: int, threshold: bool) -> GuideTens
     return got
 
 
+SHAPES = [
+    ((1,), torch.contiguous_format),
+    ((3, 5, 7), torch.contiguous_format),
+    ((4, 24, 20), torch.channels_last),
+]
+
+
+@every_pair_or_all
 @pytest.mark.parametrize("threshold", [False, True], ids=["", "threshold"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [
-        ((1,), torch.contiguous_format),
-        ((3, 5, 7), torch.contiguous_format),
-        ((4, 24, 20), torch.channels_last),
-    ],
-)
-def test_random_rows(shape: tuple[int, ...], layout: torch.memory_format, rule: str, threshold: bool) -> None:
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+def test_random_rows(
+    shape: tuple[int, ...], layout: torch.memory_format, rule: str, threshold: bool, product: bool
+) -> None:
+    seeds = range(threshold, 6, 1 + threshold)
+    for place in seeds_of(3, product, SHAPES.index((shape, layout)), RULES[rule]):
+        for seed in seeds[place::3]:
+            assert_random_row(shape, layout, rule, threshold, seed)
+
+
+def assert_random_row(
+    shape: tuple[int, ...], layout: torch.memory_format, rule: str, threshold: bool, seed: int
+) -> None:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    for seed in range(threshold, 6, 1 + threshold):
-        case = Case(
-            shape,
-            4,
-            layout,
-            dtypes[seed % 3],
-            branches=("stacked", "apart")[seed % 2],
-            guided=seed != 3,
-            perturbed=seed > 2,
-            idle=seed == 4,
-            seed=seed + 10 * threshold + 20 * RULES[rule],
-        )
-        given = settings(radius=(0.0, 5.0, 0.1)[seed % 3], ceiling=(INF, 1.7)[seed % 2])
-        assert_found(from_case(case, given), RULES[rule], threshold)
+    case = Case(
+        shape,
+        4,
+        layout,
+        dtypes[seed % 3],
+        branches=("stacked", "apart")[seed % 2],
+        guided=seed != 3,
+        perturbed=seed > 2,
+        idle=seed == 4,
+        seed=seed + 10 * threshold + 20 * RULES[rule],
+    )
+    given = settings(radius=(0.0, 5.0, 0.1)[seed % 3], ceiling=(INF, 1.7)[seed % 2])
+    assert_found(from_case(case, given), RULES[rule], threshold)
 
 
 @pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])

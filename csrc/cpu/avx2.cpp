@@ -4,6 +4,7 @@
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -19,7 +20,7 @@ const Executor avx2_executor = {
     measure<Avx2>,
     torch_normals_avx2,
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
-    norm_sums<Avx2>, norm_map<Avx2>,
+    norm_sums<Avx2>, norm_map<Avx2>, norm_gradient_sums<Avx2>, norm_gradient_map<Avx2>,
     attend<Avx2>, attend_backward<Avx2>,
     winograd_into<Avx2>, winograd_out<Avx2>,
 };

@@ -4,6 +4,7 @@
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -16,7 +17,7 @@ const Executor avx512_executor = {
     measure<Avx512>,
     torch_normals_avx2,
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
-    norm_sums<Avx512>, norm_map<Avx512>,
+    norm_sums<Avx512>, norm_map<Avx512>, norm_gradient_sums<Avx512>, norm_gradient_map<Avx512>,
     attend<Avx512>, attend_backward<Avx512>,
     winograd_into<Avx512>, winograd_out<Avx512>,
 };

@@ -100,11 +100,12 @@ struct NormPatch {
   int64_t b, first, count;
 };
 
-// y = (u - middle) factor + constant of every channel, then SiLU.
+// y = (u - middle) factor + constant of every channel, then SiLU; backward du = factor g + slope (u - middle) + rest.
 struct NormMap {
   const float *factor, *middle, *constant;
   void* to;
   bool from_total, act;
+  const float *slope, *rest;  // null: forward
 };
 
 // One tile of a Winograd convolution: where its pixels lie, row by row.
@@ -142,6 +143,9 @@ struct Executor {
   // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
+  // Adds the patch's sums of g, g (u - middle) and u - middle to [C, 3].
+  void (*norm_gradient_sums)(const NormPatch&, const NormMap&, double* sums);
+  void (*norm_gradient_map)(const NormPatch&, const NormMap&);
   // Head `which` of all samples' heads; scratch begins on a cache line (attention.cpp says how much).
   void (*attend)(const AttentionArgs&, int64_t which, float* scratch);
   void (*attend_backward)(const AttentionArgs&, int64_t which, float* scratch);

@@ -1,37 +1,27 @@
 // norm on the CPU: samples cut into patches of pixels, threads, and the statistics of groups.
-// A sample's patches depend on its size alone, and so do its sums: not on the batch, not on the number of threads.
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../check.h"
 #include "../export.h"
-#include "executor.h"
+#include "norm_passes.h"
 
 namespace fastdiff::cpu {
 namespace {
 
-constexpr int64_t kPatch = 16384;  // elements of a patch, which stays in the first two levels of the cache
-
 struct Job {
   const NormArgs& args;
   const Executor& executor;
-  int64_t size, patches;  // pixels of a patch, patches of a sample
+  const Cutting cut;
   double* sums;           // [B, patches, C, 2]
   float* coefficients;    // [B, 3, C]
 };
 
-NormPatch patch_of(const Job& job, int64_t b, int64_t which) {
-  const int64_t first = which * job.size;
-  return {&job.args, b, first, std::min(job.size, job.args.P - first)};
-}
-
 void sum_up(const Job& job, int64_t b, int64_t which) {
-  double* to = job.sums + 2 * job.args.C * (b * job.patches + which);
+  double* to = job.sums + 2 * job.args.C * (b * job.cut.patches + which);
   std::fill(to, to + 2 * job.args.C, 0.0);
-  job.executor.norm_sums(patch_of(job, b, which), to);
+  job.executor.norm_sums(job.cut.patch(job.args, b, which), to);
 }
 
 // Mean and reciprocal deviation of every group, and with them y = (u - middle) factor + constant of every channel.
@@ -41,8 +31,8 @@ void settle(const Job& job, int64_t b) {
   float *factor = job.coefficients + 3 * a.C * b, *middle = factor + a.C, *constant = middle + a.C;
   for (int64_t g = 0; g < a.groups; ++g) {
     double sum = 0.0, square = 0.0;
-    for (int64_t which = 0; which < job.patches; ++which) {
-      const double* from = job.sums + 2 * (a.C * (b * job.patches + which) + g * channels);
+    for (int64_t which = 0; which < job.cut.patches; ++which) {
+      const double* from = job.sums + 2 * (a.C * (b * job.cut.patches + which) + g * channels);
       for (int64_t c = 0; c < channels; ++c) {
         sum += from[2 * c];
         square += from[2 * c + 1];
@@ -83,21 +73,8 @@ void map(const Job& job, int64_t b, int64_t which) {
   const float* factor = job.coefficients + 3 * a.C * b;
   const bool normalises = a.y != nullptr;
   const NormMap how{factor, factor + a.C, factor + 2 * a.C, normalises ? a.y : a.total,
-                    normalises && a.total != nullptr, normalises && a.act != 0};
-  job.executor.norm_map(patch_of(job, b, which), how);
-}
-
-template <class Body>
-Error in_parallel(int64_t tasks, bool alone, const Body& body) {
-  if (alone) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-    return kOk;
-  }
-  const auto run = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t task = begin; task < end; ++task) (*static_cast<const Body*>(context))(task);
-  };
-  const auto code = torch_parallel_for(0, tasks, 1, run, const_cast<Body*>(&body));
-  return code == AOTI_TORCH_SUCCESS ? kOk : kThreads;
+                    normalises && a.total != nullptr, normalises && a.act != 0, nullptr, nullptr};
+  job.executor.norm_map(job.cut.patch(a, b, which), how);
 }
 
 Error norm(const NormArgs& args) {
@@ -105,30 +82,15 @@ Error norm(const NormArgs& args) {
   if (args.B == 0 || args.C == 0 || args.P == 0) return kOk;
   static thread_local std::vector<double> sums;
   static thread_local std::vector<float> coefficients;
-  const int64_t size = std::max<int64_t>(kPatch / args.C, 1), patches = (args.P + size - 1) / size;
+  const Cutting cut(args);
   const bool normalises = args.y != nullptr;
   coefficients.resize(static_cast<size_t>(3 * args.B * args.C));
-  if (normalises) sums.resize(static_cast<size_t>(2 * args.B * patches * args.C));
-  const Job job{args, executor(), size, patches, sums.data(), coefficients.data()};
-
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
-  const bool alone = args.B * args.C * args.P < 2 * kGrain || threads == 1;
-  const auto sample = [&](int64_t b) {
-    for (int64_t which = 0; normalises && which < patches; ++which) sum_up(job, b, which);
-    normalises ? settle(job, b) : settle_sum(job, b);
-    for (int64_t which = 0; which < patches; ++which) map(job, b, which);
-  };
-  // Where every thread has whole samples, the second pass over one finds it in the cache.
-  if (alone || args.B % threads == 0 || args.B >= 4 * static_cast<int64_t>(threads))
-    return in_parallel(args.B, alone, sample);
-
-  if (normalises) {
-    const auto body = [&](int64_t task) { sum_up(job, task / patches, task % patches); };
-    if (const Error error = in_parallel(args.B * patches, false, body); error != kOk) return error;
-  }
-  for (int64_t b = 0; b < args.B; ++b) normalises ? settle(job, b) : settle_sum(job, b);
-  return in_parallel(args.B * patches, false, [&](int64_t task) { map(job, task / patches, task % patches); });
+  if (normalises) sums.resize(static_cast<size_t>(2 * args.B * cut.patches * args.C));
+  const Job job{args, executor(), cut, sums.data(), coefficients.data()};
+  return run_passes(
+      args, cut.patches, normalises, [&](int64_t b, int64_t which) { sum_up(job, b, which); },
+      [&](int64_t b) { normalises ? settle(job, b) : settle_sum(job, b); },
+      [&](int64_t b, int64_t which) { map(job, b, which); });
 }
 
 }  // namespace

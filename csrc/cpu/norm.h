@@ -150,10 +150,10 @@ void map_channels(const NormPatch& patch, const NormMap& map, int64_t c, int n) 
 }
 
 // Calls step(partial, registers, channel, lanes of the last register) over the channels from c to end.
-template <class L, class Step>
+template <class L, int most = 4, class Step>
 FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
   constexpr int w = L::kWidth;
-  for (; c + 4 * w <= end; c += 4 * w) step(std::false_type{}, std::integral_constant<int, 4>{}, c, w);
+  for (; c + most * w <= end; c += most * w) step(std::false_type{}, std::integral_constant<int, most>{}, c, w);
   for (; c + w <= end; c += w) step(std::false_type{}, std::integral_constant<int, 1>{}, c, w);
   if (c < end) step(std::true_type{}, std::integral_constant<int, 1>{}, c, static_cast<int>(end - c));
 }

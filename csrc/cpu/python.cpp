@@ -1,7 +1,12 @@
-// The row on tensors that are other ones each time, as a Python function: of such a step ctypes would take a tenth, to
-// convert seven arguments. Python's stable interface alone, so that one binary still serves every version.
+// The row as a Python function, for which ctypes would take longer than the row does where little is left in the caches:
+// on tensors like those that were bound, or on ones that are not looked at. Python's stable interface and torch's stable
+// C functions alone, so that one binary still serves every version of both.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
 
 #include "../export.h"
 
@@ -9,7 +14,67 @@ using namespace fastdiff;
 
 namespace {
 
-PyObject* data_ptr;  // the method's name
+PyObject *data_ptr, *cdata;  // the method's name and the attribute's
+constexpr int64_t kMostDims = 8;
+constexpr int kBranchCount = 3;  // model_out, unguided, perturbed
+
+// What the row needs to know of a tensor.
+struct Form {
+  int64_t dims, sizes[kMostDims], strides[kMostDims];
+  int32_t dtype, device;
+
+  // Of a dimension of one element the stride says nothing.
+  bool lies_as(const int64_t* given_sizes, const int64_t* given_strides) const {
+    for (int64_t i = 0; i < dims; ++i)
+      if (given_sizes[i] != sizes[i] || (sizes[i] != 1 && given_strides[i] != strides[i])) return false;
+    return true;
+  }
+};
+
+// A tensor through torch's stable functions, whose handle is a pointer to its one member, the implementation.
+class View {
+ public:
+  // False, without an exception, where this is no tensor or there is no such attribute.
+  bool of(PyObject* tensor) {
+    PyObject* address = PyObject_GetAttr(tensor, cdata);
+    if (address) {
+      implementation_ = PyLong_AsVoidPtr(address);
+      Py_DECREF(address);
+    }
+    if (!PyErr_Occurred()) return implementation_ != nullptr;
+    PyErr_Clear();
+    return false;
+  }
+
+  // False for a tensor that has no memory of its own.
+  bool form(Form& form) {
+    int64_t *sizes, *strides;
+    int32_t layout;
+    if (aoti_torch_get_layout(handle(), &layout) || layout != aoti_torch_layout_strided() ||
+        aoti_torch_get_dim(handle(), &form.dims) || form.dims > kMostDims ||
+        aoti_torch_get_dtype(handle(), &form.dtype) || aoti_torch_get_device_type(handle(), &form.device) ||
+        aoti_torch_get_sizes(handle(), &sizes) || aoti_torch_get_strides(handle(), &strides))
+      return false;
+    std::memcpy(form.sizes, sizes, static_cast<size_t>(form.dims) * sizeof *sizes);
+    std::memcpy(form.strides, strides, static_cast<size_t>(form.dims) * sizeof *strides);
+    return true;
+  }
+
+  // Where its elements lie, if it is of this form.
+  bool locate(const Form& form, void*& at) {
+    int64_t dims, *sizes, *strides;
+    int32_t dtype, device;
+    return !aoti_torch_get_dim(handle(), &dims) && dims == form.dims && !aoti_torch_get_dtype(handle(), &dtype) &&
+           dtype == form.dtype && !aoti_torch_get_device_type(handle(), &device) && device == form.device &&
+           !aoti_torch_get_sizes(handle(), &sizes) && !aoti_torch_get_strides(handle(), &strides) &&
+           form.lies_as(sizes, strides) && !aoti_torch_get_data_ptr(handle(), &at);
+  }
+
+ private:
+  AtenTensorHandle handle() { return reinterpret_cast<AtenTensorHandle>(&implementation_); }
+
+  void* implementation_ = nullptr;
+};
 
 // Where a tensor's elements lie, null for None; false with an exception.
 bool locate(PyObject* tensor, void*& at) {
@@ -22,8 +87,104 @@ bool locate(PyObject* tensor, void*& at) {
   return !PyErr_Occurred();
 }
 
+// A step that was bound. like: of the branches that are given; stacked: in bytes from Fc on, where a branch follows it
+// in its stack, 0: it does not. unlike: what runs or refuses all else; failed: what raises an error code.
+struct Bound {
+  AffineArgs* block;
+  PyObject *type, *unlike, *failed;
+  bool given[kBranchCount];
+  int64_t stacked[kBranchCount];
+  Form like[kBranchCount];
+};
+
+constexpr const char* kCapsule = "fastdiff.step";
+
+void release(PyObject* capsule) {
+  auto* bound = static_cast<Bound*>(PyCapsule_GetPointer(capsule, kCapsule));
+  for (PyObject* kept : {bound->type, bound->unlike, bound->failed}) Py_DECREF(kept);
+  delete bound;
+}
+
+PyObject* otherwise(const Bound& bound, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
+  PyObject* given = PyTuple_New(count);
+  PyObject* by_name = given ? PyDict_New() : nullptr;
+  for (Py_ssize_t i = 0; by_name && i < count; ++i) {
+    Py_INCREF(args[i]);
+    PyTuple_SetItem(given, i, args[i]);
+  }
+  bool whole = by_name != nullptr;
+  for (Py_ssize_t i = 0; whole && i < named; ++i)
+    whole = PyDict_SetItem(by_name, PyTuple_GetItem(names, i), args[count + i]) == 0;
+  PyObject* result = whole ? PyObject_Call(bound.unlike, given, by_name) : nullptr;
+  Py_XDECREF(given);
+  Py_XDECREF(by_name);
+  return result;
+}
+
+// True where all that the networks returned so far was finite, else None.
+PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  auto* bound = static_cast<const Bound*>(PyCapsule_GetPointer(capsule, kCapsule));
+  if (!bound) return nullptr;
+  if (names || count < 1 || count > kBranchCount) return otherwise(*bound, args, count, names);
+  void* at[kBranchCount] = {};
+  for (int i = 0; i < kBranchCount; ++i) {
+    PyObject* tensor = i < count ? args[i] : Py_None;
+    if (!bound->given[i] && tensor == Py_None) {
+      if (bound->stacked[i]) at[i] = static_cast<char*>(at[0]) + bound->stacked[i];
+      continue;
+    }
+    View view;
+    if (!bound->given[i] || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != bound->type || !view.of(tensor) ||
+        !view.locate(bound->like[i], at[i]))
+      return otherwise(*bound, args, count, names);
+  }
+  AffineArgs& block = *bound->block;
+  block.model_out = at[0];
+  block.unguided = at[1];
+  block.perturbed = at[2];
+  int code;
+  Py_BEGIN_ALLOW_THREADS
+  code = fastdiff_affine_step_cpu(&block);
+  Py_END_ALLOW_THREADS
+  if (code) return PyObject_CallFunction(bound->failed, "i", code);
+  for (int64_t b = 0; b < block.B; ++b)
+    if (block.status[b] >= 0) Py_RETURN_NONE;
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)),
+                           METH_FASTCALL | METH_KEYWORDS, nullptr};
+
+// bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (0, bytes to Fu, bytes to Fp), unlike,
+// failed) -> step, or None where torch keeps its tensors in another way than `View` knows.
+PyObject* bind_step(PyObject*, PyObject* args) {
+  PyObject *address, *type, *tensors, *stacked, *unlike, *failed;
+  if (!PyArg_ParseTuple(args, "OOOOOO", &address, &type, &tensors, &stacked, &unlike, &failed)) return nullptr;
+  for (PyObject* kept : {type, unlike, failed}) Py_INCREF(kept);
+  auto* bound = new Bound{nullptr, type, unlike, failed};
+  PyObject* capsule = PyCapsule_New(bound, kCapsule, release);
+  if (!capsule) return nullptr;
+  bound->block = static_cast<AffineArgs*>(PyLong_AsVoidPtr(address));
+  bool known = true;
+  for (int i = 0; i < kBranchCount && !PyErr_Occurred(); ++i) {
+    PyObject* tensor = PyTuple_GetItem(tensors, i);
+    bound->stacked[i] = PyLong_AsLongLong(PyTuple_GetItem(stacked, i));
+    bound->given[i] = tensor != Py_None;
+    if (!bound->given[i]) continue;
+    View view;
+    void *at, *shown;
+    if (!locate(tensor, at)) break;
+    known = known && view.of(tensor) && view.form(bound->like[i]) && view.locate(bound->like[i], shown) && at == shown;
+  }
+  PyObject* result = nullptr;
+  if (!PyErr_Occurred()) result = known ? PyCFunction_NewEx(&step_method, capsule, nullptr) : Py_NewRef(Py_None);
+  Py_DECREF(capsule);
+  return result;
+}
+
 // bound: what `bind_apart` was given.
-PyObject* step(PyObject* bound, PyObject* const* args, Py_ssize_t count) {
+PyObject* step_apart(PyObject* bound, PyObject* const* args, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "expected i, model_out, x, first, denoised");
   const auto* block = static_cast<const AffineArgs*>(PyLong_AsVoidPtr(PyTuple_GetItem(bound, 0)));
   const bool single = PyTuple_GetItem(bound, 1) == Py_True;
@@ -42,21 +203,24 @@ PyObject* step(PyObject* bound, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)), METH_FASTCALL,
-                           nullptr};
+PyMethodDef step_apart_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_apart)),
+                                 METH_FASTCALL, nullptr};
 
 // bind_apart(address of the block, whether the first output is fp32, what raises an error code) -> step
 PyObject* bind_apart(PyObject*, PyObject* bound) {
   if (PyTuple_Size(bound) != 3) return PyErr_Format(PyExc_TypeError, "expected address, single, failed");
-  return PyCFunction_NewEx(&step_method, bound, nullptr);
+  return PyCFunction_NewEx(&step_apart_method, bound, nullptr);
 }
 
-PyMethodDef methods[] = {{"bind_apart", bind_apart, METH_VARARGS, nullptr}, {}};
+PyMethodDef methods[] = {{"bind_apart", bind_apart, METH_VARARGS, nullptr},
+                         {"bind_step", bind_step, METH_VARARGS, nullptr},
+                         {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
   if (!data_ptr) data_ptr = PyUnicode_InternFromString("data_ptr");
-  return data_ptr ? PyModule_Create(&module) : nullptr;
+  if (!cdata) cdata = PyUnicode_InternFromString("_cdata");
+  return data_ptr && cdata ? PyModule_Create(&module) : nullptr;
 }

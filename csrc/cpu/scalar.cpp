@@ -4,6 +4,7 @@
 #include "measure_terms.h"
 #include "noise.h"
 #include "norm.h"
+#include "norm_backward.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -17,7 +18,7 @@ const Executor scalar_executor = {
     measure<Plain>,
     torch_normals<Plain>,
     pixels<Plain>, noised<Plain>, squares<Plain>,
-    norm_sums<Plain>, norm_map<Plain>,
+    norm_sums<Plain>, norm_map<Plain>, norm_gradient_sums<Plain>, norm_gradient_map<Plain>,
     attend<Plain>, attend_backward<Plain>,
     winograd_into<Plain>, winograd_out<Plain>,
 };

@@ -127,6 +127,18 @@ class Branches:
             stacked = stacked[: self.batch]
         return Outputs(stacked, apart.get(UNGUIDED), apart.get(PERTURBED), variance)
 
+    def direct(self, row: Row, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Any] | None:
+        """What the main network is called with in rows like this one, where that call is all that they ask."""
+        needed = self.needed(row)
+        if not needed or not set(needed) <= set(self.stack) or self.model.dtype != x.dtype or has_modes(self.model):
+            return None
+        copies = self.copies(needed)
+        if self.stack[:copies] == (CONDITIONAL, PERTURBED) or self.model.learned_variance:
+            return None
+        count = copies * self.batch
+        own = (x, time) if count == x.shape[0] else (x[:count], time[:count])
+        return *own, self.conditions[copies - 1]
+
     def conditions_of_all(self) -> list[Any]:
         """Every condition of every network, as one tree."""
         return [self.conditions, [condition for _, condition in self.apart.values()]]
@@ -191,7 +203,13 @@ def ask(
     network: Denoiser, x: Tensor, time: Tensor, condition: Any, memory_format: torch.memory_format
 ) -> tuple[Tensor, Tensor | None]:
     """F and, of a network with a learned variance, V, like x and in `memory_format`; ValueError or TypeError if not."""
-    output = network(x.to(network.dtype), time, condition)
+    return fitted(network, network(x.to(network.dtype), time, condition), x, memory_format)
+
+
+def fitted(
+    network: Denoiser, output: Tensor, x: Tensor, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor | None]:
+    """What `ask` returns, of what the network did."""
     variance = None
     if network.learned_variance and output.dim() > 1 and output.shape[1] == 2 * x.shape[1]:
         output, variance = output.chunk(2, dim=1)

@@ -65,6 +65,7 @@ class Buffers:
         self._opening_table = empty_table(1, room.opening_terms, device)
         self._status = self.tensors.status.numpy() if device.type == "cpu" else None
         self._steps: dict[Any, tuple[ops.Step, ...]] = {}
+        self.direct: ops.Step | None = None  # what `advance` did last, if it was one step that looks at its tensors
         self._opening_step: ops.Step | None = None
         self._table: tuple[Any, ...] = ()  # what the loaded table was packed from
         self.captured = 0  # grows when addresses change that a graph has captured
@@ -181,6 +182,7 @@ class Buffers:
                     "returns [B, 2C, ...] in Denoiser(..., learned_variance=True)"
                 )
             self.tensors.variance.copy_(variance[: self.batch])
+        self.direct = steps[0] if executor == "cpp" and len(steps) == 1 and variance is None else None
         for step in steps:
             step(*given)
 

@@ -2,7 +2,8 @@
 
 May import: checks, errors. The extension is a shared object of C functions called through ctypes: a step is one call
 with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
-Only the step that is given its tensors each time (`bind_apart`) is a function of Python's own interface on a CPU.
+On a CPU a row is a function of Python's own interface instead, which looks at the tensors it is given through torch's
+stable C functions: after milliseconds of network what a step costs is how much it touches, and ctypes touches the most.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ _MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "
 _TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
+    "grad", "sums",
 )  # fmt: skip
 _ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
 
 
+Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
@@ -155,7 +158,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "attention"
+    ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
     for op in (*ops, "winograd_into", "winograd_out"):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
@@ -204,12 +207,29 @@ def _fill(args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, poi
     args.model_out_dtype = DTYPES[tensors.model_out.dtype]
 
 
-def bind(tensors: StepTensors, executor: str) -> Callable[..., None]:
+def bind(tensors: StepTensors, executor: str) -> Step:
     """`step(model_out, unguided, perturbed)` running one row on checked tensors: deterministic, capturable on "cuda".
 
-    Raises ValueError when a model output is not like the one that was bound: its memory is read as it stands.
+    Raises ValueError, and has done nothing, when a model output is not like the one that was bound: its memory is read
+    as it stands. True: all model outputs so far were finite; None: look at `status`.
     """
-    return _bind(arguments(tensors), tensors, executor, "affine_step")
+    args = arguments(tensors)
+    step = _bind(args, tensors, executor, "affine_step")
+    return _quick(args, tensors, step) or step if executor == "cpp" else step
+
+
+def _quick(args: AffineArgs, tensors: StepTensors, step: Step) -> Step | None:
+    """`step` as one C function, which hands on to it all that is not like the tensors that were bound.
+
+    None where torch keeps its tensors in another way than that function knows.
+    """
+
+    def failed(code: int) -> None:
+        raise _failed("affine_step on cpp", code)
+
+    given = tuple(getattr(tensors, name) for name in _BRANCHES)
+    stacked = 0, *_stacked(args, tensors.model_out)
+    return _python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
@@ -222,17 +242,13 @@ def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str)
 def _bind(
     args: AffineArgs | GuideArgs, tensors: StepTensors | GuideTensors, executor: str, op: str
 ) -> Callable[..., None]:
-    library, address = load(), ctypes.addressof(args)
+    address = ctypes.addressof(args)
     run = _function(op, executor, tensors.state.device)
     like = tensors.model_out
     shape, dtype, kind = like.shape, like.dtype, like.device
     contiguous = tensors.state[0].is_contiguous()
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    branch = args.B * args.N * like.element_size()
-    stacked = shape[0] // max(args.B, 1)
-    # where in the stack Fu and Fp begin; 0: not in it
-    second = branch if stacked > 1 else 0
-    third = 2 * branch if stacked > 2 else 0
+    second, third = _stacked(args, like)
     apart = tensors.unguided is not None or tensors.perturbed is not None
 
     def step(model_out: Tensor, unguided: Tensor | None = None, perturbed: Tensor | None = None) -> None:
@@ -253,7 +269,7 @@ def _bind(
             place("perturbed", perturbed)
         code = run(address)
         if code:
-            raise RuntimeError(f"{op} on {executor}: {library.fastdiff_error(code).decode()} (code {code})")
+            raise _failed(f"{op} on {executor}", code)
 
     def place(name: str, given: Tensor | None) -> None:
         bound = getattr(tensors, name)
@@ -271,18 +287,23 @@ def _bind(
     return step
 
 
+def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
+    """Where in a stack of outputs Fu and Fp begin, in bytes; 0: not in it."""
+    branch, copies = args.B * args.N * like.element_size(), like.shape[0] // max(args.B, 1)
+    return branch if copies > 1 else 0, 2 * branch if copies > 2 else 0
+
+
 def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: float, executor: str) -> Callable[[], None]:
     """`find()`, writing each sample's number on checked tensors: deterministic, capturable on "cuda"."""
     args = MeasureArgs(rtol=rtol, atol=atol, quantity=quantity)
     _point(args, tensors, _MEASURE_POINTERS)
     args.B, args.N = len(tensors.value), tensors.value[0].numel()
-    library, run = load(), _function("measure", executor, tensors.value.device)
+    run = _function("measure", executor, tensors.value.device)
 
     def find() -> None:
         if code := run(ctypes.addressof(args)):
             # tensors is named so that the bound call keeps what the block points to
-            why = f"{library.fastdiff_error(code).decode()} (code {code})"
-            raise RuntimeError(f"measure on {executor}, values {tuple(tensors.value.shape)}: {why}")
+            raise _failed(f"measure on {executor}, values {tuple(tensors.value.shape)}", code)
 
     return find
 
@@ -296,7 +317,7 @@ def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     assert model is not None
     args.image_dtype, args.model_dtype = DTYPES[tensors.images.dtype], DTYPES[model.dtype]
     if code := _function(op, executor, tensors.images.device)(ctypes.addressof(args)):
-        raise RuntimeError(f"{op} on {executor}: {load().fastdiff_error(code).decode()} (code {code})")
+        raise _failed(f"{op} on {executor}", code)
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:
@@ -311,7 +332,7 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
     assert tensors.model_in is not None
 
     def failed(code: int) -> None:
-        raise _failed(library, executor, code, args, tensors)
+        raise _failed(_named(executor, args, tensors), code)
 
     return _python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
 
@@ -326,15 +347,18 @@ def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors)
         args.denoised = None if denoised is None else denoised.data_ptr()
         code = run(address)
         if code:
-            raise _failed(library, "cuda", code, args, tensors)
+            raise _failed(_named("cuda", args, tensors), code)
 
     return step
 
 
-def _failed(library: ctypes.CDLL, executor: str, code: int, args: AffineArgs, tensors: StepTensors) -> RuntimeError:
+def _failed(where: str, code: int) -> RuntimeError:
+    return RuntimeError(f"{where}: {load().fastdiff_error(code).decode()} (code {code})")
+
+
+def _named(executor: str, args: AffineArgs, tensors: StepTensors) -> str:
     # both are named so that a step keeps the block and what it points to
-    why = f"{library.fastdiff_error(code).decode()} (code {code})"
-    return RuntimeError(f"affine_step on {executor}, {args.R} rows, state {tuple(tensors.state.shape)}: {why}")
+    return f"affine_step on {executor}, {args.R} rows, state {tuple(tensors.state.shape)}"
 
 
 def _given(tensor: Tensor | None) -> str:

@@ -264,15 +264,21 @@ def _backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Ten
     executor = choose(total.device, total.dtype) if executor == "auto" else executor
     last = check(given, groups, executor)
     grad = _like(grad, last)
-    if executor != "triton":
+    if executor == "reference":
         du, sums = reference_norm.backward(grad, given, stats, groups, act)
         return _like(du, last), sums
-    from fastdiff.kernels import norm_backward
-
     du = torch.empty_like(total)
     sums = torch.empty(*total.shape[:1], 3, total.shape[1], dtype=torch.float32, device=total.device)
-    norm_backward.backward(grad, given, stats, groups, act, du, sums, last)
-    return du, sums
+    run: Any
+    if executor == "cpp":
+        run = norm_cpu.backward
+    else:
+        from fastdiff.kernels import norm_backward
+
+        run = norm_backward.backward
+    if total.numel():
+        run(grad, given, stats, groups, act, du, sums, last)
+    return du, sums if total.numel() else sums.zero_()
 
 
 def _fake_backward(grad: Tensor, *arguments: Any, executor: str) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fastdiff.engine import native
 from fastdiff.engine.native import NormArgs
 from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, lies_last, row
 
+VECTORS = ("weight", "bias", "before", "scale", "shift")
 KEPT = 4096  # layouts; more than that come from sizes that do not come again
 
 
@@ -64,6 +65,10 @@ def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Boun
 
 def run(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> None:
     """Write y, the sum and the statistics; the block is one of tensors like these, and is not changed."""
+    _launch(_addressed(block, given, y, total, stats))
+
+
+def _addressed(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> NormArgs:
     x, weight, bias, before, scale, shift, residual, skip = given
     args = NormArgs.from_buffer_copy(block)  # another thread may run the same layout
     args.x, args.weight, args.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
@@ -80,7 +85,7 @@ def run(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: 
         args.skip = skip.data_ptr()
     if total is not None:
         args.total = total.data_ptr()
-    _launch(args)
+    return args
 
 
 def run_sum(block: NormArgs, x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor) -> None:
@@ -98,16 +103,29 @@ def forward(
     given: Inputs, groups: int, eps: float, act: bool, y: Tensor, total: Tensor | None, stats: Tensor, last: bool
 ) -> None:
     """Write y, the sum and the statistics of any tensors that `norm_checks.check` takes. Deterministic."""
-    names = ("weight", "bias", "before", "scale", "shift")
-    vectors = {name: vector.float() for name in names if (vector := getattr(given, name)) is not None}
-    given = given._replace(**vectors)
+    given = _single(given)
     run(_block(given, groups, eps, act, last), given, y, total, stats)
+
+
+def backward(
+    grad: Tensor, given: Inputs, stats: Tensor, groups: int, act: bool, du: Tensor, sums: Tensor, last: bool
+) -> None:
+    """Write the gradient of the sum, which is given.x, and the sums over pixels [B, 3, C]. Deterministic."""
+    given = _single(given)
+    args = _addressed(_block(given, groups, 0.0, act, last), given, du, None, stats)
+    args.grad, args.sums = grad.data_ptr(), sums.data_ptr()
+    _launch(args, "norm_backward")
 
 
 def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:
     """total = x + before + residual, of any tensors that `norm_checks.check_add` takes."""
     before = None if before is None else before.float()
     run_sum(_sum_block(x, before, residual, last), x, before, residual, total)
+
+
+def _single(given: Inputs) -> Inputs:
+    """With every vector in fp32."""
+    return given._replace(**{name: vector.float() for name in VECTORS if (vector := getattr(given, name)) is not None})
 
 
 def _layouts(tensors: Sequence[Tensor | None]) -> list[Hashable]:
@@ -154,8 +172,8 @@ def _sum_block(x: Tensor, before: Tensor | None, residual: Tensor | None, last: 
     )
 
 
-def _launch(args: NormArgs) -> None:
+def _launch(args: NormArgs, op: str = "norm") -> None:
     library = native.load()
-    code = library.fastdiff_norm_cpu(ctypes.addressof(args))
+    code = getattr(library, f"fastdiff_{op}_cpu")(ctypes.addressof(args))
     if code:
-        raise RuntimeError(f"norm_act on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise RuntimeError(f"{op} on cpp: {library.fastdiff_error(code).decode()} (code {code})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ _ARGUMENTS = (
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
-Step = Callable[..., None]
+T = TypeVar("T")
+Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
@@ -97,7 +98,8 @@ def affine_step(tensors: StepTensors, executor: str) -> None:
 def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
     """Check once and return `step(model_out, unguided, perturbed)`: the hot path, no dispatcher and no allocation.
 
-    Its tensors must keep the shapes, dtypes and memory format of those that were bound; what was None stays None.
+    Its tensors must keep the shapes, dtypes and memory format of those that were bound; what was None stays None. It
+    returns True where it knows that all network outputs so far were finite, else None.
     uses_e: False promises that no row of any table that is copied into `coef` gives E a weight, which lets "triton"
     take its shorter kernel.
     """
@@ -120,14 +122,14 @@ def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
     return step
 
 
-def on_device(step: Step, device: torch.device) -> Step:
+def on_device(step: Callable[..., T], device: torch.device) -> Callable[..., T]:
     """A step that Triton launches, on its tensors' device whichever is current."""
     if device.type != "cuda":
         return step
 
-    def guarded(*outputs: Tensor | None) -> None:
+    def guarded(*outputs: Tensor | None) -> T:
         with torch.cuda.device(device):
-            step(*outputs)
+            return step(*outputs)
 
     return guarded
 

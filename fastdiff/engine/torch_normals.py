@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +29,16 @@ def fill(out: Tensor, generator: torch.Generator | None = None) -> Tensor:
     Quicker for contiguous fp32 on a CPU, otherwise torch's own. Threads may share a generator for draws made here;
     a draw that torch itself makes from it in another thread at the same moment may give the same numbers.
     """
+    filler(out, generator)()
+    return out
+
+
+def filler(out: Tensor, generator: torch.Generator | None = None) -> Callable[[], Any]:
+    """What does as `fill(out, generator)` each time it is called, the choice of how being made."""
     source = _quick(out, generator)
     if source is None:
-        return out.normal_(generator=generator)
-    _draw(out, source)
-    return out
+        return functools.partial(out.normal_, generator=generator)
+    return functools.partial(_draw, out, source)
 
 
 def skip(out: Tensor, generator: torch.Generator | None = None) -> None:

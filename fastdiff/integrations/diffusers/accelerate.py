@@ -24,7 +24,7 @@ from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, check, kind_of
 from fastdiff.integrations.diffusers.program import Program, Start, Starts, stands
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
-from fastdiff.integrations.diffusers.standing import look
+from fastdiff.integrations.diffusers.standing import Looked, look
 from fastdiff.models.denoiser import Denoiser
 
 Pipeline = TypeVar("Pipeline")
@@ -92,7 +92,7 @@ class Engine:
         self._running = threading.Lock()
         self._starts = Starts(self.kind)
         self._desks: list[Desk] = []
-        self._solving: tuple[Solving, dict[str, tuple[Any, int]]] | None = None  # of a scheduler that stood so
+        self._solving: tuple[Solving, Looked] | None = None  # of a scheduler that stood so
         self._timed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,16 +164,19 @@ class Engine:
 
     def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], latents: Tensor) -> Start:
         """Where in the pipeline's own scheduler a loop begins."""
-        device, dtype = latents.device.type, latents.dtype
+        device, dtype = "cpu" if latents.is_cpu else latents.device.type, latents.dtype
         output = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         return self._starts.of(vars(pipe)["scheduler"], timestep, options, (output, dtype))
 
     def desk(self, needs: Needs, program: Program) -> Desk:
         """Buffers for this program: the last ones that fit, or new ones."""
-        found = next((desk for desk in self._desks if desk.fits(needs, program)), None)
-        if found is None:
+        for found in self._desks:
+            if found.fits(needs, program):
+                break
+        else:
             found = Desk(needs, program)
-        self._desks = [found, *(desk for desk in self._desks if desk is not found)][:KEPT_DESKS]
+        if not self._desks or self._desks[0] is not found:
+            self._desks = [found, *(desk for desk in self._desks if desk is not found)][:KEPT_DESKS]
         return found
 
     def replay(self, asking: Asking) -> Callable[[], None] | None:
@@ -266,10 +269,13 @@ def _accelerated(base: Any) -> type:
 
 def _component(name: str) -> property:
     def read(self: Any) -> Any:
-        if name not in vars(self):  # what the base class makes of it: its config still knows the name
+        own = self.__dict__
+        if name not in own:  # what the base class makes of it: its config still knows the name
             raise AttributeError(name)
-        call = _call(self)
-        return vars(self)[name] if call is None else call.component(name)
+        call = own[ENGINE].current
+        if call is None or call.thread != threading.get_ident():
+            return own[name]
+        return call.stand_ins[name] if call.looping else call.component(name)
 
     def write(self: Any, value: Any) -> None:
         vars(self)[name] = value

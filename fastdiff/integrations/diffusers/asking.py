@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from fastdiff.engine import conditions
 from fastdiff.engine.graphs import WARM_UP, Recorder
+from fastdiff.engine.ops import Step
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
+Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]  # of a call, by position and by name
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
 _SCALAR = torch.Size()
+_FIRST, _SAMPLE = itemgetter(0), attrgetter("sample")
 WEIGHTS = "_parameters", "_buffers", "_modules"  # told apart by where they live
 BY_VALUE, COLLECTIONS = (bool, int, str), (OrderedDict, dict, set, list, tuple)
 
@@ -46,6 +50,14 @@ class Asked(NamedTuple):
             )
         return Asked(name, len(args) > 1, time, cond)
 
+    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> list[Arguments]:
+        """Those of the same call of this state, of each time."""
+        cond = self.cond if self.state is None else {self.state: x, **self.cond}
+        head = (x,) if self.state is None else ()
+        if self.by_position:
+            return [((*head, time), cond) for time in times]
+        return [(head, {**cond, "timestep": time}) for time in times]
+
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
         if self.state is not None:
@@ -54,6 +66,19 @@ class Asked(NamedTuple):
         if self.by_position:
             return lambda time: network(x, time, **cond)
         return lambda time: network(x, timestep=time, **cond)
+
+
+class Direct(NamedTuple):
+    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: those of a second call.
+
+    The row raises ValueError, and has done nothing, for an output that is not like the ones before.
+    """
+
+    network: Any
+    calls: list[Arguments]
+    apart: list[Arguments] | None
+    pick: Callable[[Any], Tensor]
+    row: Step
 
 
 class Asking:
@@ -73,6 +98,7 @@ class Asking:
         self.swapped = guided and not rescaled and kind.branches == "uncond first"
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
+        self._pick: Callable[[Any], Tensor] = _FIRST  # what makes the last output of what the network returned
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -93,9 +119,8 @@ class Asking:
 
         own: conditions like the calls', instead of them.
         """
-        conds = self.conditions if own is None else own
-        calls = [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
-        first, last, output = calls[0], calls[-1], self._output
+        calls = self._calls(self.conditions if own is None else own)
+        first, last, output = calls[0], calls[-1], self.output
 
         def evaluate(time: Tensor) -> tuple[Tensor, Tensor | None]:
             return output(first(time)), None
@@ -109,20 +134,42 @@ class Asking:
 
         return apart if len(calls) > 1 else split if self.rescaled else evaluate
 
-    def _output(self, returned: Any) -> Tensor:
-        output: Tensor = returned[0] if isinstance(returned, tuple) else returned.sample
-        channels = self.desk.channels
-        if output.size(1) != channels:
+    def direct(self, times: Sequence[Tensor]) -> Direct | None:
+        """Rows of calls like these, if the last one on this desk went to its row as the network returned it."""
+        known = self.desk.direct.get(self.form)
+        if known is None:
+            return None
+        calls = [one.arguments(x, times) for one, x in zip(self.asked, self._inputs, strict=True)]
+        return Direct(self.network, calls[0], calls[1] if len(calls) > 1 else None, *known)
+
+    def settle(self, conditional: Tensor, unguided: Tensor | None = None) -> None:
+        """The row on what the calls gave, which from now on stands for what the next ones will."""
+        desk, form = self.desk, self.form
+        desk.advance(conditional, unguided, form)
+        if not self.rescaled and desk.row is not None:
+            desk.direct[form] = self._pick, desk.row
+
+    def _calls(self, conds: Sequence[dict[str, Any]]) -> list[Callable[[Tensor], Any]]:
+        return [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
+
+    def output(self, returned: Any) -> Tensor:
+        """The latents' channels of what a call returned, contiguous."""
+        pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
+        output: Tensor = pick(returned)
+        channels, found = self.desk.channels, output.size(1)
+        if found != channels:
             if not self.kind.variance:
-                what = (
-                    "a variance that it predicts" if output.size(1) == 2 * channels else "what it is given beside them"
-                )
+                what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
                 raise ValueError(
-                    f"accelerate: the network gives {output.size(1)} channels for latents of {channels}; {what} is not "
+                    f"accelerate: the network gives {found} channels for latents of {channels}; {what} is not "
                     "taken over here. restore(pipe) runs it as it was"
                 )
-            output = output[:, :channels]
-        return output.contiguous()
+            self._pick = lambda again: pick(again).narrow(1, 0, channels).contiguous()
+        elif output.is_contiguous():
+            self._pick = pick
+        else:
+            self._pick = lambda again: pick(again).contiguous()
+        return self._pick(returned)
 
 
 def as_it_stands(module: nn.Module) -> tuple[Any, ...]:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.engine import torch_normals
 from fastdiff.engine.ops import MODEL_DTYPES
-from fastdiff.integrations.diffusers.asking import Asked, Asking
-from fastdiff.integrations.diffusers.desk import Desk, Needs
+from fastdiff.integrations.diffusers.asking import Asked
+from fastdiff.integrations.diffusers.desk import Needs
+from fastdiff.integrations.diffusers.loop import Loop
 from fastdiff.integrations.diffusers.pipelines import Arguments, Kind
-from fastdiff.integrations.diffusers.program import Like, Start
+from fastdiff.integrations.diffusers.program import Start
 from fastdiff.integrations.diffusers.solving import Solving
 
 CALLBACKS = ("callback_on_step_end", "callback")
@@ -53,9 +53,7 @@ class Call:
         vars(self).clear()
 
     def component(self, name: str) -> Any:
-        """The scheduler or the network, as the pipeline is to see it now."""
-        if self.looping:
-            return self.stand_ins[name]
+        """The scheduler or the network, as the pipeline is to see it outside its loop."""
         if name == "scheduler" and self.solving is not None:
             return self.solving
         return self.own(name)
@@ -117,12 +115,12 @@ class Call:
             scale, rescale = self._guidance(asked)
             guided = scale is not None
             halved = guided and self.kind.doubled
-            latents = sample[: len(sample) // 2] if halved else sample
+            latents = sample[: sample.shape[0] // 2] if halved else sample
             loop = self._loop
             if loop is None:
                 start = self._start(timestep, latents, options)
                 desk = self.engine.desk(self._needs(latents, guided), start.program)
-                loop = self._loop = Loop(self, desk, start, tuple(sample.shape), generator)
+                loop = self._loop = Loop(self, desk, start, sample.shape, generator)
                 loop.open(latents)
             elif loop.changed(sample):
                 loop.put(latents)
@@ -175,112 +173,6 @@ class Call:
                 "with one evaluation a step, such as dpmpp_2m"
             )
         return Start(program, 0, 0)
-
-
-class Loop:
-    """The rows of one call."""
-
-    def __init__(self, call: Call, desk: Desk, start: Start, shape: tuple[int, ...], generator: Any) -> None:
-        self.call, self.desk, self.start = call, desk, start
-        self.program = start.program
-        last = len(self.program) if call.solving is not None else start.first + call.iterations
-        self.rows = range(start.first, last)
-        self.next = start.first
-        self._shape, self._generator = shape, generator
-        self._asked: tuple[Any, Sequence[Asked]] | None = None  # with its mark, and kept so that the mark holds
-        self._given: tuple[Tensor, int] | None = None
-        self._step: Callable[[int], None] | None = None
-        interrupt = getattr(call.base, "interrupt", None)
-        self._interrupted: Callable[[], bool] = (lambda: False) if interrupt is None else (
-            lambda: interrupt.fget(call.pipe)
-        )  # fmt: skip
-
-    def open(self, latents: Tensor) -> None:
-        """The first state and network input, and the seeds of a solver that draws."""
-        self.desk.open(self.start, latents)
-        if self.program.stochastic:
-            self.desk.tensors.seed.copy_(seeds(self._generator, self.desk.batch))
-
-    def changed(self, sample: Tensor) -> bool:
-        """Whether this is another state than the last step gave."""
-        assert self._given is not None
-        tensor, version = self._given
-        return sample is not tensor or sample.is_inference() or sample._version != version
-
-    def put(self, latents: Tensor) -> None:
-        """Another state for the next row."""
-        self.desk.put(self.program, self.next, latents)
-
-    def ask(self, asked: Sequence[Asked], scale: float | None, rescale: float) -> None:
-        """What the rows from here on ask of the network, and their guidance."""
-        rescaled = scale is not None and rescale > 0.0
-        network = self.call.own(self.call.kind.network)
-        mark = [_mark(one.cond) for one in asked], scale is not None, rescaled, id(network)
-        if self._asked is None or mark != self._asked[0]:
-            self._asked = mark, asked
-            self._prepare(Asking(self.call.kind, network, asked, scale is not None, rescaled, self.desk))
-        self.desk.guide(1.0 if scale is None else 1.0 - scale if self._swapped else scale, rescale)
-
-    def _prepare(self, asking: Asking) -> None:
-        """How a row runs that asks so."""
-        self._swapped = asking.swapped
-        first = asking.asked[0].time
-        like = Like(asking.time_shape, first.dtype, first.device)
-        times = self.program.shown(self.call.kind, self.desk.needs.dtype, like)
-        self.call.engine.check_time(first, times[self.next])
-        replay = self.call.engine.replay(asking)
-        if replay is not None:
-            self._step = lambda i: replay()
-            return
-        evaluate, advance, form = asking.on(), self.desk.advance, asking.form
-
-        def step(i: int) -> None:
-            advance(*evaluate(times[i]), form)
-
-        self._step = step
-
-    def run(self, count: int) -> None:
-        """This many rows, fewer where the pipeline is interrupted."""
-        rows, draws, bar, total = self.rows, self.program.draws, self.call.bar, len(self.rows)
-        assert self._step is not None
-        step, interrupted = self._step, self._interrupted
-        ticks = self.call.hoists and not getattr(bar, "disable", False)
-        for i in range(self.next, min(self.next + count, rows.stop)):
-            if i > rows.start and interrupted():
-                break
-            if draws[i]:
-                self._draw(i)
-            step(i)
-            self.next = i + 1
-            if ticks:
-                done = i + 1 - rows.start
-                due = done * bar.total // total - (done - 1) * bar.total // total
-                if due:
-                    bar.update(due)
-        if self.call.solving is None and self.start.counted is not None:
-            self.call.own("scheduler")._step_index = self.start.counted + self.next - rows.start
-
-    def state(self, doubled: bool) -> Tensor:
-        """The state that the rows so far have left, as a tensor of its own."""
-        state = self.desk.state(self.program.states[self.next - 1]).to(self.program.dtype, copy=True)
-        if doubled:
-            state = torch.cat([state, state])
-        self._given = state, 0 if state.is_inference() else state._version
-        return state
-
-    def _draw(self, i: int) -> None:
-        """The step's normals, drawn as the scheduler draws them."""
-        for draw, slot in self.program.draws[i]:
-            noise = self.desk.noise[slot]
-            source = self._generator if draw.by_generator else None
-            alone = source is None or (isinstance(source, torch.Generator) and source.device.type == noise.device.type)
-            if alone and draw.dtype == torch.float32 and noise.shape == self._shape:
-                torch_normals.fill(noise, source)
-                continue
-            from diffusers.utils.torch_utils import randn_tensor
-
-            drawn = randn_tensor(self._shape, source, device=noise.device, dtype=draw.dtype)
-            noise.copy_(drawn[: len(noise)])
 
 
 class Steps:
@@ -359,27 +251,3 @@ class Bar:
         """Another iteration of the pipeline's."""
         if not self._call.hoists:
             self._bar.update(n)
-
-
-def seeds(generator: Any, batch: int) -> Tensor:
-    """int64 [B], drawn from the caller's generator or generators."""
-    given = generator if isinstance(generator, list) else [generator]
-    each = batch if len(given) == 1 else 1
-    drawn = [
-        torch.randint(2**63 - 1, (each,), generator=one, device="cpu" if one is None else one.device) for one in given
-    ]
-    return torch.cat([one.cpu() for one in drawn])
-
-
-def _mark(value: Any) -> Any:
-    """What tells one condition from another while both live: which tensors they are, and how often written to.
-
-    An inference tensor does not count, so it is always another.
-    """
-    if isinstance(value, Tensor):
-        return object() if value.is_inference() else (id(value), value._version)
-    if isinstance(value, dict):
-        return tuple((key, _mark(part)) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_mark(part) for part in value)
-    return id(value)

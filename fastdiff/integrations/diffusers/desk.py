@@ -6,8 +6,9 @@ another number of steps, schedule or guidance finds the same addresses, and a ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ Form = tuple[int, bool, bool]  # of a step: how many calls of the network, wheth
 ROWS, TERMS, REGISTERS, SLOTS = 64, 4, 4, 2  # the least room a desk has
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What a desk is made for. shape: of the latents, batch first. copies: of the network's input, of this dtype."""
 
     shape: torch.Size
@@ -59,6 +59,8 @@ class Desk:
         self._guided: tuple[float, float] | None = None
         self.recorder = recorder_for(needs.device, self.executor)
         self.recorded: dict[Any, Any] = {}
+        # of a step with one call of the network: how its output is taken from what is returned, and its row
+        self.direct: dict[Form, tuple[Callable[[Any], Tensor], ops.Step]] = {}
 
     def _allocate(self) -> None:
         device, batch = self.needs.device, self.batch
@@ -122,7 +124,10 @@ class Desk:
         row = self.tensors.row
         row.zero_()
         self._open(self._unread)
-        row.fill_(first)
+        if first:
+            row.fill_(first)
+        else:
+            row.zero_()
 
     def _load(self, program: Program, first: int) -> None:
         head = program.opening.coef.copy()
@@ -161,6 +166,11 @@ class Desk:
             self._now, self._form, self._dtype = self._steps[key], form, conditional.dtype
         for step in self._now:
             step(conditional, unguided)
+
+    @property
+    def row(self) -> ops.Step | None:
+        """The step that the last row took, if it was a single one that looks at its tensors itself."""
+        return self._now[0] if self.executor == "cpp" and len(self._now) == 1 else None
 
     def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
         tensors = replace(self.tensors, model_out=conditional, unguided=unguided)

@@ -17,8 +17,10 @@ from torch import Tensor
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.integrations.diffusers.pipelines import Kind
-from fastdiff.integrations.diffusers.standing import PASSING, Hosted, first_index, look, plain_copy
+from fastdiff.integrations.diffusers.standing import PASSING, Hosted, Looked, first_index, look, plain_copy
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
+
+FEW = 256  # elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,11 @@ class Program:
     def terms(self) -> int:
         """The most normals that a row draws."""
         return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (self.rows, self.opening))
+
+    @functools.cached_property
+    def drawing(self) -> bool:
+        """Whether anything is drawn before a row."""
+        return any(self.draws)
 
     @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
@@ -137,7 +144,7 @@ class Starts:
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
         self._hosted = Hosted()
-        self._last: tuple[dict[str, tuple[Any, int]], Any, Start] | None = None
+        self._last: tuple[Looked, Any, Start] | None = None
 
     def of(
         self, scheduler: Any, timestep: Tensor, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
@@ -152,25 +159,27 @@ class Starts:
         return self._last[2]
 
 
-def stands(before: dict[str, tuple[Any, int]], now: dict[str, Any]) -> bool:
+def stands(before: Looked, now: dict[str, Any]) -> bool:
     """Whether the attributes of a scheduler are what `look` saw."""
-    found = 0
-    for name, value in now.items():
-        if name in PASSING:
-            continue
-        if name not in before or not _alike(*before[name], value):
+    for name, (seen, version) in before.items():
+        value = now.get(name, PASSING)
+        if value is not seen:
+            if not _alike(seen, version, value):
+                return False
+        elif version is not None and seen._version != version:
             return False
-        found += 1
-    return found == len(before)
+    passing = sum([name in now for name in PASSING])
+    return len(now) - passing == len(before)
 
 
-def _alike(one: Any, version: int, other: Any) -> bool:
+def _alike(one: Any, version: int | None, other: Any) -> bool:
     if isinstance(one, Tensor):
-        written = 0 if one.is_inference() else one._version
-        same = one is other or (isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other))
-        return written == version and same
-    if one is other:
-        return True
+        if not isinstance(other, Tensor) or one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        if version is not None and one._version != version:
+            return False
+        # of few numbers a list is quicker than an operation
+        return one.tolist() == other.tolist() if one.numel() <= FEW else torch.equal(one, other)
     if type(one) is not type(other):
         return False
     if isinstance(one, np.ndarray):
@@ -182,8 +191,10 @@ def _alike(one: Any, version: int, other: Any) -> bool:
 
 def _position(timesteps: Tensor, timestep: Tensor) -> int:
     """Which of the timesteps this is: by where it lies in memory, so that one on a GPU is not read."""
-    step = timesteps.stride(0) * timesteps.element_size()
-    found = (timestep.data_ptr() - timesteps.data_ptr()) // max(step, 1)
+    offset = timestep.data_ptr() - timesteps.data_ptr()
+    if not offset:
+        return 0
+    found = offset // max(timesteps.stride(0) * timesteps.element_size(), 1)
     if 0 <= found < len(timesteps):
         return found
     values = timesteps.tolist()

@@ -52,7 +52,7 @@ class Run:
         """The table and the timesteps of the scheduler as it stands."""
         self._take_table(self._table(scheduler, position))
         self.place = Place(scheduler, self.name, self.hosted)
-        self._looked: dict[str, tuple[Any, int]] = look(scheduler)
+        self._looked = look(scheduler)
 
     def _take_table(self, table: Table) -> None:
         """_last: the row after which the next one is looked up again, -1 for every one."""

@@ -21,12 +21,14 @@ OURS = "_fastdiff"  # the attribute of a fast scheduler that holds its run; the 
 # What says where a run stands or how it draws, but not what its steps are.
 PASSING = (OURS, "_step_index", "_begin_index", "is_scale_input_called", "noise_sampler")
 
+Looked = dict[str, "tuple[Any, int | None]"]
+
 
 class Hosted:
     """What was seen of a scheduler's attributes: host copies and marks, so that looking again costs no transfer."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, int, Tensor | None, Hashable]] = {}
+        self._known: dict[int, tuple[Any, int | None, Tensor | None, Hashable]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor on the host; the copy that is there already where it is the same tensor."""
@@ -45,7 +47,7 @@ class Hosted:
         self._known = {key: value for key, value in self._known.items() if key in held}
         return self
 
-    def _seen(self, value: Any) -> tuple[Any, int, Tensor | None, Hashable]:
+    def _seen(self, value: Any) -> tuple[Any, int | None, Tensor | None, Hashable]:
         found = self._known.get(id(value))
         if found is None or found[0] is not value or found[1] != _version(value):
             if isinstance(value, Tensor):
@@ -53,27 +55,27 @@ class Hosted:
                 raw = host.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
                 found = value, _version(value), host, (str(value.dtype), tuple(value.shape), raw)
             else:
-                found = value, 0, None, repr(sorted(value.items(), key=lambda item: str(item[0])))
+                found = value, None, None, repr(sorted(value.items(), key=lambda item: str(item[0])))
             self._known[id(value)] = found
         return found
 
 
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-def look(scheduler: Any) -> dict[str, tuple[Any, int]]:
-    """The attributes that a step's table depends on, and how often their tensors were written to."""
+def look(scheduler: Any) -> Looked:
+    """The attributes that a step's table depends on, and how often their tensors were written to, where that counts."""
     return {key: (value, _version(value)) for key, value in vars(scheduler).items() if key not in PASSING}
 
 
-def unchanged(before: dict[str, tuple[Any, int]], scheduler: Any) -> bool:
+def unchanged(before: Looked, scheduler: Any) -> bool:
     """Whether the scheduler still is as `look` saw it."""
     now = look(scheduler)
     return now.keys() == before.keys() and all(_same(before[key], now[key]) for key in now)
 
 
-def _same(before: tuple[Any, int], now: tuple[Any, int]) -> bool:
+def _same(before: tuple[Any, int | None], now: tuple[Any, int | None]) -> bool:
     if before[0] is now[0]:
         return before[1] == now[1]
     return type(before[0]) is type(now[0]) and isinstance(now[0], bool | int | float | str) and before[0] == now[0]

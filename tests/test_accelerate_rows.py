@@ -1,0 +1,170 @@
+"""Rows of an accelerated pipeline that go from its network to the kernel directly, and what becomes of the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.integrations.diffusers import accelerate, asking
+from fastdiff.integrations.diffusers.accelerate import ENGINE
+from fastdiff.integrations.diffusers.asking import Direct
+from fastdiff.integrations.diffusers.pipelines import interruption
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import tiny_pipelines as tiny
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers", reason="diffusers' text pipelines need transformers (pip install transformers)")
+
+KINDS = list(tiny.MAKERS)
+LATENT = 2e-5
+
+
+def call(pipe: Any, steps: int = 5, **more: Any) -> torch.Tensor:
+    options = tiny.arguments(type(pipe).__name__, seed=1, steps=steps)
+    options["output_type"] = "latent" if "Diffusion" in type(pipe).__name__ or "Flux" in type(pipe).__name__ else "np"
+    return torch.as_tensor(pipe(**{**options, **more}).images)
+
+
+def network_of(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def rows_of(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Direct | None]:
+    """What the rows of calls are run by from here on, as each loop is made ready."""
+    seen: list[Direct | None] = []
+    own = asking.Asking.direct
+
+    def direct(self: Any, times: Any) -> Direct | None:
+        seen.append(own(self, times))
+        return seen[-1]
+
+    monkeypatch.setattr(asking.Asking, "direct", direct)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_call_runs_every_row_directly_and_gives_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = accelerate(tiny.make(kind))
+    seen = rows_of(pipe, monkeypatch)
+    first = call(pipe)
+    assert seen[0] is None and isinstance(seen[1], Direct) and len(seen) == 2
+    assert torch.equal(call(pipe), first)
+    assert isinstance(seen[2], Direct) and len(seen) == 3
+
+
+def test_rescaled_guidance_takes_two_steps_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, pipe = tiny.make("StableDiffusionPipeline"), accelerate(tiny.make("StableDiffusionPipeline"))
+    seen = rows_of(pipe, monkeypatch)
+    assert apart(call(pipe, guidance_rescale=0.7), call(plain, guidance_rescale=0.7)) <= LATENT
+    assert set(seen) == {None}
+
+
+FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "strides": lambda output: output.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "parameter": lambda output: torch.nn.Parameter(output, requires_grad=False),
+    "dtype": lambda output: output.double().float(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "FluxPipeline", "DiTPipeline", "DDPMPipeline"])
+def test_an_output_in_another_form_in_between(kind: str, form: str) -> None:
+    pipe = accelerate(tiny.make(kind))
+    expected, count = call(pipe), 0
+
+    def change(module: Any, args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count not in (2, 3, 6):
+            return output
+        if isinstance(output, tuple):
+            return (FORMS[form](output[0]), *output[1:])
+        output.sample = FORMS[form](output.sample)
+        return output
+
+    network_of(pipe).register_forward_hook(change)
+    assert torch.equal(call(pipe), expected)
+    assert count >= 5
+
+
+def test_a_network_that_returns_an_object_from_now_on() -> None:
+    pipe = accelerate(tiny.make("StableDiffusionPipeline"))
+    expected, forward = call(pipe), pipe.unet.forward
+    (desk,) = vars(pipe)[ENGINE]._desks
+    assert [pick for pick, _ in desk.direct.values()] == [asking._FIRST]
+    # the pipeline's own loop reads [0] of what stands in for the network, so only the rows see the object
+    pipe.unet.forward = lambda *args, **kw: SimpleNamespace(sample=forward(*args, **kw)[0])
+    assert torch.equal(call(pipe), expected)
+    assert [pick for pick, _ in desk.direct.values()] == [asking._SAMPLE]
+
+
+def test_an_output_in_another_dtype_in_between_binds_a_step_of_its_own() -> None:
+    pipe = accelerate(tiny.make("StableDiffusionPipeline"))
+    expected, count = call(pipe), 0
+
+    def half(module: Any, args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        return (output[0].half(),) if count == 3 else output
+
+    pipe.unet.register_forward_hook(half)
+    assert 0 < apart(call(pipe), expected) < 2e-3
+    (desk,) = vars(pipe)[ENGINE]._desks
+    assert {key[0] for key in desk._steps} == {torch.float32, torch.float16}
+    count = 3
+    assert torch.equal(call(pipe), expected)
+
+
+def test_too_many_channels_are_refused_in_any_row() -> None:
+    pipe, count = accelerate(tiny.make("StableDiffusionPipeline")), 0
+    call(pipe)
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        return (torch.cat([output[0]] * 2, 1),) if count == 3 else output
+
+    pipe.unet.register_forward_hook(double)
+    with pytest.raises(ValueError, match="the network gives 8 channels for latents of 4; a variance") as refused:
+        call(pipe)
+    assert refused.value.__context__ is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_an_interruption_is_looked_for(kind: str) -> None:
+    pipe = tiny.make(kind)
+    found, of = interruption(type(pipe), pipe)
+    if not hasattr(type(pipe), "interrupt"):
+        assert found is None
+        return
+    assert found is not None
+    for value in (False, True):
+        pipe._interrupt = value
+        assert found(of) is pipe.interrupt is value
+
+
+def test_an_interruption_of_somebody_s_own_class() -> None:
+    class Own(diffusers.StableDiffusionPipeline):  # type: ignore[misc,name-defined]
+        @property
+        def interrupt(self) -> bool:
+            return self.stops
+
+    pipe = tiny.make("StableDiffusionPipeline")
+    pipe.__class__, pipe.stops = Own, True
+    pipe._interrupt = False
+    found, of = interruption(Own, pipe)
+    assert found is not None and found(of) is True
