@@ -202,6 +202,18 @@ def test_a_weight_whose_changes_torch_does_not_count_is_not_packed() -> None:
 
 
 @torch.no_grad()
+def test_images_of_many_sizes_do_not_keep_a_copy_of_the_weight_each() -> None:
+    conv = PackedConv(torch.nn.Parameter(torch.randn(64, 48, 3, 3), requires_grad=False))
+    conv.winograd = True
+    for side in (16, 20, 24, 28, 32):
+        conv(torch.randn(1, 48, side, side).contiguous(memory_format=LAST))
+    assert [tiles for _, tiles in conv._packed] == [36, 49, 64]
+    conv.weight.mul_(2.0)
+    conv(torch.randn(1, 48, 28, 28).contiguous(memory_format=LAST))
+    assert [tiles for _, tiles in conv._packed] == [49], "what was packed of the former weight is gone"
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("size", "side"), [(4, 32), (2, 8)])
 def test_where_new_tensors_are_made_by_default_does_not_matter(size: int, side: int) -> None:
     conv = PackedConv(torch.nn.Parameter(torch.randn(256, 256, 3, 3), requires_grad=False))

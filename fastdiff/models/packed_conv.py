@@ -18,6 +18,8 @@ from fastdiff.engine import onednn, winograd
 from fastdiff.engine.norm import dispatches, transformed
 from fastdiff.engine.onednn import How
 
+KEPT = 3  # copies of one weight
+
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 _library.define("packed_conv(Tensor x, Tensor weight, int layer, int stride, int padding) -> Tensor")
 _numbers = itertools.count()
@@ -28,10 +30,11 @@ class PackedConv(nn.Module):
     """conv(x) without bias, x channels_last. weight: [C_out, C_in, k, k]; a second copy of it is kept for a CPU.
 
     winograd: whether a CPU may run it by `engine.winograd`, where that is faster for the image's shape; the copy is
-    then 1.8 or 4 times as large as the weight. A sample's output depends on nothing else in its batch, as far as that
-    of the library's convolutions does not. Deterministic; capturable on a GPU. The copy follows the weight: it is made
-    again after a change of it that torch counts, as all but those through `.data` are (`FastUNet.repack`); a weight
-    that was made in inference mode, whose changes it never counts, is read as it is.
+    then 1.8 or 4 times as large as the weight, and one for each size of image, of which the KEPT made last stay. A
+    sample's output depends on nothing else in its batch, as far as that of the library's convolutions does not.
+    Deterministic; capturable on a GPU. The copy follows the weight: it is made again after a change of it that torch
+    counts, as all but those through `.data` are (`FastUNet.repack`); a weight that was made in inference mode, whose
+    changes it never counts, is read as it is.
     """
 
     winograd = False
@@ -76,7 +79,13 @@ class PackedConv(nn.Module):
             with torch.inference_mode(False):
                 of = weight.detach()  # kept too, so that no other weight comes to lie at its address
                 packed = onednn.pack(winograd.expand(of, size) if size else of, how, x.shape)
-                kept = self._packed[key] = of, weight._version, packed
+            kept = of, weight._version, packed
+            others = [
+                (other, one)
+                for other, one in self._packed.items()
+                if other != key and one[1] == kept[1] and one[0].data_ptr() == of.data_ptr()
+            ]
+            self._packed = dict([*others[1 - KEPT :], (key, kept)])
         return onednn.conv(x, kept[2], how)
 
     def _tile_size(self, x: Tensor, weight: Tensor) -> int:
