@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -257,6 +259,17 @@ def test_the_network_it_is_made_from_is_not_changed_and_not_shared() -> None:
 
 
 @torch.no_grad()
+def test_the_network_it_is_made_from_is_not_kept() -> None:
+    """Only its clock's buffers are shared: the memory of the weights is free once the caller lets go of them."""
+    net = UNet.from_diffusers(random_peer(CONFIGS["ddpm-cifar"]))
+    weights = [weakref.ref(weight) for weight in net.parameters()]
+    fast = net.fast()
+    del net
+    gc.collect()
+    assert [weight for weight in weights if weight() is not None] == []
+    assert fast.config.in_channels == 3
+
+
 def test_blocks_that_are_not_covered_run_as_they_were() -> None:
     net, inputs = networks("classes")
     assert set(net.fast().fallbacks) == {f"mid_block.{kind}" for kind in ("resnets.0", "attentions.0", "resnets.1")}

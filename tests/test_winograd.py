@@ -200,7 +200,7 @@ def test_a_packed_convolution_follows_its_weight_and_its_image(monkeypatch: pyte
             expected = F.conv2d(x.double(), weight.double(), padding=1)
             error = (module(x) - expected).abs().max()
             assert error <= 5e-6 * expected.abs().max()
-            assert size in module._packed
+            assert size in {kind for kind, _ in module._packed}
         weight.mul_(1.5)
     expected = conv(x)
     assert torch.equal(conv(x.contiguous()), expected), "the memory format of the input does not matter"
@@ -223,7 +223,7 @@ def test_other_convolutions_stay_the_librarys() -> None:
         conv = PackedConv(torch.nn.Parameter(torch.randn(64, 64, taps, taps), requires_grad=False), stride, padding)
         conv.winograd = wanted
         conv(x)
-        assert list(conv._packed) == [0]
+        assert list(conv._packed) == [(0, 0)]
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def test_under_transforms_and_tracers_it_is_torchs_operator() -> None:
     conv = PackedConv(torch.nn.Parameter(torch.randn(64, 64, 3, 3) / 24, requires_grad=False))
     conv.winograd = True
     expected = conv(x)
-    assert 4 in conv._packed
+    assert list(conv._packed) == [(4, 64)]
     close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     mapped = torch.func.vmap(lambda one: conv(one[None])[0])(x)
     torch.testing.assert_close(mapped, expected, **close)
@@ -241,6 +241,21 @@ def test_under_transforms_and_tracers_it_is_torchs_operator() -> None:
     traced = make_fx(conv)(torch.zeros_like(x))
     assert torch.equal(traced(x), expected), "the values of the trace's own input are not baked in"
     assert torch.equal(conv(torch._neg_view(x)), conv(-x))
+
+
+def test_the_library_sees_one_number_of_tiles_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seen = given((3, 16, 16, 20, 20))[0], set()
+
+    def multiply(v: Tensor) -> Tensor:
+        seen.add(tuple(v.shape))
+        return v
+
+    for group, tiles in ((1 << 22, 25), (12 * 36 * 32, 9)):
+        monkeypatch.setattr(winograd, "_GROUP", group)
+        for batch in (1, 3):
+            winograd.run(x[:batch], 4, 16, multiply)
+        assert seen == {(1, 36 * 16, tiles, 1)}
+        seen.clear()
 
 
 # -- in the UNet
@@ -257,7 +272,7 @@ def test_the_fast_network_uses_it_unless_told_not_to() -> None:
         outputs[wanted] = fast(x, *rest)
         prepared = fast.prepare_times(*rest)
         assert torch.equal(prepared(x[:1], rest[0][:1]), prepared(x, *rest)[:1]), "no batch changes a sample"
-        packed = {size for module in fast.modules() if isinstance(module, PackedConv) for size in module._packed}
+        packed = {size for module in fast.modules() if isinstance(module, PackedConv) for size, _ in module._packed}
         assert packed == ({0, 4} if wanted else {0})
         torch.testing.assert_close(outputs[wanted], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert not torch.equal(outputs[True], outputs[False])

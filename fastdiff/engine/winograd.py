@@ -84,20 +84,27 @@ def _fastest(channels_in: int, channels_out: int, height: int, width: int) -> in
 def run(x: Tensor, size: int, outputs: int, multiply: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Tensor:
     """The convolution on executor "cpp", without the dispatcher or checks.
 
-    multiply: the products, of [1, taps C_in, tiles, 1] in channels_last: a 1x1 convolution with the expanded weight.
+    multiply: the products, of [1, taps C_in, tiles, 1] in channels_last: a 1x1 convolution with the expanded weight. It
+    sees as many tiles in every call for images of one size, whatever the batch: oneDNN keeps weights in one of two
+    orders by that number, and puts a weight in the other order anew in each call, which takes 50 times as long.
     """
     batch, inputs, height, width = x.shape
     y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    taps, tiles = TAPS[size], batch * -(-height // size) * -(-width // size)
     if not y.numel():
         return y
+    taps, tiles = TAPS[size], -(-height // size) * -(-width // size)
     into = WinogradArgs(B=batch, C=inputs, H=height, W=width, size=size, x=x.data_ptr())
     out = WinogradArgs(B=batch, C=outputs, H=height, W=width, size=size, y=y.data_ptr())
     out.bias = None if bias is None else bias.data_ptr()
-    group = max(1, _GROUP // (taps * (inputs + outputs)))
-    for first in range(0, tiles, group):
-        count = min(group, tiles - first)
-        v = torch.empty((1, count, 1, taps * inputs), dtype=x.dtype)
+    parts = -(-tiles // max(1, _GROUP // (taps * (inputs + outputs))))
+    group = -(-tiles // parts)
+    for part in range(batch * parts):
+        begin = part % parts * group
+        first, count = part // parts * tiles + begin, min(group, tiles - begin)
+        if count < 1:
+            continue
+        v = torch.empty((1, group, 1, taps * inputs), dtype=x.dtype)
+        v[:, count:] = 0
         into.first, into.count, into.v = first, count, v.data_ptr()
         _launch("into", into)
         products = multiply(v.permute(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)

@@ -40,7 +40,8 @@ class PackedConv(nn.Module):
         self.weight = weight
         self.stride, self.padding = stride, padding
         self.number = next(_numbers)
-        self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}  # by tile size, 0: the library's order
+        # by tile size, or 0 for the library's order, and tiles
+        self._packed: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
         _layers[self.number] = self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,12 +69,13 @@ class PackedConv(nn.Module):
 
     def _library(self, size: int, x: Tensor, weight: Tensor, how: How) -> Tensor:
         """The library's convolution with its copy of the weight, or of that expanded for tiles of this size."""
-        kept = self._packed.get(size)
+        key = size, x.shape[2] if size else 0
+        kept = self._packed.get(key)
         if kept is None or kept[1] != weight._version or kept[0].data_ptr() != weight.data_ptr():
             with torch.inference_mode(False):
                 of = weight.detach()  # kept too, so that no other weight comes to lie at its address
                 packed = onednn.pack(winograd.expand(of, size) if size else of, how, x.shape)
-                kept = self._packed[size] = of, weight._version, packed
+                kept = self._packed[key] = of, weight._version, packed
         return onednn.conv(x, kept[2], how)
 
     def _tile_size(self, x: Tensor, weight: Tensor) -> int:

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.files import write_atomically
 
 from . import guided_diffusion_names
-from .class_labels import check_labels
 from .unet_blocks import DownLevel, FourierTime, MidLevel, PositionalTime, TimeMLP, UpLevel, normalised
 from .unet_config import UNetConfig
+from .unet_inputs import check_inputs, expand_time
 from .weight_files import read_metadata, read_safetensors, read_tensors
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class UNet(nn.Module):
 
     def enter(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` does before its levels: the first state, the activated time embedding, and the clock [B]."""
-        self._check(x, class_labels)
-        time = self._expand(t, x)
+        check_inputs(self.config, x, class_labels)
+        time = expand_time(t, x)
         features = self.time_proj(time * self.config.time_scale if self.config.time_scale != 1.0 else time)
         embedding = self.time_embedding(features.to(self.time_embedding.linear_1.weight.dtype))
         if self.class_embedding is not None:
@@ -114,23 +114,6 @@ class UNet(nn.Module):
         from .unet_fast import FastUNet
 
         return FastUNet(self, dtype, winograd)
-
-    def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
-        step = self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % step or x.shape[3] % step:
-            raise ValueError(
-                f"UNet: got x of shape {tuple(x.shape)}, expected [B, {self.config.in_channels}, H, W] "
-                f"with H and W multiples of {step}"
-            )
-        null = "the null label of the unguided branch, no class, if the network was trained with dropped labels"
-        check_labels("UNet", "class_labels", class_labels, x.shape[0], self.config.num_class_embeds, null)
-
-    @staticmethod
-    def _expand(t: Tensor | float | int, x: Tensor) -> Tensor:
-        time = torch.as_tensor(t, device=x.device)
-        if time.ndim > 1 or time.numel() not in (1, x.shape[0]):
-            raise ValueError(f"UNet: got t of shape {tuple(time.shape)}, expected a scalar or ({x.shape[0]},)")
-        return time.expand(x.shape[0])
 
     @classmethod
     def from_diffusers(cls, source: nn.Module | str | os.PathLike[str]) -> UNet:

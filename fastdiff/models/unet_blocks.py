@@ -37,7 +37,8 @@ def normalised(
 
     before, scale, shift: [B, C]. torch.compile fuses torch's own functions, and hooks want the module called.
     """
-    fused = choose(x.device, x.dtype) != "reference" and x.is_contiguous(memory_format=torch.channels_last)
+    fused = not x.is_meta and choose(x.device, x.dtype) != "reference"
+    fused = fused and x.is_contiguous(memory_format=torch.channels_last)
     if fused and not (torch.compiler.is_compiling() or norm._forward_hooks or norm._forward_pre_hooks):
         affine = norm.weight, norm.bias, norm.num_groups, norm.eps
         return norm_act(x, *affine, act=act, before=before, scale=scale, shift=shift)

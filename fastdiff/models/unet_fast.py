@@ -37,6 +37,7 @@ from fastdiff.models.unet_fast_blocks import (
     fixed,
     uncovered,
 )
+from fastdiff.models.unet_inputs import check_inputs, expand_time
 
 if TYPE_CHECKING:
     from fastdiff.models.unet import UNet
@@ -59,7 +60,7 @@ class FastUNet(nn.Module):
         dtype = dtype or net.conv_in.weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"UNet.fast: dtype must be float32, float16 or bfloat16, got {dtype}; cast the UNet first")
-        self.config, self.check_inputs, self.expand = net.config, net._check, net._expand
+        self.config = net.config
         assert net.conv_in.bias is not None and net.conv_out.bias is not None
         # the first of the parameters, whose dtype is taken for the network's
         self.conv_out = fixed(net.conv_out.weight, dtype, image=True)
@@ -97,12 +98,12 @@ class FastUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
         """As `UNet.forward`; x of another dtype is cast."""
         self.check(x, class_labels)
-        time = self.expand(t, x)
+        time = expand_time(t, x)
         return self.run(x, time, self.project(time, class_labels))
 
     def check(self, x: Tensor, class_labels: Tensor | None) -> None:
         """Raise what the UNet raises for such inputs, and TypeError where the weights have been cast since."""
-        self.check_inputs(x, class_labels)
+        check_inputs(self.config, x, class_labels)
         self.check_dtype()
 
     def check_dtype(self) -> None:
@@ -215,7 +216,7 @@ class PreparedUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
         """As the network it is made from, at the times it is made for."""
         self.net.check(x, class_labels)
-        time = self.net.expand(t, x)
+        time = expand_time(t, x)
         found = torch.searchsorted(self.edges, time.to(torch.float32).contiguous())
         return self.net.run(x, time, self.table.index_select(0, found))
 
