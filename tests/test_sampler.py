@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -307,6 +308,23 @@ def test_channels_are_checked_where_they_are_known(known: str) -> None:
     assert fd.sample(model, (2, 3, 8, 6), steps=1).shape == (2, 3, 8, 6)
 
 
+def test_a_callback_that_is_none_is_refused_before_the_network_is_asked(model: fd.Denoiser) -> None:
+    with pytest.raises(TypeError, match=r"callback must be a function f\(at\).*got 3"):
+        fd.sample(model, (1, 3, 4, 4), callback=3)  # type: ignore[arg-type]
+
+
+def test_an_image_of_bytes_is_pointed_out(model: fd.Denoiser) -> None:
+    image, how = torch.full((1, 3, 4, 4), 255.0), {"steps": 2, "strength": 0.5}
+    image[0, 0, 0, 0] = 0
+    with pytest.warns(UserWarning, match=r"init goes from 0 to 255, .* give init / 127.5 - 1") as caught:
+        fd.sample(model, image.shape, init=image, **how)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fd.sample(model, image.shape, init=image / 127.5 - 1, **how)
+        fd.sample(model, image.shape, init=100 * torch.randn(image.shape), **how)
+
+
 def test_bad_models() -> None:
     with pytest.raises(ValueError, match="Did you mean 'eps'"):
         fd.Denoiser(bumpy, "linear", "epsilon")
@@ -314,6 +332,8 @@ def test_bad_models() -> None:
         fd.Denoiser(bumpy, "linaer")
     with pytest.raises(TypeError, match="module or function"):
         fd.Denoiser("net", "linear")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Denoiser\(bumpy, linear, .*\) is one already; use it as it is"):
+        fd.Denoiser(fd.Denoiser(bumpy, "linear"), "linear")
     with pytest.raises(TypeError, match="wrap the network"):
         fd.sample(torch.nn.Identity(), (1, 3, 4, 4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="float64"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from fastdiff.process import predictions, schedules
 from fastdiff.process.clocks import CLEAN, DiscreteSchedule, Level, Schedule
@@ -306,6 +308,15 @@ def test_fp32_ends_are_snapped_and_beyond_can_be_clipped() -> None:
     assert float(schedule.time_from_rho(top)) == 999
     churned = schedule.level_from_rho(200.0, clip=True)
     assert churned.time == 999 and churned.rho == pytest.approx(200, rel=1e-14)
+
+
+def test_betas_as_a_tensor() -> None:
+    betas = torch.linspace(1e-4, 0.02, 10, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert schedules.from_betas(betas) == schedules.from_betas(betas.tolist())
+        kept = torch.cumprod(1 - betas, 0)
+        assert schedules.from_alpha_bar(kept) == schedules.from_alpha_bar(kept.tolist())
 
 
 def test_single_step_schedule() -> None:

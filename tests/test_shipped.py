@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -57,9 +59,25 @@ def test_a_classifier_trained_on_real_photographs_sees_the_class_asked_for(model
     assert (guessed == labels).float().mean() >= 0.85  # 10,000 samples give the figure on the card
 
 
+def test_loading_does_not_load_the_compiler() -> None:
+    """torch._dynamo takes seconds to import; torch's normals on the device meta would load it."""
+    code = "import sys, fastdiff as fd; fd.load(); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_gpu_that_is_not_there() -> None:
+    for ask in (lambda: fd.load("fashion", device="cuda"), lambda: fd.load("fashion").to("cuda")):
+        with pytest.raises(ValueError, match="'cuda' was asked for, and torch sees no CUDA device here; use 'cpu'"):
+            ask()
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Did you mean 'fashion'"):
         fd.load("fashin")
+    with pytest.raises(ValueError, match="Known: fashion. There is no folder of a run 'mine' here"):
+        fd.load("mine")
     with pytest.raises(FileNotFoundError, match="no folder or file runs/mine; give the folder of a run"):
         fd.load("runs/mine")
     with pytest.raises(FileNotFoundError, match="no model file"):

@@ -213,6 +213,14 @@ def test_a_cast_after_it_was_made_is_refused_until_it_is_undone(dtype: torch.dty
         assert copied.dtype == dtype and (copied - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_it_is_not_trained() -> None:
+    net, inputs = networks("ddpm-cifar")
+    fast = net.fast().eval()
+    with pytest.raises(TypeError, match=r"for inference and gives no gradients; train the UNet it was made from"):
+        torch.nn.Sequential(fast).train()
+    assert not fast.training and not fast(*inputs).requires_grad
+
+
 @torch.no_grad()
 def test_a_write_through_data_is_not_seen_before_repack() -> None:
     """As the documentation of the network says; where this fails that has become too modest."""

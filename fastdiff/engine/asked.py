@@ -74,6 +74,10 @@ class Asked:
             )
         if isinstance(rule, APG) and any(scales):
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
+        if callback is not None and not callable(callback):
+            raise TypeError(
+                f"callback must be a function f(at), called after each row with a RowInfo, got {callback!r}"
+            )
         if not isinstance(skip, AdaptiveSkip | None):
             raise TypeError(f"skip must be a fd.AdaptiveSkip, got {skip!r}")
         return Asked(

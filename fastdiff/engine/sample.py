@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,10 +87,24 @@ def sample(
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
+    _warn_of_bytes(init)
     return Sampler(plan, model, backend, graph, memory_format, guide, perturbed).sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
         rule, threshold, perturbed_cond, perturbed_scale, given, skip, max_batch,
     )  # fmt: skip
+
+
+def _warn_of_bytes(init: Tensor | None) -> None:
+    """UserWarning where the image to start from looks like one of 0 .. 255: all of it positive, and far above 1."""
+    if not isinstance(init, Tensor) or not init.is_floating_point() or init.is_cuda or init.numel() == 0:
+        return
+    low, high = (float(value) for value in init.aminmax())
+    if low >= 0 and high > 64:
+        warnings.warn(
+            f"init goes from {low:g} to {high:g}, and a picture from -1 to 1: where it is of 0 .. 255, give "
+            "init / 127.5 - 1",
+            stacklevel=3,
+        )
 
 
 ELSEWHERE = {  # what other libraries call them

@@ -44,6 +44,17 @@ def ask(net: Callable[..., Any], *given: Any, **named: Any) -> Any:
         raise
 
 
+def device_here(device: torch.device | str) -> torch.device:
+    """The device. Raises ValueError where it is a GPU and torch sees none."""
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(found)!r} was asked for, and torch sees no CUDA device here; use 'cpu', or a machine with a "
+            "GPU and a CUDA build of torch"
+        )
+    return found
+
+
 class Denoiser:
     """Wraps `net(x, t, **cond)`, any module or callable that returns F, an `.sample`, or a tuple whose first item is F.
 
@@ -52,11 +63,11 @@ class Denoiser:
     net: called with x [B, *S] in the network's dtype and t [B]. schedule: the one it was trained on, or its name.
     prediction: "eps", "x0", "v", "score", "flow" or "edm", which is the raw network inside EDM's preconditioning: one
     that returns D already, as NVlabs' own classes do, is "x0" on schedules.edm(). sigma_data: of "edm" only.
-    time_dtype: of t; torch.long
-    rounds, for networks that look their time up in a table. shape, class_names, null_label: what is known of the
-    samples [*S] and of class labels, for callers that choose them. learned_variance: the network returns [B, 2C, ...],
-    F and then what it says of the variance. Conditions may be a mapping of keyword arguments
-    or one tensor, given as the third positional argument; their first dimension is the batch.
+    time_dtype: of t; torch.long rounds, for networks that look their time up in a table. shape, class_names,
+    null_label: what is known of the samples [*S] and of class labels, for callers that choose them.
+    learned_variance: the network returns [B, 2C, ...], F and then what it says of the variance. Conditions may be a
+    mapping of keyword arguments or one tensor, given as the third positional argument; their first dimension is the
+    batch.
     """
 
     def __init__(
@@ -74,6 +85,8 @@ class Denoiser:
         null_label: int | None = None,
         learned_variance: bool = False,
     ) -> None:
+        if isinstance(net, Denoiser):
+            raise TypeError(f"Denoiser: {net} is one already; use it as it is, or wrap its network, net.net")
         if not callable(net):
             raise TypeError(f"Denoiser: net must be a module or function net(x, t, **cond), got {type(net).__name__}")
         if prediction not in predictions.names():
@@ -97,9 +110,7 @@ class Denoiser:
         self.null_label = null_label
         self.learned_variance = learned_variance
         parameter = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
-        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"Denoiser: device {str(self.device)!r} was asked for, and torch sees no CUDA device here")
+        self.device = device_here(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"Denoiser: the network's dtype must be float32, float16 or bfloat16, got {self.dtype}")
@@ -147,6 +158,7 @@ class Denoiser:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
         """The same denoiser with its network moved and cast (a module is moved in place, as torch does)."""
+        device = None if device is None else device_here(device)
         net = self.net.to(device=device, dtype=dtype) if isinstance(self.net, nn.Module) else self.net
         return self.around(net, device, dtype)
 

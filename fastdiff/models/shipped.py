@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastdiff.errors import unknown_name
-from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.denoiser import Denoiser, device_here
 from fastdiff.models.unet import UNet
 from fastdiff.models.weight_files import read_metadata
 from fastdiff.process import schedules
@@ -26,7 +26,7 @@ def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = 
     ValueError for an unknown name or a file whose metadata does not say what the network predicts, and
     FileNotFoundError for a missing file.
     """
-    path = _path(name)
+    device, path = device_here(device), _path(name)
     metadata = read_metadata(path)
     schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
     net = UNet.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,7 +72,7 @@ def _path(name: str | os.PathLike[str]) -> Path:
                 f"no folder or file {path}; give the folder of a run, a .safetensors file or one of: "
                 f"{', '.join(SHIPPED)}. A diffusers network is loaded with diffusers, and fd.Denoiser.from_diffusers"
             )
-        raise unknown_name("model", str(name), SHIPPED)
+        raise ValueError(f"{unknown_name('model', str(name), SHIPPED)} There is no folder of a run {str(name)!r} here.")
     if not path.is_file():
         raise FileNotFoundError(f"no model file {path}; give a .safetensors file or one of: {', '.join(SHIPPED)}")
     return path

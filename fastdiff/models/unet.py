@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastdiff.files import write_atomically
 
@@ -152,8 +153,7 @@ class UNet(nn.Module):
 
     @classmethod
     def _build(cls, config: UNetConfig, weights: Mapping[str, Tensor], origin: str) -> UNet:
-        with torch.device("meta"):
-            net = cls(config)
+        net = outline(config)
         renamed = {_modern(key): value.detach().clone() for key, value in weights.items()}
         expected = {key: value.shape for key, value in net.state_dict().items()}
         wrong = [key for key in expected if key in renamed and renamed[key].shape != expected[key]]
@@ -186,6 +186,21 @@ class UNet(nn.Module):
         if "unet" not in metadata:
             raise ValueError(f"{path}: holds no `unet` configuration, expected a file written by UNet.save")
         return cls._build(UNetConfig.from_json(metadata["unet"]), read_safetensors(path), str(path)).to(dtype)
+
+
+def outline(config: UNetConfig) -> UNet:
+    """A UNet of this configuration on the device meta: names and shapes, no numbers."""
+    with _NoInitialValues(), torch.device("meta"):
+        return UNet(config)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves tensors as they are where torch.nn.init would fill them: on meta its normals load all of torch._dynamo."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _convert_config(config: Mapping[str, Any], origin: str) -> UNetConfig:

@@ -86,6 +86,15 @@ class FastUNet(nn.Module):
                 module.winograd = winograd
         self.requires_grad_(False).eval()
 
+    def train(self, mode: bool = True) -> FastUNet:
+        """Raises TypeError for mode=True: it gives no gradients."""
+        if mode:
+            raise TypeError(
+                "UNet.fast: this form is for inference and gives no gradients; train the UNet it was made from, and "
+                "make it anew with net.fast() afterwards"
+            )
+        return super().train(False)
+
     def forward(self, x: Tensor, t: Tensor | float | int, class_labels: Tensor | None = None) -> Tensor:
         """As `UNet.forward`; x of another dtype is cast."""
         self.check(x, class_labels)

@@ -79,13 +79,13 @@ def from_betas(betas: ArrayLike) -> DiscreteSchedule:
 
     betas: [T], each within (0, 1); the last may be 1.
     """
-    values = np.array(betas, dtype=np.float64)
+    values = np.asarray(betas, dtype=np.float64)
     return DiscreteSchedule("from_betas", _pack(betas=_to_tuple(values)), _log_alpha_bar(values))
 
 
 def from_alpha_bar(alpha_bar: ArrayLike) -> DiscreteSchedule:
     """The discrete schedule with these alpha_bar: [T], strictly descending within [0, 1)."""
-    values = np.array(alpha_bar, dtype=np.float64)
+    values = np.asarray(alpha_bar, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return DiscreteSchedule("from_alpha_bar", _pack(alpha_bar=_to_tuple(values)), np.log(values))
 
