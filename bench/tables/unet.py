@@ -9,8 +9,9 @@ from bench.tables.cells import Line, checked, markdown, number, share, spread
 ABOUT = (
     "One forward pass of a UNet: `python bench/run.py unet`. Median ms, all contenders in turn, the same random "
     "weights; *last*: channels_last; *fast*: `net.fast()` with the times of a plan prepared. *× diffusers*: against "
-    "its faster eager form. *of F0*: the network's operations at the rate of a large matrix product; *of F2*: each of "
-    "the fast form's kernels at its own limit, without gaps. *error*: against float64 / twice diffusers' own."
+    "its faster eager form. *of F0*: the network's operations at the rate of a large matrix product, over 100 % where "
+    "Winograd's convolutions need fewer; *of F2*: each of the fast form's kernels at its own limit, without gaps. "
+    "*error*: against float64 / twice diffusers' own."
 )
 
 
