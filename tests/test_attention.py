@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import INSTRUCTION_SETS, NAMES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -22,20 +23,7 @@ pytestmark = pytest.mark.skipif(not backends.probe()["cpp"].ok, reason="the exte
 SHAPES = [(3, 1, 2, 8), (2, 7, 3, 5), (2, 33, 2, 8), (1, 64, 4, 16), (2, 49, 1, 24), (1, 100, 2, 64), (2, 16, 1, 1)]
 
 
-NAMES = ["scalar", "avx2", "avx512"]
-
-
-def instruction_sets() -> list[str]:
-    """Those of this machine."""
-    if not backends.probe()["cpp"].ok:
-        return NAMES[:1]
-    choose, best = native.load().fastdiff_cpu_isa, native.load().fastdiff_cpu_isa(-1)
-    found = [name for number, name in enumerate(NAMES) if choose(number) == number]
-    choose(best)
-    return found
-
-
-@pytest.fixture(params=instruction_sets())
+@pytest.fixture(params=[NAMES[number] for number in INSTRUCTION_SETS])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each executor of this machine; attention takes the scalar one here too."""
     library, number = native.load(), NAMES.index(request.param)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, best_instruction_set  # noqa: F401
+from row_cases import Case, expected
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import guide, native, ops, reference
 from fastdiff.engine import noise as counter_noise
 from fastdiff.errors import BackendUnavailable
-
-# pytest's importlib mode puts no folder of tests on the path
-_spec = importlib.util.spec_from_file_location("row_cases", Path(__file__).with_name("row_cases.py"))
-assert _spec is not None and _spec.loader is not None
-sys.modules["row_cases"] = row_cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(row_cases)
-Case, expected = row_cases.Case, row_cases.expected
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -39,25 +31,6 @@ SHAPES = [
     (3, 32, 32),
     (4, 37, 41),
 ]
-
-
-def instruction_sets() -> list[int]:
-    try:
-        library = native.load()
-    except BackendUnavailable:
-        return []
-    return [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
-
-
-INSTRUCTION_SETS = instruction_sets()
-
-
-@pytest.fixture(autouse=True)
-def best_instruction_set() -> Iterator[None]:
-    """Every test starts, and leaves the process, with the fastest set this machine has."""
-    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
-    yield
-    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
 
 
 def run(tensors: ops.StepTensors, instruction_set: int | None = None) -> ops.StepTensors:
@@ -129,7 +102,7 @@ def test_counters_beyond_32_bits(instruction_set: int, first: int) -> None:
 # -- rows
 
 
-def random_cases() -> list[row_cases.Case]:
+def random_cases() -> list[Case]:
     rng = np.random.default_rng(2024)
     cases = []
     for seed in range(320):
@@ -165,7 +138,7 @@ def widest(tensors: ops.StepTensors, b: int) -> float:
 
 
 @pytest.mark.parametrize("case", random_cases(), ids=lambda case: f"{case.seed}")
-def test_random_rows_against_float64(case: row_cases.Case) -> None:
+def test_random_rows_against_float64(case: Case) -> None:
     tensors = case.tensors()
     before, want = copy.deepcopy(tensors), expected(tensors)
     torch_own = copy.deepcopy(tensors)

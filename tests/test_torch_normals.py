@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, best_instruction_set  # noqa: F401
 from torch import Tensor
 
 from fastdiff.engine import native, torch_normals
 
 Array = np.ndarray[Any, np.dtype[np.uint32]]
-SETS = [n for n in range(3) if native.load().fastdiff_cpu_isa(n) == n]
-
-
-@pytest.fixture(autouse=True)
-def best_instruction_set():
-    yield
-    native.load().fastdiff_cpu_isa(max(SETS))
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -37,7 +31,7 @@ def test_on_this_machine_it_is_exact() -> None:
         assert torch_normals.is_exact()
 
 
-@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("count", [16, 17, 31, 623, 624, 625, 640, 1248, 5003, 1 << 16])
 def test_bits_and_state(isa: int, count: int) -> None:
     """Three draws in a row, so that they begin anywhere in the generator's turn, also after an odd number of words."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import INSTRUCTION_SETS, best_instruction_set  # noqa: F401
 from test_unet import CONFIGS, random_inputs, random_peer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdiff.engine import native, onednn, winograd
-from fastdiff.errors import BackendUnavailable
 from fastdiff.models.packed_conv import PackedConv
 from fastdiff.models.unet import UNet
 
@@ -30,23 +29,6 @@ SHAPES = [  # B, C_in, C_out, H, W: tiles in part, registers of channels in part
 ]
 # of the largest output
 BOUND = {2: 2e-6, 4: 6e-6}
-
-
-def instruction_sets() -> list[int]:
-    try:
-        library = native.load()
-    except BackendUnavailable:
-        return []
-    return [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
-
-
-INSTRUCTION_SETS = instruction_sets()
-
-
-@pytest.fixture(autouse=True)
-def best_instruction_set() -> Iterator[None]:
-    yield
-    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
 
 
 def given(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

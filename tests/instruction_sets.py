@@ -1,0 +1,34 @@
+"""The instruction sets that the C++ executor has on this machine, for tests that go through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastdiff.engine import native
+from fastdiff.errors import BackendUnavailable
+
+NAMES = ("scalar", "avx2", "avx512")
+
+
+def _there() -> list[int]:
+    try:
+        choose = native.load().fastdiff_cpu_isa
+    except BackendUnavailable:
+        return []
+    best = choose(-1)
+    found = [number for number in range(len(NAMES)) if choose(number) == number]
+    choose(best)
+    return found
+
+
+INSTRUCTION_SETS = _there()
+
+
+@pytest.fixture(autouse=True)
+def best_instruction_set() -> Iterator[None]:
+    """Every test of a file that imports this starts, and leaves the process, with the fastest set there is."""
+    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
+    yield
+    native.load().fastdiff_cpu_isa(max(INSTRUCTION_SETS))
