@@ -79,4 +79,10 @@ inline Error check(const WinogradArgs& args, bool out) {
   return args.first + args.count > args.B * rows * columns ? kBadShape : kOk;
 }
 
+inline Error check(const WinogradTrainArgs& args) {
+  if (!args.x || !args.y || !args.weight) return kNullPointer;
+  if (args.B < 1 || args.H < 1 || args.W < 1 || args.block < 1) return kBadShape;
+  return args.C < 1 || args.C % kWinogradPanel != 0 || args.N < 1 || args.N % kWinogradPanel != 0 ? kBadShape : kOk;
+}
+
 }  // namespace fastdiff

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.engine import attention as module
-from fastdiff.engine import backends, native
+from fastdiff.engine import backends, eager, native
 from fastdiff.engine.attention import attention
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_config import UNetConfig
@@ -29,7 +29,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     library, number = native.load(), NAMES.index(request.param)
     best = library.fastdiff_cpu_isa(-1)
     assert library.fastdiff_cpu_isa(number) == number
-    monkeypatch.setattr(module, "_there", lambda: True)
+    monkeypatch.setattr(eager, "_there", lambda: True)
     yield request.param
     library.fastdiff_cpu_isa(best)
 

@@ -11,30 +11,10 @@
 
 #include "../normal.h"
 #include "executor.h"
+#include "products.h"
 
 namespace fastdiff::cpu {
 namespace {
-
-// to[n][..] = sum over m of a[n, m] x[m][..] for `rows` values of n; with kAdd added to what is there.
-template <class L, int rows, int registers, bool kAdd>
-FASTDIFF_INLINE void tile(const float* a, int64_t a_row, int64_t a_column, const float* x, int64_t x_row, int64_t M,
-                          float* to, int64_t to_row) {
-  using F = typename L::F;
-  constexpr int w = L::kWidth;
-  F sum[rows][registers];
-  for (int r = 0; r < rows; ++r)
-    for (int u = 0; u < registers; ++u) sum[r][u] = kAdd ? L::load(to + r * to_row + u * w) : L::set(0.0f);
-  for (int64_t m = 0; m < M; ++m) {
-    F value[registers];
-    for (int u = 0; u < registers; ++u) value[u] = L::load(x + m * x_row + u * w);
-    for (int r = 0; r < rows; ++r) {
-      const F factor = L::set(a[r * a_row + m * a_column]);
-      for (int u = 0; u < registers; ++u) sum[r][u] = L::fma(factor, value[u], sum[r][u]);
-    }
-  }
-  for (int r = 0; r < rows; ++r)
-    for (int u = 0; u < registers; ++u) L::store(to + r * to_row + u * w, sum[r][u]);
-}
 
 template <class L, int rows, int registers, bool kAdd>
 FASTDIFF_INLINE void column(const float* a, int64_t a_row, int64_t a_column, const float* x, int64_t x_row, int64_t N,

@@ -5,6 +5,7 @@
 #include "noise.h"
 #include "norm.h"
 #include "norm_backward.h"
+#include "products.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -22,7 +23,9 @@ const Executor avx2_executor = {
     pixels<Avx2>, noised<Avx2>, squares<Avx2>,
     norm_sums<Avx2>, norm_map<Avx2>, norm_gradient_sums<Avx2>, norm_gradient_map<Avx2>,
     attend<Avx2>, attend_backward<Avx2>,
-    winograd_into<Avx2>, winograd_out<Avx2>,
+    winograd_into<Avx2>, winograd_out<Avx2>, winograd_spread<Avx2>,
+    winograd_weights<Avx2>, winograd_weights_gradient<Avx2>,
+    panel_product<Avx2>,
 };
 
 }  // namespace fastdiff::cpu

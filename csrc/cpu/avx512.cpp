@@ -5,6 +5,7 @@
 #include "noise.h"
 #include "norm.h"
 #include "norm_backward.h"
+#include "products.h"
 #include "step.h"
 #include "sums.h"
 #include "train_step.h"
@@ -19,7 +20,9 @@ const Executor avx512_executor = {
     pixels<Avx512>, noised<Avx512>, squares<Avx512>,
     norm_sums<Avx512>, norm_map<Avx512>, norm_gradient_sums<Avx512>, norm_gradient_map<Avx512>,
     attend<Avx512>, attend_backward<Avx512>,
-    winograd_into<Avx512>, winograd_out<Avx512>,
+    winograd_into<Avx512>, winograd_out<Avx512>, winograd_spread<Avx512>,
+    winograd_weights<Avx512>, winograd_weights_gradient<Avx512>,
+    panel_product<Avx512>,
 };
 
 }  // namespace fastdiff::cpu

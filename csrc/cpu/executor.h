@@ -108,16 +108,36 @@ struct NormMap {
   const float *slope, *rest;  // null: forward
 };
 
-// One tile of a Winograd convolution: where its pixels lie, row by row.
+constexpr int64_t kPanel = kWinogradPanel;
+
+// One tile of a Winograd convolution: where its pixels lie, row by row. Channel c of tap k is in
+// [k tap + c / kPanel panel + c % kPanel] of the transformed tile.
 struct TileIn {
   const float* pixel[36];
-  float* v;  // [taps, channels]
+  float* v;
+  int64_t tap, panel;
 };
 
 struct TileOut {
-  const float* products;  // [taps, channels]
+  const float* products;
   const float* bias;      // null: none
   float* pixel[16];       // null: outside of the image
+  int64_t tap, panel;
+};
+
+// A panel of `rows` rows of kPanel weights with 3x3 taps, and its transform; or the gradient of the one from the other's.
+struct WeightPanel {
+  float* weight;       // row, column, tap: strides
+  float* transformed;  // 36 matrices [rows, kPanel], `matrix` apart
+  int64_t rows, row, column, tap, matrix;
+};
+
+// to[n][..] = sum over m of a[n, m] x[m][..], x and to panels. a: rows a_row apart or, turned, a panel of columns.
+struct PanelProduct {
+  const float *a, *x;
+  float* to;
+  int64_t N, M, a_row;
+  bool turned, add;  // add: to what is there; turned only
 };
 
 struct Executor {
@@ -152,6 +172,11 @@ struct Executor {
   // size: outputs of a tile in each direction, 2 or 4.
   void (*winograd_into)(const TileIn&, int64_t channels, int64_t size);
   void (*winograd_out)(const TileOut&, int64_t channels, int64_t size);
+  // For training, with size 4. The gradient of the products from that of the pixels: the output transform's adjoint.
+  void (*winograd_spread)(const TileIn&, int64_t channels);
+  void (*winograd_weights)(const WeightPanel&);
+  void (*winograd_weights_gradient)(const WeightPanel&);
+  void (*panel_product)(const PanelProduct&);
 };
 
 constexpr int64_t kFillSlack = 128;

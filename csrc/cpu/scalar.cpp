@@ -5,6 +5,7 @@
 #include "noise.h"
 #include "norm.h"
 #include "norm_backward.h"
+#include "products.h"
 #include "step.h"
 #include "sums.h"
 #include "torch_normal.h"
@@ -20,7 +21,9 @@ const Executor scalar_executor = {
     pixels<Plain>, noised<Plain>, squares<Plain>,
     norm_sums<Plain>, norm_map<Plain>, norm_gradient_sums<Plain>, norm_gradient_map<Plain>,
     attend<Plain>, attend_backward<Plain>,
-    winograd_into<Plain>, winograd_out<Plain>,
+    winograd_into<Plain>, winograd_out<Plain>, winograd_spread<Plain>,
+    winograd_weights<Plain>, winograd_weights_gradient<Plain>,
+    panel_product<Plain>,
 };
 
 }  // namespace fastdiff::cpu

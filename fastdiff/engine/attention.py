@@ -1,4 +1,4 @@
-"""Self-attention for training on a CPU, where torch's own kernel is slow for small heads. May import: native, backends.
+"""Self-attention for training on a CPU, where torch's own kernel is slow for small heads. May import: native, eager.
 
 out_i = sum_j softmax_j(q_i k_j / sqrt(d)) v_j over the tokens of a sample, head by head (Vaswani et al. 2017).
 """
@@ -6,24 +6,15 @@ out_i = sum_j softmax_j(q_i k_j / sqrt(d)) v_j over the tokens of a sample, head
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _has_storage,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch._C import _has_storage
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdiff.engine import backends, native
+from fastdiff.engine import eager, native
 from fastdiff.engine.native import AttentionArgs
 
 SMALL_HEAD = 64  # elements, up to which the extension is faster than torch
@@ -45,28 +36,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _is_ours(tensors: tuple[Tensor, ...], heads: int) -> bool:
-    """Whether the extension takes these: no transform, mode or compiler wants torch's operator, nor `sdpa_kernel`."""
+    """Whether the extension takes these and `sdpa_kernel` asks for no other kernel."""
     q = tensors[0]
     return (
-        q.is_cpu
-        and not is_dynamo_compiling()  # before what it cannot trace
-        and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-        and all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in tensors)
-        and all(tensor.shape == q.shape and not tensor.is_neg() for tensor in tensors)
+        eager.trains(tensors)
+        and all(tensor.shape == q.shape for tensor in tensors)
         and q.shape[2] <= SMALL_HEAD * heads
         and q.shape[2] % heads == 0
-        and q.numel() > 0
         and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel sets, on a CPU too
-        and not (_is_tracing() or _len_torch_dispatch_stack() or _len_torch_function_stack())
-        and not (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
-        and _there()
     )
-
-
-@functools.cache
-def _there() -> bool:
-    return backends.probe()["cpp"].ok and native.cpu_instruction_set() != "scalar"
 
 
 class _Attention(torch.autograd.Function):

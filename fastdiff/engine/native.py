@@ -130,6 +130,14 @@ class WinogradArgs(ctypes.Structure):
     ]
 
 
+class WinogradTrainArgs(ctypes.Structure):
+    """Mirror of struct WinogradTrainArgs in csrc/winograd.h, which says what each field is."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "weight", "bias")] + [
+        (name, ctypes.c_int64) for name in ("B", "C", "N", "H", "W", "row", "column", "tap", "block")
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The extension's C functions; raises BackendUnavailable when it is missing or does not fit this package."""
@@ -139,7 +147,7 @@ def load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled extension is not in {folder}", _FIX)
     blocks = {
         "": AffineArgs, "guide_": GuideArgs, "measure_": MeasureArgs, "train_": TrainArgs, "norm_": NormArgs,
-        "attention_": AttentionArgs, "winograd_": WinogradArgs,
+        "attention_": AttentionArgs, "winograd_": WinogradArgs, "winograd_train_": WinogradTrainArgs,
     }  # fmt: skip
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -159,7 +167,7 @@ def load() -> ctypes.CDLL:
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
-    for op in (*ops, "winograd_into", "winograd_out"):
+    for op in (*ops, *(f"winograd_{part}" for part in ("into", "out", "convolution", "gradient"))):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
         if hasattr(library, f"fastdiff_{op}_cuda"):
             getattr(library, f"fastdiff_{op}_cuda").argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -2,7 +2,7 @@
 
 Parameter names follow diffusers, so that its weights load unchanged.
 All blocks keep the memory format of their input and are deterministic and capturable.
-May import: engine.norm, engine.attention.
+May import: engine.norm, engine.attention, engine.winograd_train.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff.engine.attention import attention
 from fastdiff.engine.norm import choose, norm_act
+from fastdiff.engine.winograd_train import conv3x3
 
 from .unet_config import UNetConfig
 
@@ -46,6 +47,17 @@ def normalised(
     h = h if scale is None else h * (1 + scale[:, :, None, None])
     h = h if shift is None else h + shift[:, :, None, None]
     return F.silu(h) if act else h
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the image's size, and trains on a CPU by `engine.winograd_train`."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__(channels_in, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, channels_in, H, W] -> [B, channels, H, W]."""
+        return conv3x3(x, self.weight, self.bias)
 
 
 class PositionalTime(nn.Module):
@@ -103,11 +115,11 @@ class ResBlock(nn.Module):
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.resample, self.scale = resample, scale
         self.norm1 = nn.GroupNorm(groups, channels_in, eps)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels)
         self.time_emb_proj = nn.Linear(config.time_dim, channels * (2 if self.scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, channels, eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3x3(channels, channels)
         self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
         set_to_zero(self.conv2)
 
@@ -177,7 +189,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, act_time: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
