@@ -26,12 +26,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every output full of NaN before it is written, and the fastest instructions afterwards."""
-    real = norm._outputs
+    outputs, image = norm._outputs, norm._image
 
-    def outputs(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.fill_(float("nan")) for tensor in real(*arguments))
+    def poisoned_outputs(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor.fill_(float("nan")) for tensor in outputs(*arguments))
 
-    monkeypatch.setattr(norm, "_outputs", outputs)
+    monkeypatch.setattr(norm, "_outputs", poisoned_outputs)
+    monkeypatch.setattr(norm, "_image", lambda *arguments: image(*arguments).fill_(float("nan")))
     yield
     native.load().fastdiff_cpu_isa(2) == 2 or native.load().fastdiff_cpu_isa(1)
 

@@ -70,7 +70,60 @@ FASTDIFF_INLINE typename L::F silu(typename L::F v) {
   return v / (L::set(1.0f) + exponential<L>(L::set(0.0f) - v));
 }
 
+// ---- the map of a run of elements that lie next to each other: channels of a pixel, or pixels of a channel
+
+// Calls step(partial, i, lanes) for registers of the elements i .. count.
+template <class L, class Step>
+FASTDIFF_INLINE void each_register(int64_t count, const Step& step) {
+  constexpr int w = L::kWidth;
+  int64_t i = 0;
+  for (; i + w <= count; i += w) step(std::false_type{}, i, w);
+  if (i < count) step(std::true_type{}, i, static_cast<int>(count - i));
+}
+
+// What is read and written, from pixel 0 on; in members of its own, which no store can change.
+struct Run {
+  const void *from, *residual;
+  void* to;
+  int64_t at, step, residual_at, residual_step, out, out_step;
+  bool act;
+
+  FASTDIFF_MEMBER Run(const Places& p, const NormArgs& a, const NormMap& map)
+      : from(map.from_total ? a.total : p.x), residual(map.from_total ? nullptr : p.residual), to(map.to),
+        at(map.from_total ? p.out : p.at), step(map.from_total ? p.out_step : p.step), residual_at(p.residual_at),
+        residual_step(p.step), out(p.out), out_step(p.out_step), act(map.act) {}
+
+  // value(partial, i, n, u) of the `count` elements from the first of `pixel` on.
+  template <class L, int32_t dtype, class Value>
+  FASTDIFF_MEMBER void map(int64_t pixel, int64_t count, const Value& value) const {
+    const int64_t in = at + pixel * step, more = residual_at + pixel * residual_step, to_at = out + pixel * out_step;
+    each_register<L>(count, [&](auto partial, int64_t i, int n) {
+      typename L::F v = read<L, dtype, partial.value>(from, in + i, n);
+      if (residual) v = v + read<L, dtype, partial.value>(residual, more + i, n);
+      v = value(partial, i, n, v);
+      write<L, dtype, partial.value>(to, to_at + i, act ? silu<L>(v) : v, n);
+    });
+  }
+};
+
 // ---- channels last: `count` registers of consecutive channels, pixel after pixel
+
+// Sums over `size` pixels of the first n lanes, each a channel that counts from its head, into those of u and its square.
+template <class L>
+FASTDIFF_INLINE void add_channels(typename L::F sum, typename L::F square, typename L::F head, int64_t size, int n,
+                                  double* __restrict totals, double* __restrict squares) {
+  constexpr int w = L::kWidth;
+  float s[w], q[w], h[w];
+  L::store(s, sum);
+  L::store(q, square);
+  L::store(h, head);
+  const double pixels = static_cast<double>(size);
+  for (int i = 0; i < n; ++i) {
+    const double k = h[i], total = s[i];
+    totals[i] += total + pixels * k;
+    squares[i] += q[i] + 2.0 * k * total + pixels * k * k;
+  }
+}
 
 template <class L, int32_t dtype, bool kPartial, int count>
 void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
@@ -78,6 +131,8 @@ void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
   constexpr int w = L::kWidth;
   const NormArgs& a = *patch.args;
   const Places p = places(patch, c);
+  const int64_t width = patch.end - patch.channel;
+  double* const to = sums + (c - patch.channel);
   F head[count], added[count];
   const auto get = [&](int64_t pixel, int u) {
     F v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
@@ -106,47 +161,17 @@ void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
         square[u] = L::fma(away, away, square[u]);
       }
     }
-    for (int u = 0; u < count; ++u) {
-      float s[w], q[w], h[w];
-      L::store(s, sum[u]);
-      L::store(q, square[u]);
-      L::store(h, head[u]);
-      for (int i = 0; i < (kPartial ? n : w); ++i) {
-        double* to = sums + 2 * (c + u * w + i);
-        const double k = h[i], total = s[i];
-        to[0] += total + static_cast<double>(size) * k;
-        to[1] += q[i] + 2.0 * k * total + static_cast<double>(size) * k * k;
-      }
-    }
+    for (int u = 0; u < count; ++u)
+      add_channels<L>(sum[u], square[u], head[u], size, kPartial ? n : w, to + u * w, to + u * w + width);
   }
 }
 
-template <class L, int32_t dtype, bool kPartial, int count>
-void map_channels(const NormPatch& patch, const NormMap& map, int64_t c, int n) {
-  using F = typename L::F;
-  constexpr int w = L::kWidth;
-  const NormArgs& a = *patch.args;
-  const Places p = places(patch, c);
-  F factor[count], middle[count], constant[count];
-  for (int u = 0; u < count; ++u) {
-    factor[u] = load<L, kPartial>(map.factor + c + u * w, n);
-    middle[u] = load<L, kPartial>(map.middle + c + u * w, n);
-    constant[u] = load<L, kPartial>(map.constant + c + u * w, n);
-  }
-  for (int64_t pixel = patch.first; pixel < patch.first + patch.count; ++pixel) {
-    for (int u = 0; u < count; ++u) {
-      const int64_t out = p.out + pixel * p.out_step + u * w;
-      F v;
-      if (map.from_total) {
-        v = read<L, dtype, kPartial>(a.total, out, n);
-      } else {
-        v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
-        if (p.residual) v = v + read<L, dtype, kPartial>(p.residual, p.residual_at + pixel * p.step + u * w, n);
-      }
-      v = L::fma(v - middle[u], factor[u], constant[u]);
-      write<L, dtype, kPartial>(map.to, out, map.act ? silu<L>(v) : v, n);
-    }
-  }
+// Calls step(first, end) for the patch's channels of x, and for those of the skip.
+template <class Step>
+FASTDIFF_INLINE void each_image(const NormPatch& patch, const Step& step) {
+  const int64_t inner = patch.args->C1 < patch.channel ? patch.channel : patch.args->C1;
+  if (patch.channel < inner) step(patch.channel, inner < patch.end ? inner : patch.end);
+  if (inner < patch.end) step(inner, patch.end);
 }
 
 // Calls step(partial, registers, channel, lanes of the last register) over the channels from c to end.
@@ -160,14 +185,6 @@ FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
 
 // ---- channels first: one channel, a register of consecutive pixels after the other
 
-template <class L, class Step>
-FASTDIFF_INLINE void each_pixels(int64_t first, int64_t count, const Step& step) {
-  constexpr int w = L::kWidth;
-  int64_t i = 0;
-  for (; i + w <= count; i += w) step(std::false_type{}, first + i, w);
-  if (i < count) step(std::true_type{}, first + i, static_cast<int>(count - i));
-}
-
 template <class L, int32_t dtype>
 void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
   using F = typename L::F;
@@ -180,6 +197,7 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
     if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
     return v + added;
   };
+  double* const to = sums + (c - patch.channel);
   float lanes[w];
   const int few = clip(patch.count, w < 4 ? w : 4);
   L::store(lanes, get(std::true_type{}, patch.first, few));
@@ -190,7 +208,8 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
   for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
     const int64_t size = patch.count - done < kNormSpan * w ? patch.count - done : kNormSpan * w;
     F sum = L::set(0.0f), square = sum;
-    each_pixels<L>(patch.first + done, size, [&](auto partial, int64_t pixel, int n) {
+    each_register<L>(size, [&](auto partial, int64_t i, int n) {
+      const int64_t pixel = patch.first + done + i;
       const F v = get(partial, pixel, n);
       if (a.total) write<L, dtype, partial.value>(a.total, p.out + pixel, v, n);
       F away = v - head;
@@ -203,28 +222,9 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
     for (int i = 0; i < w; ++i) total += static_cast<double>(lanes[i]);
     L::store(lanes, square);
     for (int i = 0; i < w; ++i) squares += static_cast<double>(lanes[i]);
-    sums[2 * c] += total + static_cast<double>(size) * k;
-    sums[2 * c + 1] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
+    to[0] += total + static_cast<double>(size) * k;
+    to[patch.end - patch.channel] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
   }
-}
-
-template <class L, int32_t dtype>
-void map_plane(const NormPatch& patch, const NormMap& map, int64_t c) {
-  using F = typename L::F;
-  const NormArgs& a = *patch.args;
-  const Places p = places(patch, c);
-  const F factor = L::set(map.factor[c]), middle = L::set(map.middle[c]), constant = L::set(map.constant[c]);
-  each_pixels<L>(patch.first, patch.count, [&](auto partial, int64_t pixel, int n) {
-    F v;
-    if (map.from_total) {
-      v = read<L, dtype, partial.value>(a.total, p.out + pixel, n);
-    } else {
-      v = read<L, dtype, partial.value>(p.x, p.at + pixel, n);
-      if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
-    }
-    v = L::fma(v - middle, factor, constant);
-    write<L, dtype, partial.value>(map.to, p.out + pixel, map.act ? silu<L>(v) : v, n);
-  });
 }
 
 // ---- what the driver calls
@@ -233,28 +233,39 @@ template <class L, int32_t dtype>
 void norm_sums_of(const NormPatch& patch, double* sums) {
   const NormArgs& a = *patch.args;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) sum_plane<L, dtype>(patch, c, sums);
+    for (int64_t c = patch.channel; c < patch.end; ++c) sum_plane<L, dtype>(patch, c, sums);
     return;
   }
-  const auto step = [&](auto partial, auto count, int64_t c, int n) {
-    sum_channels<L, dtype, partial.value, count.value>(patch, c, n, sums);
-  };
-  each_channels<L>(0, a.C1, step);
-  each_channels<L>(a.C1, a.C, step);
+  each_image(patch, [&](int64_t first, int64_t end) {
+    each_channels<L>(first, end, [&](auto partial, auto count, int64_t c, int n) {
+      sum_channels<L, dtype, partial.value, count.value>(patch, c, n, sums);
+    });
+  });
 }
 
 template <class L, int32_t dtype>
 void norm_map_of(const NormPatch& patch, const NormMap& map) {
   const NormArgs& a = *patch.args;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) map_plane<L, dtype>(patch, map, c);
+    for (int64_t c = patch.channel; c < patch.end; ++c) {
+      const typename L::F middle = L::set(map.middle[c]), factor = L::set(map.factor[c]);
+      const typename L::F constant = L::set(map.constant[c]);
+      const Run run(places(patch, c), a, map);
+      run.template map<L, dtype>(patch.first, patch.count, [&](auto, int64_t, int, auto v) {
+        return L::fma(v - middle, factor, constant);
+      });
+    }
     return;
   }
-  const auto step = [&](auto partial, auto count, int64_t c, int n) {
-    map_channels<L, dtype, partial.value, count.value>(patch, map, c, n);
-  };
-  each_channels<L>(0, a.C1, step);
-  each_channels<L>(a.C1, a.C, step);
+  each_image(patch, [&](int64_t first, int64_t end) {
+    const float *middle = map.middle + first, *factor = map.factor + first, *constant = map.constant + first;
+    const Run run(places(patch, first), a, map);
+    for (int64_t pixel = patch.first; pixel < patch.first + patch.count; ++pixel)
+      run.template map<L, dtype>(pixel, end - first, [&](auto partial, int64_t i, int n, auto v) {
+        constexpr bool part = partial.value;
+        return L::fma(v - load<L, part>(middle + i, n), load<L, part>(factor + i, n), load<L, part>(constant + i, n));
+      });
+  });
 }
 
 template <class L>

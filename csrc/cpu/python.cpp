@@ -1,6 +1,6 @@
-// The row as a Python function, for which ctypes would take longer than the row does where little is left in the caches:
-// on tensors like those that were bound, or on ones that are not looked at. Python's stable interface and torch's stable
-// C functions alone, so that one binary still serves every version of both.
+// The row and the norm op as Python functions, for which ctypes would take longer than they do where they are short: on
+// tensors like those that were bound, or on ones that are not looked at. Python's stable interface and torch's stable C
+// functions alone, so that one binary still serves every version of both.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -212,8 +212,31 @@ PyObject* bind_apart(PyObject*, PyObject* bound) {
   return PyCFunction_NewEx(&step_apart_method, bound, nullptr);
 }
 
+// norm(address of a block, x, weight, bias, before, scale, shift, residual, skip, y, total) -> error code; without
+// statistics, on tensors of which nothing is looked at but where they lie. The block stays as it is.
+PyObject* norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr int kTensors = 10;
+  if (count != 1 + kTensors) return PyErr_Format(PyExc_TypeError, "expected an address and 10 tensors, got %zd", count);
+  const auto* given = static_cast<const NormArgs*>(PyLong_AsVoidPtr(args[0]));
+  if (PyErr_Occurred()) return nullptr;
+  void* at[kTensors];
+  for (int i = 0; i < kTensors; ++i)
+    if (!locate(args[1 + i], at[i])) return nullptr;
+  NormArgs block = *given;
+  const auto vector = [&](int i) { return static_cast<const float*>(at[i]); };
+  block.x = at[0], block.weight = vector(1), block.bias = vector(2), block.before = vector(3);
+  block.scale = vector(4), block.shift = vector(5), block.residual = at[6], block.skip = at[7];
+  block.y = at[8], block.total = at[9];
+  int code;
+  Py_BEGIN_ALLOW_THREADS
+  code = fastdiff_norm_cpu(&block);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLong(code);
+}
+
 PyMethodDef methods[] = {{"bind_apart", bind_apart, METH_VARARGS, nullptr},
                          {"bind_step", bind_step, METH_VARARGS, nullptr},
+                         {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(norm)), METH_FASTCALL, nullptr},
                          {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 
