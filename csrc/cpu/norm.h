@@ -185,6 +185,16 @@ FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
 
 // ---- channels first: one channel, a register of consecutive pixels after the other
 
+// Lanes in four chains, which do not wait for each other.
+template <class L>
+FASTDIFF_INLINE double add_up(typename L::F v) {
+  float lanes[L::kWidth];
+  L::store(lanes, v);
+  double part[4] = {};
+  for (int i = 0; i < L::kWidth; ++i) part[i % 4] += static_cast<double>(lanes[i]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
 template <class L, int32_t dtype>
 void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
   using F = typename L::F;
@@ -202,7 +212,8 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
   const int few = clip(patch.count, w < 4 ? w : 4);
   L::store(lanes, get(std::true_type{}, patch.first, few));
   float middle = 0.0f;
-  for (int i = 0; i < few; ++i) middle += lanes[i] / static_cast<float>(few);
+  for (int i = 0; i < few; ++i) middle += lanes[i];
+  middle /= static_cast<float>(few);
   const F head = L::set(middle);
   const double k = static_cast<double>(middle);
   for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
@@ -217,11 +228,7 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
       sum = sum + away;
       square = L::fma(away, away, square);
     });
-    double total = 0.0, squares = 0.0;
-    L::store(lanes, sum);
-    for (int i = 0; i < w; ++i) total += static_cast<double>(lanes[i]);
-    L::store(lanes, square);
-    for (int i = 0; i < w; ++i) squares += static_cast<double>(lanes[i]);
+    const double total = add_up<L>(sum), squares = add_up<L>(square);
     to[0] += total + static_cast<double>(size) * k;
     to[patch.end - patch.channel] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
   }

@@ -20,6 +20,8 @@ constexpr int64_t kPatch = 24576, kWide = 384;
 constexpr int64_t kLong = 256;
 // Pixels a patch has at least, where the image has them: what is done once per patch and channel is then little.
 constexpr int64_t kTall = 64;
+// Elements a thread has at least: about ten microseconds.
+constexpr int64_t kThreadGrain = 8192;
 
 struct Cutting {
   int64_t width, columns, size, patches;  // channels of a column, columns; pixels of a patch, patches of a column
@@ -32,7 +34,9 @@ struct Cutting {
     while (2 * width <= most && width < channels) width *= 2;
     if (channels <= most) width = channels;
     columns = (channels + width - 1) / width;
-    size = std::max(kPatch / width / kTall, int64_t{1}) * kTall;
+    const int64_t tall = (args.P + kTall - 1) / kTall, fit = std::max(kPatch / width / kTall, int64_t{1});
+    const int64_t least = (tall + fit - 1) / fit;
+    size = (tall + least - 1) / least * kTall;  // patches of about the same size
     patches = (args.P + size - 1) / size;
   }
 
@@ -64,7 +68,7 @@ Error run_passes(const NormArgs& args, const Cutting& cut, bool sums, const Sum&
                  const Map& map) {
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
-  const bool alone = args.B * args.C * args.P < 2 * kGrain || threads == 1;
+  const bool alone = args.B * args.C * args.P < 2 * kThreadGrain || threads == 1;
   const int64_t columns = args.B * cut.columns;
   // Where every thread has whole columns, the second pass over one finds it in the cache.
   if (alone || columns % threads == 0 || columns >= 4 * static_cast<int64_t>(threads))

@@ -125,9 +125,7 @@ def launches(batch: int, pixels: int, channels: int, groups: int, size: int) -> 
     return triton_norm.launches(batch, pixels, channels, groups, size)
 
 
-def _norm(
-    given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None
-) -> tuple[Tensor, ...]:
+def _norm(given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None) -> tuple[Tensor, ...]:
     """y, the sum where it is to be kept, and what else came with them."""
     if executor is None and _direct(given):
         known = norm_cpu.bound(given, groups, eps, act)
