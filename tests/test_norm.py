@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,10 +118,16 @@ def test_kernels_fill_a_gpu_with_every_norm_of_the_networks() -> None:
             assert kernel.launches(64, shape.pixels, shape.channels, 32, size) == 1 or chunks <= 4
 
 
+# patches of pixels of every channel, and columns of groups: with a rest, and with a skip that begins within a group
+CUT = {"patches": Case(3, 40, (30, 31), 4, extras=EXTRAS), "columns": Case(3, 1300, (9, 8), 25, extras=EXTRAS, skip=75)}
+
+
+@pytest.mark.parametrize("cut", CUT)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
-def test_instruction_sets_and_threads_agree(layout: torch.memory_format) -> None:
+def test_instruction_sets_and_threads_agree(layout: torch.memory_format, cut: str) -> None:
     """Threads and batch to the bit; instruction sets to a rounding, since their lanes add in another order."""
-    case = Case(3, 40, (30, 31), 4, layout=layout, extras=EXTRAS)
+    case = dataclasses.replace(CUT[cut], layout=layout)
+    assert_as_good_as_torch(case, *run(case, "cpp")[:2])
     before, found = torch.get_num_threads(), []
     library = native.load()
     available = [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
@@ -251,6 +258,30 @@ def test_a_layout_is_checked_once_and_other_tensors_of_it_give_their_own_bits(
         monkeypatch.setattr(norm_cpu, name, fails)
     compare(1)
     assert len(nothing_known) == known
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_vectors_of_other_dtypes_are_known_too_and_give_the_bits_of_single_ones(
+    dtype: torch.dtype, nothing_known: dict[Any, Any]
+) -> None:
+    case = Case(2, 24, (5, 3), 4, dtype, LAST, EXTRAS)
+    vectors = {name: case.options[name].to(dtype)[:, :24] for name in ("before", "scale")}
+    vectors["shift"] = case.options["shift"][1, :24].to(dtype)
+    weight, bias = case.weight[:24].to(dtype), case.bias[:24].to(dtype)
+    got = norm.norm_act(case.x, weight, bias, 4, **vectors)
+    single = {name: vector.float() for name, vector in vectors.items()}
+    assert torch.equal(got, norm.norm_act(case.x, weight.float(), bias.float(), 4, **single))
+    assert [known.casts for known in nothing_known.values()] == [True, False]
+
+
+@pytest.mark.parametrize("wide", [256, 320])
+def test_sums_of_runs_of_planes_are_those_of_single_planes(wide: int) -> None:
+    """Without `before` the planes of a group are added up as one; with one of zeros, each by itself."""
+    x = torch.randn(2, wide, 4, 5) + torch.arange(wide).reshape(-1, 1, 1)
+    exact = torch.nn.functional.group_norm(x.double(), 32)
+    for before in (None, torch.zeros(wide)):
+        y = norm.norm_act(x, torch.ones(wide), torch.zeros(wide), 32, act=False, before=before)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=4e-6)
 
 
 def test_what_fits_one_layout_is_not_taken_for_another(nothing_known: dict[Any, Any]) -> None:

@@ -4,11 +4,8 @@
 // the limit there, memory beyond.
 #pragma once
 
-#include <type_traits>
-
 #include "../normal.h"
-#include "access.h"
-#include "executor.h"
+#include "norm_images.h"
 
 namespace fastdiff::cpu {
 namespace {
@@ -16,54 +13,9 @@ namespace {
 // Pixels after which lanes go to double precision, and those whose mean a channel counts from: near the true one, so
 // that neither a large mean nor an odd pixel drowns the squares.
 constexpr int64_t kNormSpan = 64, kNormHead = 4;
-
-template <class L, int32_t dtype, bool kPartial>
-FASTDIFF_INLINE typename L::F read(const void* p, int64_t at, int n) {
-  if constexpr (dtype == kFloat32) {
-    return load<L, kPartial>(static_cast<const float*>(p) + at, n);
-  } else {
-    const typename L::H cells = load16<L, kPartial>(p, at, n);
-    return dtype == kFloat16 ? L::from_half(cells) : L::from_bfloat(cells);
-  }
-}
-
-template <class L, int32_t dtype, bool kPartial>
-FASTDIFF_INLINE void write(void* p, int64_t at, typename L::F v, int n) {
-  if constexpr (dtype == kFloat32) {
-    store<L, kPartial>(static_cast<float*>(p) + at, v, n);
-  } else {
-    const typename L::H cells = dtype == kFloat16 ? L::to_half(v) : L::to_bfloat(v);
-    uint16_t* cell = static_cast<uint16_t*>(p) + at;
-    if (kPartial) {
-      L::store16(cell, cells, n);
-    } else {
-      L::store16(cell, cells);
-    }
-  }
-}
-
-// Where channel c of pixel 0 of the patch's sample lies in each image; elements from one pixel to the next.
-struct Places {
-  const void *x, *residual;  // residual: null where the channel has none
-  int64_t at, residual_at, out;
-  int64_t step, out_step;
-};
-
-FASTDIFF_INLINE Places places(const NormPatch& patch, int64_t c) {
-  const NormArgs& a = *patch.args;
-  const bool first = c < a.C1;
-  const int64_t width = first ? a.C1 : a.C - a.C1, own = first ? c : c - a.C1;
-  const int64_t channel = a.channels_last ? own : own * a.P;
-  Places p{};
-  p.x = first ? a.x : a.skip;
-  p.residual = first ? a.residual : nullptr;
-  p.at = patch.b * width * a.P + channel;
-  p.residual_at = patch.b * a.residual_stride + channel;
-  p.out = patch.b * a.C * a.P + (a.channels_last ? c : c * a.P);
-  p.step = a.channels_last ? width : 1;
-  p.out_step = a.channels_last ? a.C : 1;
-  return p;
-}
+// Pixels up to which planes of a group are added up as one run, and its registers after which lanes go to double: the
+// run counts from the mean of its first register, which is not that of every plane.
+constexpr int64_t kShortPlane = 32, kRunSpan = 8;
 
 template <class L>
 FASTDIFF_INLINE typename L::F silu(typename L::F v) {
@@ -71,15 +23,6 @@ FASTDIFF_INLINE typename L::F silu(typename L::F v) {
 }
 
 // ---- the map of a run of elements that lie next to each other: channels of a pixel, or pixels of a channel
-
-// Calls step(partial, i, lanes) for registers of the elements i .. count.
-template <class L, class Step>
-FASTDIFF_INLINE void each_register(int64_t count, const Step& step) {
-  constexpr int w = L::kWidth;
-  int64_t i = 0;
-  for (; i + w <= count; i += w) step(std::false_type{}, i, w);
-  if (i < count) step(std::true_type{}, i, static_cast<int>(count - i));
-}
 
 // What is read and written, from pixel 0 on; in members of its own, which no store can change.
 struct Run {
@@ -166,24 +109,7 @@ void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
   }
 }
 
-// Calls step(first, end) for the patch's channels of x, and for those of the skip.
-template <class Step>
-FASTDIFF_INLINE void each_image(const NormPatch& patch, const Step& step) {
-  const int64_t inner = patch.args->C1 < patch.channel ? patch.channel : patch.args->C1;
-  if (patch.channel < inner) step(patch.channel, inner < patch.end ? inner : patch.end);
-  if (inner < patch.end) step(inner, patch.end);
-}
-
-// Calls step(partial, registers, channel, lanes of the last register) over the channels from c to end.
-template <class L, int most = 4, class Step>
-FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
-  constexpr int w = L::kWidth;
-  for (; c + most * w <= end; c += most * w) step(std::false_type{}, std::integral_constant<int, most>{}, c, w);
-  for (; c + w <= end; c += w) step(std::false_type{}, std::integral_constant<int, 1>{}, c, w);
-  if (c < end) step(std::true_type{}, std::integral_constant<int, 1>{}, c, static_cast<int>(end - c));
-}
-
-// ---- channels first: one channel, a register of consecutive pixels after the other
+// ---- channels first: one channel, or those of a group, a register of consecutive pixels after the other
 
 // Lanes in four chains, which do not wait for each other.
 template <class L>
@@ -195,8 +121,9 @@ FASTDIFF_INLINE double add_up(typename L::F v) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+// `count` elements from channel c's first pixel on; lanes go to double after `span` registers.
 template <class L, int32_t dtype>
-void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
+void sum_plane(const NormPatch& patch, int64_t c, int64_t count, int64_t span, double* sums) {
   using F = typename L::F;
   constexpr int w = L::kWidth;
   const NormArgs& a = *patch.args;
@@ -209,15 +136,15 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
   };
   double* const to = sums + (c - patch.channel);
   float lanes[w];
-  const int few = clip(patch.count, w < 4 ? w : 4);
+  const int few = clip(count, w);
   L::store(lanes, get(std::true_type{}, patch.first, few));
   float middle = 0.0f;
   for (int i = 0; i < few; ++i) middle += lanes[i];
   middle /= static_cast<float>(few);
   const F head = L::set(middle);
   const double k = static_cast<double>(middle);
-  for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
-    const int64_t size = patch.count - done < kNormSpan * w ? patch.count - done : kNormSpan * w;
+  for (int64_t done = 0; done < count; done += span * w) {
+    const int64_t size = count - done < span * w ? count - done : span * w;
     F sum = L::set(0.0f), square = sum;
     each_register<L>(size, [&](auto partial, int64_t i, int n) {
       const int64_t pixel = patch.first + done + i;
@@ -239,8 +166,16 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
 template <class L, int32_t dtype>
 void norm_sums_of(const NormPatch& patch, double* sums) {
   const NormArgs& a = *patch.args;
+  const int64_t channels = a.C / a.groups;
   if (!a.channels_last) {
-    for (int64_t c = patch.channel; c < patch.end; ++c) sum_plane<L, dtype>(patch, c, sums);
+    const bool run = a.P <= kShortPlane && !a.before;  // goes to the first of the channels
+    each_image(patch, [&](int64_t first, int64_t end) {
+      for (int64_t c = first, next; c < end; c = next) {
+        const int64_t group = (c / channels + 1) * channels;
+        next = !run ? c + 1 : group < end ? group : end;
+        sum_plane<L, dtype>(patch, c, (next - c) * patch.count, run ? kRunSpan : kNormSpan, sums);
+      }
+    });
     return;
   }
   each_image(patch, [&](int64_t first, int64_t end) {

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, norm_cpu, reference_norm
-from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, lies_last, row
+from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, in_rows, lies_last, row
 from fastdiff.errors import BackendUnavailable
 
 _IMAGES = "Tensor? before, Tensor? scale, Tensor? shift"
@@ -135,7 +135,7 @@ def _norm(given: Inputs, groups: int, eps: float, act: bool, keep: bool, executo
             norm_cpu.run(known, given, y, total)
             return (y,) if total is None else (y, total)
     if not torch.compiler.is_compiling() and transformed():
-        given = _in_rows(given)
+        given = in_rows(given)
         check_sizes(given, groups, "reference")
         return reference_norm.forward(given, groups, eps, act)
     given = _dense(given)
@@ -189,15 +189,9 @@ def _direct(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _in_rows(given: Inputs) -> Inputs:
-    """A row of each vector for each sample, without a copy."""
-    before, scale, shift = (row(vector, given.x.shape[0]) for vector in (given.before, given.scale, given.shift))
-    return given._replace(before=before, scale=scale, shift=shift)
-
-
 def _dense(given: Inputs) -> Inputs:
-    """As `_in_rows`, and the images in one memory format: channels_last where x is or its strides say so."""
-    x, weight, bias, before, scale, shift, residual, skip = _in_rows(given)
+    """As `in_rows`, and the images in one memory format: channels_last where x is or its strides say so."""
+    x, weight, bias, before, scale, shift, residual, skip = in_rows(given)
     if lies_last(x, residual, skip) is None:
         wanted = torch.contiguous_format
         if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastdiff.engine import native
 from fastdiff.engine.native import NormArgs
-from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, lies_last, row
+from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, in_rows, lies_last, row
 
-VECTORS = ("weight", "bias", "before", "scale", "shift")
 KEPT = 4096  # layouts; more than that come from sizes that do not come again
 
 
@@ -26,6 +25,7 @@ class Bound(NamedTuple):
     block: NormArgs
     last: bool
     address: int
+    casts: bool  # some vector is not fp32
 
 
 _known: dict[Hashable, Bound | None] = {}
@@ -40,13 +40,11 @@ def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
     try:
         return _known[key]
     except KeyError:
-        vectors = given[1:6]
-        if not _fits(given.x, (given.residual, given.skip), vectors):
+        if not _fits(given.x, (given.residual, given.skip), given[1:6]):
             return _keep(key, None)
-        rows = [row(vector, given.x.shape[0]) for vector in vectors[2:]]
-        given = given._replace(before=rows[0], scale=rows[1], shift=rows[2])
-        last = check(given, groups, "cpp")
-        return _keep(key, _bound(_block(given, groups, eps, act, last), last))
+        last = check(in_rows(given), groups, "cpp")
+        casts = any(vector is not None and vector.dtype != torch.float32 for vector in given[1:6])
+        return _keep(key, _bound(_block(in_rows(_single(given)), groups, eps, act, last), last, casts))
 
 
 def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Bound | None:
@@ -55,7 +53,7 @@ def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Boun
     try:
         return _known[key]
     except KeyError:
-        if not _fits(x, (residual,), (before,)):
+        if not _fits(x, (residual,), (before,)) or (before is not None and before.dtype != torch.float32):
             return _keep(key, None)
         before = row(before, x.shape[0])
         check_add(x, before, residual, "cpp")
@@ -66,6 +64,8 @@ def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Boun
 
 def run(known: Bound, given: Inputs, y: Tensor, total: Tensor | None) -> None:
     """Write y and the sum, of tensors that are laid out as those that were bound."""
+    if known.casts:
+        given = _single(given)
     code = native.python().norm(known.address, *given, y, total)
     if code:
         _raise("norm", code)
@@ -123,7 +123,9 @@ def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor
 
 def _single(given: Inputs) -> Inputs:
     """With every vector in fp32."""
-    return given._replace(**{name: vector.float() for name in VECTORS if (vector := getattr(given, name)) is not None})
+    weight, bias, before, scale, shift = (None if vector is None else vector.float() for vector in given[1:6])
+    assert weight is not None and bias is not None
+    return Inputs(given.x, weight, bias, before, scale, shift, given.residual, given.skip)
 
 
 def _layouts(tensors: Sequence[Tensor | None]) -> list[Hashable]:
@@ -135,7 +137,7 @@ def _fits(x: Tensor, images: tuple[Tensor | None, ...], vectors: tuple[Tensor | 
         x.dtype in DTYPES
         and x.numel() > 0
         and lies_last(x, *images) is not None
-        and all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+        and all(vector is None or vector.dtype in DTYPES for vector in vectors)
         and not any(tensor is not None and tensor.is_neg() for tensor in (x, *images, *vectors))
     )
 
@@ -147,8 +149,8 @@ def _keep(key: Hashable, found: Bound | None) -> Bound | None:
     return found
 
 
-def _bound(block: NormArgs, last: bool) -> Bound:
-    return Bound(block, last, ctypes.addressof(block))
+def _bound(block: NormArgs, last: bool, casts: bool = False) -> Bound:
+    return Bound(block, last, ctypes.addressof(block), casts)
 
 
 def _block(given: Inputs, groups: int, eps: float, act: bool, last: bool) -> NormArgs:
