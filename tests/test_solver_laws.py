@@ -104,7 +104,7 @@ def test_the_bias_of_edm_is_what_its_noise_adds() -> None:
             on = churn if low <= s <= high else 0.0
             return 2 * variance * s * (falls - on * s) / (v + s**2) + 2 * on * (noise * s) ** 2  # noqa: B023
 
-        variance, count = v + 20.0**2, 4_000
+        variance, count = v + 20.0**2, 1_000
         for i in range(count):
             u, h = i / count, 1.0 / count
             k1 = slope(u, variance)
