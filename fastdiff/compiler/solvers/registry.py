@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fastdiff.compiler.solvers import elsewhere
 from fastdiff.errors import unknown_name
 from fastdiff.process.schedules import Schedule
 
@@ -134,9 +135,9 @@ def solver(
 
 
 def get(name: str) -> Solver:
-    """The solver called `name`; ValueError listing the close names when there is none."""
+    """The solver called `name`; ValueError where there is none, saying what another library's name is called here."""
     if name not in _SOLVERS:
-        raise unknown_name("solver", name, _SOLVERS)
+        raise unknown_name("solver", name, _SOLVERS, elsewhere.meant(name, _SOLVERS))
     return _SOLVERS[name]
 
 
