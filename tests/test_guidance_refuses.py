@@ -67,7 +67,7 @@ def test_bad_rules(make: Any, error_type: type[Exception], message: str) -> None
 def test_bad_arguments(arguments: dict[str, Any], error_type: type[Exception], message: str) -> None:
     sampler = fd.Sampler(fd.plan("ddim", "linear", 3), wrapped("linear", "eps"), "reference")
     with pytest.raises(error_type, match=message):
-        sampler.sample(SHAPE, **{**GUIDED, **arguments})
+        sampler.sample(SHAPE, **{**GUIDED, "guidance": 1.0, **arguments})
 
 
 def test_uncond_without_guidance_is_refused_and_guidance_of_one_is_not() -> None:
