@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from fastdiff.compiler.solvers import elsewhere
@@ -14,6 +15,11 @@ from fastdiff.errors import unknown_name
 from fastdiff.process.schedules import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@cache
+def _defaults(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((p.name, p.default) for p in list(inspect.signature(function).parameters.values())[2:])
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ class Solver:
 
     def options(self) -> dict[str, Any]:
         """Option names and defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())[2:]
-        return {p.name: p.default for p in parameters}
+        return dict(_defaults(self.function))
 
     def keeps_marginal(self, options: Mapping[str, Any]) -> bool:
         """Whether `exact_marginal` holds with these options, defaults filled in."""
