@@ -66,15 +66,6 @@ def check_channels(model: Denoiser, shape: Sequence[int], batched: bool) -> None
     raise ValueError(f"shape must be {expected}: the network takes {channels} channels; got {tuple(shape)}{alone}")
 
 
-def check_tensors_are_real() -> None:
-    """ValueError under `torch.device("meta")`, where tensors have no values."""
-    if torch.get_default_device().type == "meta":
-        raise ValueError(
-            "torch makes tensors on 'meta' here, which have no values to draw with: call this outside "
-            "torch.device('meta') (or after torch.set_default_device('cpu'))"
-        )
-
-
 def check_uncond_is_used(uncond: Condition, reads_unguided: bool) -> None:
     """ValueError for the condition of a branch that no guidance asks for."""
     if uncond is not None and not reads_unguided:
@@ -105,9 +96,15 @@ def _comparable(value: Any) -> Any:
 def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
     """One finite number per sample, from one for all or one for each. Raises ValueError otherwise."""
     try:
-        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+        found = torch.as_tensor(given, dtype=torch.float64).flatten()
+        values = [] if found.is_meta else found.tolist()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or one per sample, got {given!r}") from None
+    if found.is_meta:
+        raise ValueError(
+            "torch makes tensors on 'meta' here, which have no values to draw with: call this outside "
+            "torch.device('meta') (or after torch.set_default_device('cpu'))"
+        )
     if len(values) not in (1, batch):
         raise ValueError(f"{name} must be one number or one per sample ({batch}), got {len(values)}")
     if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):

@@ -30,7 +30,6 @@ from fastdiff.engine.arguments import (
     check_alike,
     check_channels,
     check_fits,
-    check_tensors_are_real,
     check_uncond_is_used,
 )
 from fastdiff.engine.asked import Asked
@@ -136,7 +135,6 @@ class Sampler:
         row, when the network returns inf or nan, and BatchTooLarge, with the batch that would fit, when memory runs
         out.
         """
-        check_tensors_are_real()
         shape = batch_shape(shape)
         check_channels(self.model, shape, batched=True)
         if guidance is None:
