@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from fastdiff.engine.ops import Step
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
-Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]  # of a call, by position and by name
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
 _SCALAR = torch.Size()
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
     def of(args: tuple[Any, ...], kw: dict[str, Any]) -> Asked:
         """A call without its state; TypeError where it is none that is known."""
         cond = dict(kw)
-        name = None if args else next((name for name in ("hidden_states", "sample") if name in cond), None)
+        name = None if args else "hidden_states" if "hidden_states" in cond else "sample" if "sample" in cond else None
         state = args[0] if args else None if name is None else cond.pop(name)
         time = args[1] if len(args) > 1 else cond.pop("timestep", None)
         if not isinstance(state, Tensor) or not isinstance(time, Tensor) or len(args) > 2:
@@ -50,13 +50,12 @@ class Asked(NamedTuple):
             )
         return Asked(name, len(args) > 1, time, cond)
 
-    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> list[Arguments]:
+    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> Arguments:
         """Those of the same call of this state, of each time."""
         cond = self.cond if self.state is None else {self.state: x, **self.cond}
-        head = (x,) if self.state is None else ()
         if self.by_position:
-            return [((*head, time), cond) for time in times]
-        return [(head, {**cond, "timestep": time}) for time in times]
+            return Arguments(list(zip(repeat(x), times)), cond, None)
+        return Arguments([(x,) if self.state is None else ()] * len(times), dict(cond), times)
 
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
@@ -68,15 +67,26 @@ class Asked(NamedTuple):
         return lambda time: network(x, timestep=time, **cond)
 
 
+class Arguments(NamedTuple):
+    """Of a call, in each row: by position, per row; by name; and per row the time among those, None where it is not.
+
+    The time is written into `named`, which is the same for all rows: a call hands on a copy.
+    """
+
+    positional: Sequence[tuple[Tensor, ...]]
+    named: dict[str, Any]
+    times: Sequence[Tensor] | None
+
+
 class Direct(NamedTuple):
-    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: those of a second call.
+    """Rows as `row(pick(network(*args, **kw)))`; apart: the arguments of a second call.
 
     The row raises ValueError, and has done nothing, for an output that is not like the ones before.
     """
 
     network: Any
-    calls: list[Arguments]
-    apart: list[Arguments] | None
+    calls: Arguments
+    apart: Arguments | None
     pick: Callable[[Any], Tensor]
     row: Step
 

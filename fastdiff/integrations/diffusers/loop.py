@@ -106,12 +106,15 @@ class Loop:
                 self._step(i)  # type: ignore[misc]
                 direct = self._direct
             else:
-                network, calls, apart, pick, row = direct
-                args, kw = calls[i]
-                returned, other = network(*args, **kw), None
+                network, (args, kw, times), apart, pick, row = direct
+                if times is not None:
+                    kw["timestep"] = times[i]
+                returned, other = network(*args[i], **kw), None
                 if apart is not None:
-                    args, kw = apart[i]
-                    other = network(*args, **kw)
+                    args, kw, times = apart
+                    if times is not None:
+                        kw["timestep"] = times[i]
+                    other = network(*args[i], **kw)
                 try:
                     fits = row(pick(returned)) if apart is None else row(pick(returned), pick(other))
                 except (ValueError, TypeError, AttributeError):
