@@ -122,6 +122,19 @@ def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
     return step
 
 
+def bind_within(tensors: StepTensors, executor: str, whole: Tensor) -> Step | None:
+    """`bind` for a step that is given `whole` [n, C', *S'], of whose samples model_out are the first C channels.
+
+    It reads them where they are: on "cpp", from a contiguous output for a batch of one. None where only a copy will do.
+    """
+    if executor != "cpp" or tensors.state.shape[1] != 1 or not whole.is_contiguous() or tensors.unguided is not None:
+        return None
+    check(tensors)
+    from fastdiff.engine import native
+
+    return native.bind_within(tensors, whole)
+
+
 def on_device(step: Callable[..., T], device: torch.device) -> Callable[..., T]:
     """A step that Triton launches, on its tensors' device whichever is current."""
     if device.type != "cuda":

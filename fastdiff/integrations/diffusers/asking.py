@@ -109,6 +109,7 @@ class Asking:
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
         self._pick: Callable[[Any], Tensor] = _FIRST  # what makes the last output of what the network returned
+        self._whole: tuple[Callable[[Any], Tensor], Tensor] | None = None  # the same of one that was cut, and that one
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -156,8 +157,14 @@ class Asking:
         """The row on what the calls gave, which from now on stands for what the next ones will."""
         desk, form = self.desk, self.form
         desk.advance(conditional, unguided, form)
-        if not self.rescaled and desk.row is not None:
-            desk.direct[form] = self._pick, desk.row
+        if self.rescaled or desk.row is None:
+            return
+        desk.direct[form] = self._pick, desk.row
+        if self._whole is not None and unguided is None:
+            pick, whole = self._whole
+            row = desk.row_within(whole, conditional)
+            if row is not None:
+                desk.direct[form] = pick, row
 
     def _calls(self, conds: Sequence[dict[str, Any]]) -> list[Callable[[Tensor], Any]]:
         return [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
@@ -167,6 +174,7 @@ class Asking:
         pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
         channels, found = self.desk.channels, output.size(1)
+        self._whole = None if found == channels else (pick, output)
         if found != channels:
             if not self.kind.variance:
                 what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"

@@ -169,6 +169,12 @@ class Desk:
         """The step that the last row took, if it was a single one that looks at its tensors itself."""
         return self._now[0] if self.executor == "cpp" and len(self._now) == 1 else None
 
+    def row_within(self, whole: Tensor, conditional: Tensor) -> ops.Step | None:
+        """`row` for a network's whole output, of which the last row was given the first channels."""
+        if self.row is None:
+            return None
+        return ops.bind_within(replace(self.tensors, model_out=conditional, mix=None), self.executor, whole)
+
     def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
         tensors = replace(self.tensors, model_out=conditional, unguided=unguided)
         if not rescaled:
