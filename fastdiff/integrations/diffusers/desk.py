@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from fastdiff.engine import backends, ops
 from fastdiff.engine.graphs import recorder_for
 from fastdiff.engine.guide import GuideTensors
 from fastdiff.engine.guide import bind as bind_guide
+from fastdiff.integrations.diffusers.ahead import MOST_AHEAD
 from fastdiff.integrations.diffusers.program import Program, Start
 
 Form = tuple[int, bool, bool]  # of a step: how many calls of the network, whether it guides, whether it rescales
@@ -47,8 +47,7 @@ class Desk:
         self._rows, terms = max(ROWS, 1 << len(program).bit_length()), max(TERMS, program.terms)  # one for the opening
         self._width = at.COEF_FIXED + at.NOISE_STRIDE * terms
         self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * terms
-        self._room, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
-        self._slots = slots if program.slots else 0
+        self._room, self._slots = max(REGISTERS, program.plan.registers), self._slots_for(program)
         self.executor = backends.choose(needs.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
             self._allocate()
@@ -62,6 +61,14 @@ class Desk:
         self.recorded: dict[Any, Any] = {}
         # of a step with one call of the network: how its output is taken from what is returned, and its row
         self.direct: dict[Form, tuple[Callable[[Any], Tensor], ops.Step]] = {}
+
+    def _slots_for(self, program: Program) -> int:
+        """As many as the rows draw where they are small and on the host (see ahead.py), else as many as are kept."""
+        if not program.slots:
+            return 0
+        many = max(ROWS, program.drawn[-1])
+        small = self.needs.device.type == "cpu" and many * self.needs.shape.numel() <= MOST_AHEAD
+        return many if program.drawn[-1] and small else max(SLOTS, program.slots)
 
     def _allocate(self) -> None:
         device, batch = self.needs.device, self.batch
@@ -135,7 +142,10 @@ class Desk:
         for begin, part in ((1, program.rows), (first, opening)):
             rows = slice(begin, begin + len(part.coef))
             self.tensors.coef[rows, : part.coef.shape[1]].copy_(torch.from_numpy(part.coef))
-            self.tensors.ids[rows, : part.ids.shape[1]].copy_(torch.from_numpy(np.ascontiguousarray(part.ids)))
+            ids = part.ids.copy()
+            if self._slots:
+                ids[:, at.TERM_IDS :: at.TERM_IDS_STRIDE] %= self._slots
+            self.tensors.ids[rows, : ids.shape[1]].copy_(torch.from_numpy(ids))
 
     def guide(self, scale: float, rescale: float) -> None:
         """The guidance scale, and phi of its rescaling, from here on."""

@@ -28,10 +28,11 @@ FEW = 256  # elements
 class Program:
     """Rows, and what belongs to each.
 
-    opening: puts the latents, its network's output, into their registers. slots: how many normals are kept at once; 0: the kernel draws its
-    own. states: per row, the register with the state after it. evaluated: per row, the register with the state before
-    it. draws: per row, what is drawn before it and into which slot. times: per row, what the scheduler's timestep is.
-    dtype: of the state that the scheduler returns. stochastic: the kernel's own draws need seeds.
+    opening: puts the latents, its network's output, into their registers. slots: how many normals are kept at once at
+    least; 0: the kernel draws its own. states: per row, the register with the state after it. evaluated: per row, the
+    register with the state before it. draws: per row, what is drawn before it; the rows name normals by their number
+    among all of these. times: per row, what the scheduler's timestep is. dtype: of the state that the scheduler
+    returns. stochastic: the kernel's own draws need seeds.
     """
 
     plan: Plan
@@ -40,7 +41,7 @@ class Program:
     slots: int
     states: tuple[int, ...]
     evaluated: tuple[int, ...]
-    draws: tuple[tuple[tuple[Draw, int], ...], ...]
+    draws: tuple[tuple[Draw, ...], ...]
     times: tuple[float, ...]
     dtype: torch.dtype
     stochastic: bool
@@ -54,9 +55,9 @@ class Program:
         return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (self.rows, self.opening))
 
     @functools.cached_property
-    def drawing(self) -> bool:
-        """Whether anything is drawn before a row."""
-        return any(self.draws)
+    def drawn(self) -> tuple[int, ...]:
+        """Per row, how many normals were drawn before; and how many all rows draw."""
+        return tuple(int(count) for count in np.cumsum([0, *map(len, self.draws)]))
 
     @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
@@ -187,7 +188,7 @@ class Seen:
             if tensor._version != version:
                 return False
         changed = [i for i, seen in enumerate(self._values) if seen is not values[i]]
-        return all([self._alike(i, values[i]) for i in changed])
+        return all(self._alike(i, values[i]) for i in changed)
 
     def _alike(self, i: int, other: Any) -> bool:
         one = self._values[i]
@@ -226,13 +227,12 @@ def _position(timesteps: Tensor, timestep: Tensor) -> int:
 @functools.lru_cache(maxsize=64)
 def _from_table(table: Table, dtypes: tuple[torch.dtype, torch.dtype], kind: Kind) -> Program:
     forms = table.forms(*dtypes)
-    slots = max(table.slots, 1)
-    draws = tuple(
-        tuple((draw, (first + k) % slots) for k, draw in enumerate(form.draws))
-        for form, first in zip(forms, table.slot_of, strict=True)
-    )
+    slots, draws = max(table.slots, 1), tuple(form.draws for form in forms)
     opening = table.plan.pack(opening="state")
-    rows = Packed(table.coef.copy(), table.ids)
+    rows = Packed(table.coef.copy(), table.ids.copy())
+    named = rows.ids[:, at.TERM_IDS :: at.TERM_IDS_STRIDE]
+    newest = np.cumsum([len(row) for row in draws])[:, None] - 1
+    named[:] = np.maximum(newest - (newest - named) % slots, 0)  # the table names slots
     rows.coef[:-1, at.EMIT_SCALE] = table.input_scales[1:]
     last = forms[-1].dtypes[table.state_field]
     assert last is not None
