@@ -1,14 +1,15 @@
 """Writes the table of pipelines in docs/diffusers.md: each one, tiny random components, before and after accelerate.
 
 python docs/pipelines_table.py            # works or why not, and the largest difference
-python docs/pipelines_table.py --speed    # times too, and fills the last two columns; wants a quiet machine
 python docs/pipelines_table.py --print    # only shown
+
+The times are those of bench/results.csv, which `python bench/run.py pipelines` measures on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import csv
 import sys
 import warnings
 from pathlib import Path
@@ -18,10 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import pipelines, tiny_pipelines
+from bench import pipelines, table, tiny_pipelines
+from bench.tables.cells import Line
+from fastdiff.files import write_atomically
 from fastdiff.integrations.diffusers import accelerate
 
 TARGET = Path(__file__).with_name("diffusers.md")
+RESULTS = Path(pipelines.__file__).with_name("results.csv")
 BEGIN, END = "<!-- pipelines:begin -->", "<!-- pipelines:end -->"
 CALLS: tuple[dict[str, Any], ...] = (
     {"seed": 1, "steps": 20, "guidance": 5.0},
@@ -46,7 +50,15 @@ def difference(kind: str, scheduler: Any) -> tuple[float, float]:
     return level, max((float((a - b).abs().max() / b.abs().max()) for a, b in latents), default=float("nan"))
 
 
-def line(kind: str, name: str, config: dict[str, Any], timed: bool) -> str:
+def measured(results: Path) -> dict[tuple[str, str], Line]:
+    """The line of each pipeline and scheduler, of the latest run on a CPU."""
+    with results.open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if (line["bench"], line["device"]) == ("pipelines", "cpu")]
+    latest = max((line["run"] for line in lines), default="")
+    return {(line["network"], line["solver"]): line for line in lines if line["run"] == latest}
+
+
+def row(kind: str, name: str, config: dict[str, Any], times: Line | None) -> str:
     """One row of the table."""
     import diffusers
 
@@ -56,53 +68,49 @@ def line(kind: str, name: str, config: dict[str, Any], timed: bool) -> str:
     except (TypeError, ValueError, RuntimeError) as refused:
         return f"| {kind} | {name} | refused: {' '.join(str(refused).split())} | | | | |"
     speed = whole = "not measured"
-    if timed:
-        found = pipelines.case(kind, scheduler, torch.device("cpu"), pipelines.SECONDS)
-        before, after = found["diffusers_us"], found["us"]
+    if times is not None and times["gate"] == "green":
+        before, after = float(times["diffusers_us"]), float(times["us"])
         speed = f"{before / after:.1f} ({before:.0f} / {after:.0f} µs)"
-        before, after = (found[key] * 1e3 for key in ("diffusers_seconds", "seconds"))
+        before, after = (float(times[key]) * 1e3 for key in ("diffusers_seconds", "seconds"))
         whole = f"{before / after:.2f} ({before:.1f} / {after:.1f} ms)"
     shown = "–" if latent != latent else f"{latent:.0e}"
     return f"| {kind} | {name} | yes | {level:.4f} | {shown} | {speed} | {whole} |"
 
 
-def table(timed: bool) -> str:
-    """The table."""
+def page(times: dict[tuple[str, str], Line]) -> str:
+    """The table with what stands above it."""
     import diffusers
 
+    where = table.heading(next(iter(times.values()))) if times else "not measured"
     head = [
         f"diffusers {diffusers.__version__}, float32, over two calls with other prompts, sizes, steps and guidance. "
         "Pictures: largest difference in 8-bit levels. Latents: largest difference, of their largest element. Outside: "
-        "µs of a step in the loop that are not the network's, before / after; the whole call likewise"
-        + (f", {torch.get_num_threads()} threads." if timed else "; filled by `--speed`."),
+        "µs of a step in the loop that are not the network's, before / after; the whole call likewise; medians of "
+        f"`python bench/run.py pipelines` ({where}).",
         "",
         "| Pipeline | Scheduler | Works | Pictures | Latents | Outside | Whole call |",
         "|---|---|---|---|---|---|---|",
     ]
     cases = [(kind, name, config) for kind, found in pipelines.CASES.items() for name, config in found.items()]
-    return "\n".join([*head, *(line(*case, timed) for case in cases)])
+    return "\n".join([*head, *(row(*case, times.get(case[:2])) for case in cases)])
 
 
 def main() -> None:
     """Write or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--speed", action="store_true", help="time every pipeline too")
     parser.add_argument("--print", action="store_true", help="print instead of writing docs/diffusers.md")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    made = table(given.speed)
+    made = page(measured(RESULTS))
     if given.print:
         print(made)
         return
-    page = TARGET.read_text()
-    before, _, rest = page.partition(BEGIN)
+    before, _, rest = TARGET.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    temporary = TARGET.with_name(TARGET.name + ".part")
-    temporary.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
-    os.replace(temporary, TARGET)
+    write_atomically(TARGET, lambda to: to.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}"))
 
 
 if __name__ == "__main__":

@@ -425,3 +425,19 @@ def test_the_train_step_is_held_against_diffusers(
     monkeypatch.setattr(train.objectives, "get", lambda name: cosine)
     assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 1
     assert "WRONG: no figure" in capsys.readouterr().out
+
+
+def test_the_page_of_pipelines_shows_the_latest_run_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "docs"))
+    page = importlib.import_module("pipelines_table")
+    case = {"bench": "pipelines", "network": "DDPMPipeline", "solver": "DDPMScheduler", "gate": "green", "us": 20.0}
+    case |= {"diffusers_us": 250.0, "seconds": 0.1, "diffusers_seconds": 0.12}
+    others = {"bench": "ops"}, {"device": "cuda"}, {"run": "2026-01-01", "us": 10.0}
+    results = tmp_path / "results.csv"
+    table.append(results, [fact_line(**case | {"run": "2026-01-02"} | other) for other in ({}, *others)])
+    times = page.measured(results)[case["network"], case["solver"]]
+    monkeypatch.setattr(page, "difference", lambda kind, scheduler: (0.0, 0.0))
+    shown = page.row(case["network"], case["solver"], {}, times)
+    assert shown.endswith("| 12.5 (250 / 20 µs) | 1.20 (120.0 / 100.0 ms) |")
