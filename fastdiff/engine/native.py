@@ -219,7 +219,7 @@ def bind(tensors: StepTensors, executor: str) -> Step:
 
 
 def bind_within(tensors: StepTensors, whole: Tensor) -> Step | None:
-    """`step(whole)` on the first channels of a batch of one, contiguous; None and ValueError as `_quick` and `bind`."""
+    """`step(whole)` for outputs like this one; None and ValueError as `_quick` and `bind`."""
     args = arguments(tensors)
     return _quick(args, tensors, _bind(args, tensors, "cpp", "affine_step"), whole)
 
@@ -227,8 +227,8 @@ def bind_within(tensors: StepTensors, whole: Tensor) -> Step | None:
 def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | None = None) -> Step | None:
     """`step` as one C function, which hands on to it all that is not like the tensors that were bound.
 
-    whole: what it is given instead of model_out, which are its first channels. None where torch keeps its tensors in
-    another way than that function knows.
+    whole: what it is given instead of model_out, which are its first channels; one that is not contiguous is gathered.
+    None where torch keeps its tensors in another way than that function knows.
     """
 
     def failed(code: int) -> None:
@@ -236,7 +236,8 @@ def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | N
 
     model_out = tensors.model_out if whole is None else whole
     given = model_out, tensors.unguided, tensors.perturbed
-    stacked = 0, *_stacked(args, model_out)
+    gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
+    stacked = gathered, *_stacked(args, model_out)
     return _python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
 
 

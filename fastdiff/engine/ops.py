@@ -26,6 +26,8 @@ _ARGUMENTS = (
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
+GATHERED = 1 << 14  # elements; of more a copy by torch is the quicker one
+
 T = TypeVar("T")
 Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
@@ -123,11 +125,15 @@ def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
 
 
 def bind_within(tensors: StepTensors, executor: str, whole: Tensor) -> Step | None:
-    """`bind` for a step that is given `whole` [n, C', *S'], of whose samples model_out are the first C channels.
+    """`bind` for a step that is given `whole` [nB, C', *S'], model_out being the first C channels, contiguous.
 
-    It reads them where they are: on "cpp", from a contiguous output for a batch of one. None where only a copy will do.
+    No operation of torch comes before the row: it reads what is contiguous where it is, and gathers what is not. None
+    where only a copy will do: on other executors, of large outputs, of some channels of several samples.
     """
-    if executor != "cpp" or tensors.state.shape[1] != 1 or not whole.is_contiguous() or tensors.unguided is not None:
+    batch, cut = tensors.state.shape[1], whole.shape != tensors.model_out.shape
+    if executor != "cpp" or tensors.channels > 1 or tensors.unguided is not None or (cut and batch != 1):
+        return None
+    if not whole.is_contiguous() and whole.numel() > GATHERED:
         return None
     check(tensors)
     from fastdiff.engine import native

@@ -109,7 +109,7 @@ class Asking:
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
         self._pick: Callable[[Any], Tensor] = _FIRST  # what makes the last output of what the network returned
-        self._whole: tuple[Callable[[Any], Tensor], Tensor] | None = None  # the same of one that was cut, and that one
+        self._whole: tuple[Callable[[Any], Tensor], Tensor] | None = None  # the same without a copy, and what it gave
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ class Asking:
         pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
         channels, found = self.desk.channels, output.size(1)
-        self._whole = None if found == channels else (pick, output)
+        self._whole = None if found == channels and output.is_contiguous() else (pick, output)
         if found != channels:
             if not self.kind.variance:
                 what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
