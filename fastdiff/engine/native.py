@@ -219,17 +219,26 @@ def bind(tensors: StepTensors, executor: str) -> Step:
     return _quick(args, tensors, step) or step if executor == "cpp" else step
 
 
-def _quick(args: AffineArgs, tensors: StepTensors, step: Step) -> Step | None:
+def bind_within(tensors: StepTensors, whole: Tensor) -> Step | None:
+    """`step(whole)` for outputs like this one; None and ValueError as `_quick` and `bind`."""
+    args = arguments(tensors)
+    return _quick(args, tensors, _bind(args, tensors, "cpp", "affine_step"), whole)
+
+
+def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | None = None) -> Step | None:
     """`step` as one C function, which hands on to it all that is not like the tensors that were bound.
 
+    whole: what it is given instead of model_out, which are its first channels; one that is not contiguous is gathered.
     None where torch keeps its tensors in another way than that function knows.
     """
 
     def failed(code: int) -> None:
         raise _failed("affine_step on cpp", code)
 
-    given = tuple(getattr(tensors, name) for name in _BRANCHES)
-    stacked = 0, *_stacked(args, tensors.model_out)
+    model_out = tensors.model_out if whole is None else whole
+    given = model_out, tensors.unguided, tensors.perturbed
+    gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
+    stacked = gathered, *_stacked(args, model_out)
     return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
 
 
@@ -290,7 +299,8 @@ def _bind(
 
 def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
     """Where in a stack of outputs Fu and Fp begin, in bytes; 0: not in it."""
-    branch, copies = args.B * args.N * like.element_size(), like.shape[0] // max(args.B, 1)
+    copies = like.shape[0] // max(args.B, 1)
+    branch = like.numel() // max(copies, 1) * like.element_size()
     return branch if copies > 1 else 0, 2 * branch if copies > 2 else 0
 
 
