@@ -184,7 +184,8 @@ PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cas
                            METH_FASTCALL | METH_KEYWORDS, nullptr};
 
 // bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (bytes of Fc and what follows it where
-// they are gathered, else 0; bytes to Fu, bytes to Fp), unlike, failed) -> step, or None where torch keeps its tensors in another way than `View` knows.
+// they are gathered, else 0; bytes to Fu, bytes to Fp), unlike, failed) -> step, or None where torch keeps its tensors in
+// another way than `View` knows.
 PyObject* bind_step(PyObject*, PyObject* args) {
   PyObject *address, *type, *tensors, *stacked, *unlike, *failed;
   if (!PyArg_ParseTuple(args, "OOOOOO", &address, &type, &tensors, &stacked, &unlike, &failed)) return nullptr;

@@ -39,7 +39,9 @@ def source_of(generator: object, noise: Sequence[Tensor]) -> torch.Generator | N
 
     Not the default one, from which the network may draw in between.
     """
-    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu" or not noise[0].is_cpu:
+    if not isinstance(generator, torch.Generator) or generator is torch.default_generator:
+        return None
+    if generator.device.type != "cpu" or not noise[0].is_cpu:
         return None
     return generator if noise[0].numel() % TOGETHER == 0 and joins() else None
 
