@@ -57,7 +57,7 @@ inline Error check(const TrainArgs& args, bool loss) {
 }
 
 inline Error check(const NormArgs& args) {
-  if (!args.x || (args.y && (!args.weight || !args.bias || !args.stats)) || (!args.y && !args.total)) return kNullPointer;
+  if (!args.x || (args.y && (!args.weight || !args.bias)) || (!args.y && !args.total)) return kNullPointer;
   if ((args.C1 < args.C) != (args.skip != nullptr)) return kNullPointer;
   if (args.B < 0 || args.P < 0 || args.C1 < 1 || args.C < args.C1) return kBadShape;
   if (args.y && (args.groups < 1 || args.C % args.groups != 0)) return kBadShape;

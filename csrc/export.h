@@ -2,9 +2,11 @@
 #pragma once
 
 #include "affine.h"
+#include "norm.h"
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
 
 FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args);
 FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
                                                    const float* x, float* next, void* model_in, float* denoised);
+FASTDIFF_EXPORT int fastdiff_norm_cpu(const NormArgs* args);

@@ -84,9 +84,9 @@ FASTDIFF_INLINE void cephes_sincos(typename L::F a, typename L::F& sine, typenam
   s = L::fma(s, x2, L::set(8.3321608736e-3f));
   s = L::fma(s, x2, L::set(-1.6666654611e-1f));
   s = L::fma(s * x2, x, x);
-  const I quarter = L::template shift_right<1>(octant);
-  sine = L::flip_sign(L::select_odd(quarter, c, s), L::template shift_left<29>(octant));
-  cosine = L::flip_sign(L::select_odd(quarter, s, c), L::template shift_left<29>(L::sub(L::iset(1), octant)));
+  const I odd = L::template shift_left<30>(octant);
+  sine = L::flip_sign(L::select_negative(odd, c, s), L::template shift_left<29>(octant));
+  cosine = L::flip_sign(L::select_negative(odd, s, c), L::template shift_left<29>(L::sub(L::iset(1), octant)));
 }
 
 }  // namespace fastdiff

@@ -19,7 +19,7 @@ struct NormArgs {
   const float* bias;      // [C]
   void* y;                // [B, C, P] or null: nothing but the sum is wanted
   void* total;            // [B, C, P] or null: receives the sum
-  float* stats;           // [B, groups, 2]: mean and 1 / sqrt(variance + eps), written; read by the gradient
+  float* stats;           // [B, groups, 2] or null: receives mean and 1 / sqrt(variance + eps), for the gradient
   const void* grad;       // [B, C, P]: of y, where the gradient is asked for; then x is the sum and y receives du
   float* sums;            // [B, 3, C] or null: receives the gradient's sums over pixels: g, g n and du
   int64_t B, C, C1, P, groups;

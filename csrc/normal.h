@@ -10,9 +10,9 @@ namespace fastdiff {
 template <class L>
 FASTDIFF_INLINE typename L::F log_unit(typename L::F u) {
   const typename L::I bits = L::bits(u);
-  const typename L::I e = L::template shift_right<23>(L::sub(bits, L::iset(0x3f3504f3)));
-  const typename L::F f = L::from_bits(L::sub(bits, L::template shift_left<23>(e))) - L::set(1.0f);
-  const typename L::F ef = L::to_float(e);
+  const typename L::I away = L::sub(bits, L::iset(0x3f3504f3)), e = L::bit_and(away, L::iset(-(1 << 23)));
+  const typename L::F f = L::from_bits(L::sub(bits, e)) - L::set(1.0f);
+  const typename L::F ef = L::to_float(L::template shift_right<23>(away));
   typename L::F q = L::set(0.06915578246116638f);
   q = L::fma(q, f, L::set(-0.11788799613714218f));
   q = L::fma(q, f, L::set(0.11872309446334839f));
@@ -29,12 +29,19 @@ FASTDIFF_INLINE typename L::F log_unit(typename L::F u) {
   return L::fma(ef, L::set(0.693359375f), f + y);
 }
 
+// sqrt(-2 ln((w0 + 1/2) / 2^32)).
 template <class L>
-FASTDIFF_INLINE void box_muller(typename L::I w0, typename L::I w1, typename L::F& n0, typename L::F& n1) {
+FASTDIFF_INLINE typename L::F box_muller_radius(typename L::I w0) {
   const typename L::F u = L::fma(L::to_float_unsigned(w0), L::set(0x1p-32f), L::set(0x1p-33f));
-  const typename L::F r = L::sqrt(L::set(-2.0f) * log_unit<L>(u));
-  const typename L::I k = L::template shift_right<30>(L::add(w1, L::iset(1 << 29)));
-  const typename L::F s = L::to_float(L::sub(w1, L::template shift_left<30>(k))) * L::set(0x1p-31f);
+  return L::sqrt(L::set(-2.0f) * log_unit<L>(u));
+}
+
+// r exp(i pi int32(w1) / 2^31).
+template <class L>
+FASTDIFF_INLINE void box_muller_turn(typename L::F r, typename L::I w1, typename L::F& n0, typename L::F& n1) {
+  // The nearest quarter turn k is in the two highest bits.
+  const typename L::I k = L::add(w1, L::iset(1 << 29));
+  const typename L::F s = L::to_float(L::sub(w1, L::bit_and(k, L::iset(-(1 << 30))))) * L::set(0x1p-31f);
   const typename L::F s2 = s * s;
   typename L::F sp = L::set(-0.5890786647796631f);
   sp = L::fma(sp, s2, L::set(2.549767255783081f));
@@ -46,11 +53,17 @@ FASTDIFF_INLINE void box_muller(typename L::I w0, typename L::I w1, typename L::
   cp = L::fma(cp, s2, L::set(4.058708190917969f));
   cp = L::fma(cp, s2, L::set(-4.934802055358887f));
   const typename L::F cs = L::fma(s2, cp, L::set(1.0f));
-  // Rotation by k quarter turns: odd k swaps, the sign bits come straight from k.
-  const typename L::F c = L::select_odd(k, sn, cs);
-  const typename L::F d = L::select_odd(k, cs, sn);
-  n0 = r * L::flip_sign(c, L::template shift_left<30>(L::add(k, L::iset(1))));
-  n1 = r * L::flip_sign(d, L::template shift_left<30>(k));
+  // Rotation by k quarter turns: odd k swaps, the signs come straight from k.
+  const typename L::I odd = L::template shift_left<1>(k);
+  const typename L::F c = L::select_negative(odd, sn, cs);
+  const typename L::F d = L::select_negative(odd, cs, sn);
+  n0 = r * L::flip_sign(c, L::add(k, L::iset(1 << 30)));
+  n1 = r * L::flip_sign(d, k);
+}
+
+template <class L>
+FASTDIFF_INLINE void box_muller(typename L::I w0, typename L::I w1, typename L::F& n0, typename L::F& n1) {
+  box_muller_turn<L>(box_muller_radius<L>(w0), w1, n0, n1);
 }
 
 // e^v to 1.2e-7 relative for v in [-86, 88]; beyond, as at the nearer end. A NaN stays one.

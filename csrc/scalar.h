@@ -63,14 +63,16 @@ struct Scalar {
   FASTDIFF_LANE I truncate(F v) { return static_cast<I>(v); }
   FASTDIFF_LANE F to_float(I v) { return static_cast<F>(v); }
   FASTDIFF_LANE F to_float_unsigned(I v) { return static_cast<F>(static_cast<uint32_t>(v)); }
-  FASTDIFF_LANE F select_odd(I k, F odd, F even) { return (k & 1) ? odd : even; }
+  FASTDIFF_LANE F select_negative(I sign, F yes, F no) { return sign < 0 ? yes : no; }
   FASTDIFF_LANE F flip_sign(F v, I sign) { return from_bits(bits(v) ^ (sign & INT32_MIN)); }
 
   FASTDIFF_LANE U uset(uint32_t v) { return v; }
   FASTDIFF_LANE U multiply(U a, uint32_t m) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m; }
   FASTDIFF_LANE U high(U v) { return v >> 32; }
   FASTDIFF_LANE U xor3(U a, U b, uint64_t k) { return a ^ b ^ k; }
+  FASTDIFF_LANE U xor2(U a, U b) { return a ^ b; }
   FASTDIFF_LANE I words(U v) { return static_cast<I>(static_cast<uint32_t>(v)); }
+  FASTDIFF_LANE I high_words(U v) { return static_cast<I>(static_cast<uint32_t>(v >> 32)); }
 };
 
 }  // namespace fastdiff

@@ -34,9 +34,9 @@ class BatchTooLarge(MemoryError):
         self.largest = largest
 
 
-def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not in a registry: it lists the close names first."""
+def unknown_name(kind: str, got: object, known: Iterable[str], meant: str = "") -> ValueError:
+    """The error for a name that is not in a registry: it lists the close names first, or says what was `meant`."""
     names = sorted(known)
     close = difflib.get_close_matches(str(got), names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    hint = meant or (f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else "")
     return ValueError(f"Unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")

@@ -1,4 +1,4 @@
-"""Samples to files: pixels, labelled grids, folders of pictures, arrays. Nothing is left half-written.
+"""Samples to files, none left half-written: pixels, grids, folders, arrays; and a picture from a file.
 
 May import: files.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,6 +24,19 @@ def to_pixels(x: Tensor) -> NDArray[np.uint8]:
     """[B, C, H, W] in [-1, 1] to uint8 [B, H, W, C], values outside clipped."""
     scaled = ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round()
     return np.ascontiguousarray(scaled.byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def read(path: Path, shape: Sequence[int]) -> Tensor:
+    """The picture in a file as fp32 [C, H, W] in [-1, 1]; ValueError where it is not of this shape."""
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: pictures have 1 or 3 channels, and the model's samples {channels}")
+    with Image.open(path) as picture:
+        pixels = np.array(picture.convert("L" if channels == 1 else "RGB"), np.float32)
+    if pixels.shape[:2] != (height, width):
+        got = "x".join(map(str, pixels.shape[:2]))
+        raise ValueError(f"{path} is {got}, and the model draws {height}x{width}: crop, scale or pad it to that first")
+    return torch.from_numpy(pixels / 127.5 - 1.0).reshape(height, width, channels).permute(2, 0, 1)
 
 
 def check_writable(out: Path) -> None:

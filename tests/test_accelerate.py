@@ -300,7 +300,7 @@ class Gaps(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_the_row_runs_between_two_evaluations(kind: str) -> None:
-    """No operation of scheduler or guidance; DDPM draws, DiT cuts its variance off, SD3's output is no dense tensor."""
+    """No operation of scheduler or guidance, no draw, and no copy of DiT's channels and SD3's strides."""
     pipe = tiny.make(kind)
     before = Gaps(getattr(pipe, "unet", None) or pipe.transformer)
     with before:
@@ -312,10 +312,7 @@ def test_nothing_but_the_row_runs_between_two_evaluations(kind: str) -> None:
     after = Gaps(getattr(pipe, "unet", None) or pipe.transformer)
     with after:
         call(pipe, seed=5)
-    own = {"DDPMPipeline": {"normal_"}, "DiTPipeline": {"slice", "clone"}}.get(kind, set())
-    if kind.startswith("StableDiffusion3"):
-        own = {"clone"}
-    assert {name for gap in after.gaps[1:] for name in gap} == own
+    assert not any(after.gaps[1:])
     assert len(after.gaps) == count >= 3
 
 

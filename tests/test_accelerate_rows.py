@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.integrations.diffusers import accelerate, asking
+from fastdiff.integrations.diffusers import accelerate, ahead, asking
 from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.asking import Direct
 from fastdiff.integrations.diffusers.pipelines import interruption
@@ -168,3 +169,80 @@ def test_an_interruption_of_somebody_s_own_class() -> None:
     pipe._interrupt = False
     found, of = interruption(Own, pipe)
     assert found is not None and found(of) is True
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_learned_variance_is_left_where_it_is_in_a_batch_of_one(batch: int) -> None:
+    plain, pipe = tiny.make("DiTPipeline"), accelerate(tiny.make("DiTPipeline"))
+    given = {"class_labels": [3, 5][:batch]}
+    for guidance in (4.0, 1.0):
+        expected = call(plain, guidance_scale=guidance, **given)
+        for _ in range(2):
+            assert apart(call(pipe, guidance_scale=guidance, **given), expected) <= LATENT
+    for desk in vars(pipe)[ENGINE]._desks:
+        assert [pick is asking._SAMPLE for pick, _ in desk.direct.values()] == [batch == 1]
+
+
+def drawing(kind: str) -> Any:
+    """A pipeline whose every step draws."""
+    ancestral = diffusers.EulerAncestralDiscreteScheduler(**tiny.LATENT, steps_offset=1)
+    return tiny.make(kind, None if kind == "DDPMPipeline" else ancestral)
+
+
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "StableDiffusionPipeline"])
+def test_normals_drawn_ahead_are_the_schedulers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole call, one that is interrupted and one that fails leave the generator where they leave it."""
+    pipes, made, count, stop = [drawing(kind), accelerate(drawing(kind))], list[int](), 0, "never"
+    own = ahead.Ahead.__init__
+
+    def ahead_of(self: Any, normals: torch.Tensor, source: torch.Generator) -> None:
+        made.append(len(normals))
+        own(self, normals, source)
+
+    monkeypatch.setattr(ahead.Ahead, "__init__", ahead_of)
+
+    def watch(pipe: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3 and stop == "fails":
+            raise ArithmeticError
+        pipe._interrupt = count == 3 and stop == "interrupted"
+
+    for pipe in pipes:
+        network_of(pipe).register_forward_pre_hook(lambda *_, pipe=pipe: watch(pipe))
+    for stop in ("never", "fails", *(("interrupted",) if kind != "DDPMPipeline" else ()), "never"):
+        pictures, states = [], []
+        for pipe in pipes:
+            count, generator = 0, torch.Generator().manual_seed(4)
+            with pytest.raises(ArithmeticError) if stop == "fails" else contextlib.nullcontext():
+                pictures.append(call(pipe, generator=generator))
+            states.append(generator.get_state())
+        assert torch.equal(*states)
+        assert stop == "fails" or apart(*pictures) <= LATENT
+    assert len(made) == (3 if kind == "DDPMPipeline" else 4) and set(made) <= {4, 5}
+
+
+def test_normals_are_drawn_one_by_one_where_somebody_may_draw_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ahead.Ahead, "__init__")  # none can be made
+    pipes, pictures = [drawing("StableDiffusionPipeline"), accelerate(drawing("StableDiffusionPipeline"))], []
+    for pipe in pipes:
+        torch.manual_seed(2)
+        pictures.append([call(pipe, generator=None)])
+        given = {"callback_on_step_end": lambda pipe, i, t, tensors: {}}
+        pictures[-1].append(call(pipe, generator=torch.Generator().manual_seed(1), **given))
+    for theirs, ours in zip(*pictures, strict=True):
+        assert apart(ours, theirs) <= LATENT
+
+
+def test_a_context_of_caches_that_are_refused_is_not_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, entered = tiny.make("FluxPipeline"), list[str]()
+    own = type(pipe.transformer).cache_context
+
+    def context(self: Any, name: str, **options: Any) -> Any:
+        entered.append(name)
+        return own(self, name, **options)
+
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", context)
+    before = call(pipe)
+    assert entered == ["cond", "uncond"] * 5
+    assert apart(call(accelerate(pipe)), before) <= LATENT and len(entered) == 10

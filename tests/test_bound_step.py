@@ -208,3 +208,38 @@ def test_a_step_keeps_its_tensors_and_goes_with_its_last_reference() -> None:
     del step
     gc.collect()
     assert state() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "channels", "form"),
+    [
+        (1, 6, torch.contiguous_format),
+        (1, 6, torch.channels_last),
+        (1, 3, torch.channels_last),
+        (2, 3, torch.channels_last),
+    ],
+)
+def test_a_step_within_a_whole_output(batch: int, channels: int, form: torch.memory_format, dtype: torch.dtype) -> None:
+    """In place or gathered, both branches of the stack: the bits of the step on a copy."""
+    ours, theirs = (Case(shape=(3, 5, 7), batch=batch, model_dtype=dtype).tensors() for _ in range(2))
+    whole = torch.full((2 * batch, channels, 5, 7), float("nan"), dtype=dtype)
+    whole[:, :3] = ours.model_out
+    whole = whole.contiguous(memory_format=form)
+    step = ops.bind_within(ours, "cpp", whole)
+    assert step is not None
+    assert step(whole) is ops.bind(theirs, "cpp")(theirs.model_out)
+    assert all(torch.equal(a, b) for a, b in zip(written(ours), written(theirs), strict=True))
+    with pytest.raises(ValueError, match="bind again"):
+        step(whole[:, :2])
+
+
+def test_where_only_a_copy_will_do() -> None:
+    large = Case(shape=(1, 96, 96), batch=1, guided=False).tensors()
+    assert ops.bind_within(large, "cpp", large.model_out.expand(2, 2, 96, 96)[:1].transpose(2, 3)) is None
+    several = Case(shape=(3, 5, 7), batch=2).tensors()
+    assert ops.bind_within(several, "cpp", torch.zeros(4, 6, 5, 7)) is None
+    one = Case(shape=(3, 5, 7), batch=1).tensors()
+    assert ops.bind_within(one, "reference", one.model_out) is None
+    flat = Case(shape=(3, 5, 7), batch=1, layout=torch.channels_last).tensors()
+    assert ops.bind_within(flat, "cpp", flat.model_out) is None

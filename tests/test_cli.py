@@ -41,6 +41,55 @@ def test_sample_writes_the_same_array_the_library_gives(tmp_path: Path, capsys: 
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
+def test_rule_noise_and_a_picture_to_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the library's rule=, noise=, init= and strength=, in two batches."""
+    out, picture = tmp_path / "x.npy", tmp_path / "start.png"
+    model, pixels = fd.load("fashion"), np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    status, text, _ = run(
+        capsys, "sample", "--class", "bag", "--count", "3", "--steps", "4", "--solver", "dpmpp_2m_sde", "--batch", "2",
+        "--noise", "brownian", "--rule", "rescale,phi=0.5", "--init", str(picture), "--strength", "0.4", "--out",
+        str(out),
+    )  # fmt: skip
+    assert status == 0
+    assert f"from {picture} at strength 0.4" in text and "guidance 1.5 and rule rescale,phi=0.5" in text
+    init = (torch.from_numpy(pixels).float() / 127.5 - 1.0).expand(3, 1, 32, 32)
+    options = {
+        "solver": "dpmpp_2m_sde", "steps": 4, "init": init, "strength": 0.4, "guidance": 1.5,
+        "cond": {"class_labels": torch.full((3,), 8)}, "uncond": {"class_labels": torch.full((3,), model.null_label)},
+    }  # fmt: skip
+    rule = fd.guidance.Rescale(phi=0.5)
+    x = fd.sample(model, (3, 1, 32, 32), noise="brownian", rule=rule, **options)
+    drawn = np.load(out).astype(int)
+    assert np.abs(drawn - images.to_pixels(x)).max() <= 1
+    assert np.abs(drawn - images.to_pixels(fd.sample(model, (3, 1, 32, 32), rule=rule, **options))).max() > 9
+    assert np.abs(drawn - images.to_pixels(fd.sample(model, (3, 1, 32, 32), noise="brownian", **options))).max() > 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--init", "small.png"], "small.png is 28x30, and the model draws 32x32: crop, scale or pad it"),
+        (["--init", "none.png"], "No such file"),
+        (["--init", "small.png", "--strength", "1"], "--strength must be between 0 and 1"),
+        (["--strength", "0.5"], "--strength needs --init"),
+        (["--rule", "rescle"], "Unknown rule 'rescle'. Did you mean 'rescale'"),
+        (["--rule", "rescale,psi=1"], "Unknown option of rule 'rescale' 'psi'. Did you mean 'phi'"),
+        (["--rule", "rescale,0.5"], "--rule rescale, what follows must be NAME=VALUE, got '0.5'"),
+        (["--rule", "rescale,phi=2"], "phi must be a finite number from 0 to 1, got 2"),
+    ],
+)
+def test_what_does_not_go_together_writes_nothing(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (30, 28)).save("small.png")
+    status, out, err = run(capsys, "sample", "--steps", "1", *argv)
+    assert status == 2
+    assert words in err and len(err.strip().splitlines()) == 1
+    assert out == "" and [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
 def test_batches_do_not_change_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = []
     for batch in ("3", "64"):

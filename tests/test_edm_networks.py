@@ -298,3 +298,12 @@ def test_files_of_weights(tmp_path: Path) -> None:
 def test_bad_input(call: Callable[[], object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_network_of_diffusers_is_refused() -> None:
+    """Its output is eps or what else its scheduler says, and was taken for D."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    net = diffusers.UNet2DModel(8, layers_per_block=1, **blocks)
+    with pytest.raises(TypeError, match=r"got diffusers' UNet2DModel.*Denoiser.from_diffusers\(network, scheduler\)"):
+        edm.wrap(net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
+from tiny_runs import tiny
 
 import fastdiff as fd
 from fastdiff import cli
+from fastdiff.cli.evaluate import _settings
 from fastdiff.models.exact import Points
+from fastdiff.models.shipped import file_of
 from fastdiff.process.schedules import Level
 from fastdiff.training.data import open_data
 from fastdiff.training.evaluation import evaluate, features
@@ -155,9 +159,33 @@ def test_eval_of_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture
     command = ["eval", "--data", str(tmp_path / "set.npz"), "--samples", "20", "--steps", "6", "--guidance", "1.5"]
     assert cli.main([*command, "--likelihood", "2", "--json", str(out)]) == 0
     shown, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert "pictures  of 32x32 by resize=pad, as the shipped model was trained" in shown
     assert "features: fashion" in shown and "the model may have seen them" in shown
     assert report["rows"][2]["agreement"] >= 0.85 and report["rows"][1]["agreement"] < 0.6
     assert report["rows"][2]["count"] == 20 and len(report["rows"][2]["by_class"]) == 10
+
+
+def test_eval_brings_pictures_to_the_size_as_the_training_did(tmp_path: Path, data: Path) -> None:
+    """Of the shipped weights under any name, of a run's folder and its file; --resize goes before both."""
+    shipped = tmp_path / "fashion.safetensors"
+    shipped.symlink_to(file_of("fashion"))
+    (tmp_path / "run").mkdir()
+    tiny(data, resize="none").save(tmp_path / "run/config.json")
+    weights = tmp_path / "run/model.safetensors"
+    weights.write_bytes(b"")
+    copied = tmp_path / "other.safetensors"
+    copied.write_bytes(b"")
+
+    def settings(model: Path | str, resize: str | None = None) -> tuple[bool, str, str]:
+        said, how, why = _settings(argparse.Namespace(model=str(model), resize=resize))
+        return said is not None, how, why
+
+    for model in ("fashion", shipped):
+        assert settings(model) == (False, "pad", "as the shipped model was trained")
+    for model in (tmp_path / "run", weights):
+        assert settings(model) == (True, "none", f"as {tmp_path / 'run/config.json'} says")
+    assert settings(copied) == (False, "crop", "as runs are unless they say otherwise")
+    assert settings("fashion", "crop") == (False, "crop", "as asked for")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_bad_rules(make: Any, error_type: type[Exception], message: str) -> None
         ({"threshold": 0.995}, TypeError, "threshold must be a fd.guidance.DynamicThreshold, got 0.995"),
         ({"guidance": 2.0, "uncond": None}, ValueError, r"guidance != 1 needs uncond="),
         ({"guidance": [1.0, 1.0, 2.0], "uncond": None}, ValueError, r"guidance != 1 needs uncond="),
+        ({"guidance": None}, ValueError, r"with guidance only: give guidance= too, 2.0 say .*leave uncond= out"),
         ({"guidance": [1.0, 2.0]}, ValueError, r"guidance must be one number or one per sample \(3\), got 2"),
         ({"perturbed_scale": 1.0}, ValueError, r"perturbed_scale != 0 needs a third branch"),
         ({"perturbed_scale": NAN}, ValueError, "perturbed_scale must be finite in float32, got nan"),
@@ -66,7 +67,17 @@ def test_bad_rules(make: Any, error_type: type[Exception], message: str) -> None
 def test_bad_arguments(arguments: dict[str, Any], error_type: type[Exception], message: str) -> None:
     sampler = fd.Sampler(fd.plan("ddim", "linear", 3), wrapped("linear", "eps"), "reference")
     with pytest.raises(error_type, match=message):
-        sampler.sample(SHAPE, **{**GUIDED, **arguments})
+        sampler.sample(SHAPE, **{**GUIDED, "guidance": 1.0, **arguments})
+
+
+def test_uncond_without_guidance_is_refused_and_guidance_of_one_is_not() -> None:
+    model = wrapped("linear", "eps")
+    with pytest.raises(ValueError, match="leave uncond= out"):
+        fd.sample(model, SHAPE, steps=3, **conditions("cond", "uncond"))
+    off = fd.sample(model, SHAPE, steps=3, guidance=1.0, **conditions("cond", "uncond"))
+    assert torch.equal(off, fd.sample(model, SHAPE, steps=3, **conditions("cond")))
+    plan = fd.plan("ddim", "linear", 3, cfg_pp=True)  # reads the unguided branch whatever the guidance
+    fd.Sampler(plan, model).sample(SHAPE, **conditions("cond", "uncond"))
 
 
 @pytest.mark.parametrize("name", ["guide", "perturbed"])

@@ -49,7 +49,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["solver"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_in_parts_is_the_whole(case: dict[str, Any], size: int) -> None:
-    draw = {"steps": 6, "cond": {"label": normal(7)}, "uncond": {"label": torch.zeros(7)}, **case}
+    draw = {"steps": 6, "cond": {"label": normal(7)}, "uncond": {"label": torch.zeros(7)}, "guidance": 1.0, **case}
     if draw["solver"] == "dpm_adaptive":
         del draw["steps"]
     whole = fd.sample(model(), SHAPE, **draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fastdiff.kernels import norm as kernel
+from instruction_sets import INSTRUCTION_SETS, best_instruction_set  # noqa: F401
 from norm_cases import CONTIGUOUS, EXTRAS, LAST, Case, assert_as_good_as_torch, error
 from torch import Tensor
 
@@ -24,16 +26,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every output full of NaN before it is written, and the fastest instructions afterwards."""
-    real = norm._outputs
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output full of NaN before it is written."""
+    outputs, image = norm._outputs, norm._image
 
-    def outputs(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.fill_(float("nan")) for tensor in real(*arguments))
+    def poisoned_outputs(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor.fill_(float("nan")) for tensor in outputs(*arguments))
 
-    monkeypatch.setattr(norm, "_outputs", outputs)
-    yield
-    native.load().fastdiff_cpu_isa(2) == 2 or native.load().fastdiff_cpu_isa(1)
+    monkeypatch.setattr(norm, "_outputs", poisoned_outputs)
+    monkeypatch.setattr(norm, "_image", lambda *arguments: image(*arguments).fill_(float("nan")))
 
 
 def run(case: Case, executor: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,15 +117,19 @@ def test_kernels_fill_a_gpu_with_every_norm_of_the_networks() -> None:
             assert kernel.launches(64, shape.pixels, shape.channels, 32, size) == 1 or chunks <= 4
 
 
+# patches of pixels of every channel, and columns of groups: with a rest, and with a skip that begins within a group
+CUT = {"patches": Case(3, 40, (30, 31), 4, extras=EXTRAS), "columns": Case(3, 1300, (9, 8), 25, extras=EXTRAS, skip=75)}
+
+
+@pytest.mark.parametrize("cut", CUT)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["first", "last"])
-def test_instruction_sets_and_threads_agree(layout: torch.memory_format) -> None:
+def test_instruction_sets_and_threads_agree(layout: torch.memory_format, cut: str) -> None:
     """Threads and batch to the bit; instruction sets to a rounding, since their lanes add in another order."""
-    case = Case(3, 40, (30, 31), 4, layout=layout, extras=EXTRAS)
+    case = dataclasses.replace(CUT[cut], layout=layout)
+    assert_as_good_as_torch(case, *run(case, "cpp")[:2])
     before, found = torch.get_num_threads(), []
-    library = native.load()
-    available = [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]
-    for n in available:
-        library.fastdiff_cpu_isa(n)
+    for n in INSTRUCTION_SETS:
+        assert native.load().fastdiff_cpu_isa(n) == n
         found.append(run(case, "cpp"))
     for other in found[:-1]:
         torch.testing.assert_close(other[0], found[-1][0], rtol=1e-5, atol=1e-5)
@@ -146,7 +151,7 @@ def test_instruction_sets_and_threads_agree(layout: torch.memory_format) -> None
 def test_gradients_of_instruction_sets_and_threads_agree(layout: torch.memory_format, act: bool) -> None:
     """Against the formulas in float64; of threads and batch to the bit. A sample is three patches and a rest."""
     case = Case(3, 44, (30, 31), 4, layout=layout, extras=("before", "scale", "shift"))
-    library, before = native.load(), torch.get_num_threads()
+    before = torch.get_num_threads()
     stats = run(case, "cpp")[2]
     grad = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
     given = case.inputs()
@@ -159,8 +164,8 @@ def test_gradients_of_instruction_sets_and_threads_agree(layout: torch.memory_fo
         vectors = [given.weight, given.bias, given.before[rows], given.scale[rows], given.shift[rows]]
         return norm._backward(grad[rows], given.x[rows], *vectors, stats[rows], 4, act, executor="cpp")
 
-    for n in [n for n in range(3) if library.fastdiff_cpu_isa(n) == n]:
-        library.fastdiff_cpu_isa(n)
+    for n in INSTRUCTION_SETS:
+        assert native.load().fastdiff_cpu_isa(n) == n
         du, sums = gradient()
         torch.testing.assert_close(du.double(), exact[0], rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(sums[:, :2].double(), exact[1][:, :2], rtol=1e-5, atol=2e-4)
@@ -250,6 +255,30 @@ def test_a_layout_is_checked_once_and_other_tensors_of_it_give_their_own_bits(
         monkeypatch.setattr(norm_cpu, name, fails)
     compare(1)
     assert len(nothing_known) == known
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_vectors_of_other_dtypes_are_known_too_and_give_the_bits_of_single_ones(
+    dtype: torch.dtype, nothing_known: dict[Any, Any]
+) -> None:
+    case = Case(2, 24, (5, 3), 4, dtype, LAST, EXTRAS)
+    vectors = {name: case.options[name].to(dtype)[:, :24] for name in ("before", "scale")}
+    vectors["shift"] = case.options["shift"][1, :24].to(dtype)
+    weight, bias = case.weight[:24].to(dtype), case.bias[:24].to(dtype)
+    got = norm.norm_act(case.x, weight, bias, 4, **vectors)
+    single = {name: vector.float() for name, vector in vectors.items()}
+    assert torch.equal(got, norm.norm_act(case.x, weight.float(), bias.float(), 4, **single))
+    assert [known.casts for known in nothing_known.values()] == [True, False]
+
+
+@pytest.mark.parametrize("wide", [256, 320])
+def test_sums_of_runs_of_planes_are_those_of_single_planes(wide: int) -> None:
+    """Without `before` the planes of a group are added up as one; with one of zeros, each by itself."""
+    x = torch.randn(2, wide, 4, 5) + torch.arange(wide).reshape(-1, 1, 1)
+    exact = torch.nn.functional.group_norm(x.double(), 32)
+    for before in (None, torch.zeros(wide)):
+        y = norm.norm_act(x, torch.ones(wide), torch.zeros(wide), 32, act=False, before=before)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=4e-6)
 
 
 def test_what_fits_one_layout_is_not_taken_for_another(nothing_known: dict[Any, Any]) -> None:

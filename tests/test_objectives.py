@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,24 @@ def test_a_draw_depends_on_its_seed_and_step_alone() -> None:
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
     assert len({*together.key.tolist(), *objective.draw(seeds, 6).key.tolist()}) == 8
     assert not torch.equal(objective.draw(seeds, 2**40).key, objective.draw(seeds, 2**40 + 2**33).key)
+
+
+def test_an_input_that_the_network_does_not_keep_is_gone_before_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    squared_error = train_ops.squared_error
+
+    def network(x: Tensor, time: Tensor, cond: object) -> Tensor:
+        inputs.append(weakref.ref(x))
+        return torch.zeros(2, 1, 4, 4, requires_grad=True)
+
+    def watched(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        alive.append(inputs[0]() is not None)
+        return squared_error(*tensors)
+
+    monkeypatch.setattr(train_ops, "squared_error", watched)
+    objectives.get("ddpm").loss(network, torch.zeros(2, 1, 4, 4), None, torch.arange(2), 0)
+    assert alive == [False]
 
 
 def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:

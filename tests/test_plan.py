@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.lin import Lin
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.compiler.run import Run, record
+from fastdiff.compiler.solvers import elsewhere
 from fastdiff.compiler.verify import execute
 from fastdiff.models.exact import Mixture, Points
 from fastdiff.process import schedules
@@ -347,9 +349,41 @@ def test_the_delta_form_rounds_less(solver: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("DPMSolverMultistepScheduler", "solver='dpmpp_2m'."),
+        ("DPMSolverSinglestepScheduler", "solver='dpmpp_2s'."),
+        ("DDIMScheduler", "solver='ddim'."),
+        ("EulerAncestralDiscreteScheduler", "solver='euler_ancestral'."),
+        ("KDPM2AncestralDiscreteScheduler", "solver='dpm_2_ancestral'."),
+        ("UniPCMultistepScheduler", "solver='unipc'."),
+        ("FlowMatchEulerDiscreteScheduler", "solver='flow_euler'."),
+        ("sample_dpmpp_2m", "solver='dpmpp_2m'."),
+        ("dpmpp_2m_sde_gpu", "solver='dpmpp_2m_sde'."),
+        ("k_euler_a", "solver='euler_ancestral'."),
+        ("dpm++2m", "solver='dpmpp_2m'."),
+        ("dpmpp_2m_karras", "solver='dpmpp_2m', grid='karras'."),
+        ("DPM++ 2S a Karras", "solver='dpmpp_2s_ancestral', grid='karras'."),
+        ("DPM2 a", "solver='dpm_2_ancestral'."),
+        ("plms", "solver='pndm', warmup='plms'."),
+    ],
+)
+def test_names_of_other_libraries_are_translated(theirs: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Unknown solver {theirs!r}. Here it is {ours} Known: ")):
+        build(theirs, "linear", 5)
+
+
+def test_every_translation_is_a_plan() -> None:
+    for ours in elsewhere._THEIRS.values():
+        schedule = "rectified_flow" if "flow" in ours else "linear"
+        assert eval(f"build({ours}, schedule={schedule!r}, steps=5)").nfe >= 5
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"solver": "dpmp_2m"}, "Unknown solver 'dpmp_2m'. Did you mean 'dpmpp_2m'"),
+        ({"solver": "nobody"}, "Unknown solver 'nobody'. Known: annealed_langevin"),
         ({"schedule": "cosin"}, "Unknown schedule 'cosin'. Did you mean 'cosine'"),
         ({"grid": "karas"}, "Unknown grid 'karas'. Did you mean 'karras'"),
         ({"steps": 0}, "steps must be an integer of at least 1.*got 0"),

@@ -302,10 +302,20 @@ def test_channels_are_checked_where_they_are_known(known: str) -> None:
             fd.sample(model, shape, steps=1)
             continue
         words = rf"must be \(batch, 3, height, width\): the network takes 3 channels; got {re.escape(str(shape))}"
+        words += re.escape("; one sample is (1, 3, 4, 4)") * (shape == (3, 4, 4)) + "$"
         with pytest.raises(ValueError, match=words):
             fd.sample(model, shape, steps=1)
     assert len(calls) == (3 if known == "nothing" else 0)
     assert fd.sample(model, (2, 3, 8, 6), steps=1).shape == (2, 3, 8, 6)
+
+
+def test_tensors_without_values_are_refused(model: fd.Denoiser) -> None:
+    sampler = fd.Sampler(fd.plan("ddim", model.schedule, 3), model)
+    with torch.device("meta"):
+        for draw in (lambda: fd.sample(model, (1, 3, 4, 4), steps=3), lambda: sampler.sample((1, 3, 4, 4))):
+            with pytest.raises(ValueError, match=r"'meta' here, which have no values.*outside torch.device\('meta'\)"):
+                draw()
+    assert torch.equal(fd.sample(model, (1, 3, 4, 4), "ddim", steps=3), sampler.sample((1, 3, 4, 4)))
 
 
 def test_a_callback_that_is_none_is_refused_before_the_network_is_asked(model: fd.Denoiser) -> None:

@@ -39,6 +39,21 @@ def interior(schedule: Schedule, count: int = 401) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, count + 2)[1:-1]
 
 
+@pytest.mark.parametrize("make", EVERY)
+def test_both_scales_at_once_are_alpha_and_sigma(make: Callable[[], Schedule]) -> None:
+    schedule = make()
+    times = np.linspace(*schedule.time_range, 7)
+    for got, want in zip(schedule.scales_at(times), (schedule.alpha(times), schedule.sigma(times)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_whole_indices_beside_others_and_alone_are_the_same_levels() -> None:
+    schedule = schedules.linear()
+    whole = np.array([0.0, 7.0, 998.0, 999.0])
+    assert schedule.rho(whole)[1] == np.sqrt(np.expm1(-schedule.log_alpha_bar[7]))
+    np.testing.assert_array_equal(schedule.rho(np.append(whole, 7.5))[:-1], schedule.rho(whole))
+
+
 def test_golden_alpha_bar() -> None:
     linear, cosine, quadratic = schedules.linear(), schedules.cosine(), schedules.quadratic()
     assert linear.alpha_bar(999) == pytest.approx(4.036e-5, rel=2e-4)

@@ -51,10 +51,15 @@ def test_laws(case: Case, schedule: Schedule, grid: str) -> None:
 
 @everywhere
 def test_few_steps(case: Case, schedule: Schedule, grid: str) -> None:
-    """1, 2, 3 and 10 steps compile to finite tables that fit the kernel, and end in x' = D."""
+    """1, 2, 3 and 10 steps compile to finite tables that fit the kernel, and end in x' = D.
+
+    The evaluations are counted on one process each.
+    """
     chosen = solvers.get(case.solver)
+    counted = (schedule, grid) == PROCESSES["flow-trailing" if case.solver in FLOW_ONLY else "edm-karras"]
     for steps in (1, 2, 3, 10):
         plan = build(case.solver, schedule, steps, grid, **case.options)
+        assert not counted or plan.nfe == case.nfe(steps), steps
         assert np.isfinite(scalars(plan)).all()
         assert Plan.from_json(plan.to_json()) == plan
         for row in plan.rows:
@@ -64,13 +69,6 @@ def test_few_steps(case: Case, schedule: Schedule, grid: str) -> None:
             last = next(o for o in plan.rows[-1].outputs if o.dest == plan.result)
             others = (last.x, *last.slots, *last.noise)
             assert (last.denoised, *others) == pytest.approx((1.0, *(0.0 for _ in others)), abs=1e-12)
-
-
-@every_case
-def test_evaluations(case: Case) -> None:
-    schedule, grid = PROCESSES["flow-trailing" if case.solver in FLOW_ONLY else "edm-karras"]
-    for steps in (1, 2, 3, 10):
-        assert build(case.solver, schedule, steps, grid, **case.options).nfe == case.nfe(steps), steps
 
 
 @every_case
@@ -106,7 +104,7 @@ def test_the_bias_of_edm_is_what_its_noise_adds() -> None:
             on = churn if low <= s <= high else 0.0
             return 2 * variance * s * (falls - on * s) / (v + s**2) + 2 * on * (noise * s) ** 2  # noqa: B023
 
-        variance, count = v + 20.0**2, 4_000
+        variance, count = v + 20.0**2, 1_000
         for i in range(count):
             u, h = i / count, 1.0 / count
             k1 = slope(u, variance)

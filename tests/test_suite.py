@@ -30,6 +30,8 @@ from fastdiff.process.schedules import CLEAN, Level, Schedule
 
 SHIPPED = sorted({case.solver for case in CASES})
 DEFAULT = {case.solver: case for case in CASES if not case.options} | {"pndm": Case("pndm")}
+# a tenth of its rows; test_solver_laws.py has those of its defaults
+FEWER: dict[str, dict[str, Any]] = {"annealed_langevin": {"inner": 2}}
 # what a combination without meaning says, and where it may say so
 NO_GRID = {
     "ays": "Align Your Steps has no levels for",
@@ -118,7 +120,7 @@ def all_pairs(solver: str, places: Places) -> list[tuple[str, str]]:
 def hold_everywhere(solver: str, places: Places) -> None:
     """Four steps in each place: a plan that keeps its laws and packs for every network, or an error of a known kind."""
     upward = solvers.get(solver).upward
-    options = {"inner": 2} if solver == "annealed_langevin" else {}  # a tenth of its rows
+    options = FEWER.get(solver, {})
     for (name, grid), levels in places.items():
         schedule = suite.processes()[name]
         expected = reason(solver, schedule, levels)
@@ -181,7 +183,9 @@ def trial_id(trial: suite.Trial) -> str:
     return str(trial)
 
 
-@pytest.mark.parametrize("trial", [t for case in DEFAULT.values() for t in suite.trials(case.solver)], ids=trial_id)
+@pytest.mark.parametrize(
+    "trial", [t for name in DEFAULT for t in suite.trials(name, **FEWER.get(name, {}))], ids=trial_id
+)
 def test_suite(trial: suite.Trial) -> None:
     """Every sampler with every schedule, every grid, every prediction and every executor of the CPU."""
     outcome = trial.run()
@@ -248,13 +252,13 @@ def verify_solver(given: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 @pytest.mark.usefixtures("_own_registry")
-@pytest.mark.parametrize("form", ["{}.samplers:{}", "{}.samplers"])
 def test_a_sampler_of_a_package(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "users_euler_" + ("named" if ":" in form else "all")
+    """By its module alone; test_a_package_in_the_folder_of_the_process names it too."""
+    name = "users_euler"
     monkeypatch.syspath_prepend(tmp_path)
-    status, text, _ = verify_solver(form.format(package(tmp_path, name), name), capsys)
+    status, text, _ = verify_solver(f"{package(tmp_path, name)}.samplers", capsys)
     assert status == 0, text
     assert f"{name}: Euler in x / alpha." in text
     assert "ok   order: declared 1, measured 0.99" in text

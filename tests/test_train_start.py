@@ -83,7 +83,7 @@ def test_such_a_run_resumes_bit_for_bit_without_the_file(data: Path, trained: Pa
     with pytest.raises(Killed):
         killed.train(kill)
     shutil.rmtree(trained)
-    with pytest.raises(ValueError, match="init: '.*given' in the run, '' now"):
+    with pytest.raises(ValueError, match=r"configuration:\n  init: '.*given' in the run, '' now\nLeave these"):
         Trainer(config.change(init=""), tmp_path / "run", resume="auto")
     resumed = Trainer(config, tmp_path / "run", resume="auto")
     assert resumed.progress.images == 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -360,6 +361,8 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
     command = ["train", "--preset", "cifar32", "--data", str(tmp_path / "pictures"), "--out", str(run), *small]
     assert cli.main([*command, "--images", "8", "--sample-images", "8", "--sample-steps", "2"]) == 0
     shown = capsys.readouterr()
+    bar = shown.err.split("\r")[-1]
+    assert re.search(r"8\.00/8\.00 .*image/s, loss=\d\.\d+, images_s=\d+, memory=[\d.]+ GiB, mfu=\d+%", bar), bar
     assert "12 pictures in" in shown.out and "2 classes" in shown.out and "done      8 images" in shown.out
     assert (run / "samples" / f"{8:012d}.png").is_file()
     assert TrainConfig.load(run / "config.json").class_names == ("cats", "dogs")

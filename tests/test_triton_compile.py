@@ -287,21 +287,14 @@ def check(architecture: int, wanted: list[Specialisation], capsys: pytest.Captur
             raise AssertionError(f"{specialisation} on sm_{architecture}: {report}") from error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_specialisations(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, USUAL[architecture], capsys)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_with_what_a_rule_may_add(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
-    check(architecture, fewer(architecture, EXTENDED), capsys)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_guide_measure_and_training_kernels(architecture: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows, rows with what a rule may add, and the guide, measure and training kernels, by one process."""
     training = USUAL_TRAINING if architecture == 90 else [USUAL_TRAINING[0], USUAL_TRAINING[-1]]
     measuring = MEASURING if architecture == 90 else MEASURING[:2]
-    check(architecture, [*fewer(architecture, GUIDES), *measuring, *training], capsys)
+    extended, guides = fewer(architecture, EXTENDED), fewer(architecture, GUIDES)
+    check(architecture, [*USUAL[architecture], *extended, *guides, *measuring, *training], capsys)
 
 
 @pytest.mark.slow

@@ -94,10 +94,10 @@ struct Pixels {
   int64_t first, units, channels, width;
 };
 
-// Pixels first .. first + count of sample b for the norm op.
+// Pixels first .. first + count of channels channel .. end of sample b for the norm op.
 struct NormPatch {
   const NormArgs* args;
-  int64_t b, first, count;
+  int64_t b, first, count, channel, end;
 };
 
 // y = (u - middle) factor + constant of every channel, then SiLU; backward du = factor g + slope (u - middle) + rest.
@@ -160,7 +160,8 @@ struct Executor {
   void (*noised)(const Lesson&);
   // The sum of squared errors, and the gradient.
   double (*squares)(const Lesson&);
-  // Adds the patch's sums of u and of u squared to [C, 2], and writes u where the total is wanted.
+  // Adds sums of u and of u squared to [2, channels], in each group together those of its channels of the patch; writes u
+  // where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
   // Adds the patch's sums of g, g (u - middle) and u - middle to [C, 3].

@@ -13,8 +13,8 @@ namespace {
 struct Avx2 {
   using F = __m256;
   using I = __m256i;
-  struct U {  // 64-bit cells of lanes 0, 2, 4, 6 and of lanes 1, 3, 5, 7
-    __m256i even, odd;
+  struct U {  // 64-bit cells of lanes 0, 1, 4, 5 and of lanes 2, 3, 6, 7
+    __m256i left, right;
   };
   static constexpr int kWidth = 8;
   static constexpr int kUnroll = 2;
@@ -47,37 +47,38 @@ struct Avx2 {
     const F low = _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
     return _mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
   }
-  FASTDIFF_LANE F select_odd(I k, F odd, F even) {
-    return _mm256_blendv_ps(even, odd, from_bits(_mm256_slli_epi32(k, 31)));
-  }
+  FASTDIFF_LANE F select_negative(I sign, F yes, F no) { return _mm256_blendv_ps(no, yes, from_bits(sign)); }
   FASTDIFF_LANE F flip_sign(F v, I sign) {
     return _mm256_xor_ps(v, from_bits(_mm256_and_si256(sign, _mm256_set1_epi32(INT32_MIN))));
   }
 
-  FASTDIFF_LANE U uset(uint32_t v) {
-    const __m256i cell = _mm256_set1_epi64x(v);
+  FASTDIFF_LANE U cells(uint64_t v) {
+    const __m256i cell = _mm256_set1_epi64x(static_cast<int64_t>(v));
     return {cell, cell};
   }
+  FASTDIFF_LANE U uset(uint32_t v) { return cells(v); }
   FASTDIFF_LANE U multiply(U a, uint32_t m) {
-    const __m256i cell = _mm256_set1_epi64x(m);
-    return {_mm256_mul_epu32(a.even, cell), _mm256_mul_epu32(a.odd, cell)};
+    const U cell = uset(m);
+    return {_mm256_mul_epu32(a.left, cell.left), _mm256_mul_epu32(a.right, cell.right)};
   }
-  FASTDIFF_LANE U high(U v) { return {_mm256_srli_epi64(v.even, 32), _mm256_srli_epi64(v.odd, 32)}; }
-  FASTDIFF_LANE U xor3(U a, U b, uint64_t k) {
-    const __m256i cell = _mm256_set1_epi64x(static_cast<int64_t>(k));
-    return {_mm256_xor_si256(_mm256_xor_si256(b.even, cell), a.even),
-            _mm256_xor_si256(_mm256_xor_si256(b.odd, cell), a.odd)};
+  FASTDIFF_LANE U high(U v) { return {_mm256_srli_epi64(v.left, 32), _mm256_srli_epi64(v.right, 32)}; }
+  FASTDIFF_LANE U xor2(U a, U b) { return {_mm256_xor_si256(a.left, b.left), _mm256_xor_si256(a.right, b.right)}; }
+  FASTDIFF_LANE U xor3(U a, U b, uint64_t k) { return xor2(xor2(b, cells(k)), a); }
+  FASTDIFF_LANE I words(U v) {  // the low halves
+    return bits(_mm256_shuffle_ps(from_bits(v.left), from_bits(v.right), _MM_SHUFFLE(2, 0, 2, 0)));
   }
-  FASTDIFF_LANE I words(U v) { return _mm256_blend_epi32(v.even, _mm256_slli_epi64(v.odd, 32), 0xAA); }
+  FASTDIFF_LANE I high_words(U v) {
+    return bits(_mm256_shuffle_ps(from_bits(v.left), from_bits(v.right), _MM_SHUFFLE(3, 1, 3, 1)));
+  }
   FASTDIFF_LANE U counters(const uint64_t* q) {  // lane i counts q[i]
-    return {_mm256_setr_epi64x(static_cast<int64_t>(q[0]), static_cast<int64_t>(q[2]), static_cast<int64_t>(q[4]),
-                               static_cast<int64_t>(q[6])),
-            _mm256_setr_epi64x(static_cast<int64_t>(q[1]), static_cast<int64_t>(q[3]), static_cast<int64_t>(q[5]),
+    return {_mm256_setr_epi64x(static_cast<int64_t>(q[0]), static_cast<int64_t>(q[1]), static_cast<int64_t>(q[4]),
+                               static_cast<int64_t>(q[5])),
+            _mm256_setr_epi64x(static_cast<int64_t>(q[2]), static_cast<int64_t>(q[3]), static_cast<int64_t>(q[6]),
                                static_cast<int64_t>(q[7]))};
   }
   FASTDIFF_LANE U advance(U q, uint64_t by) {
     const __m256i cell = _mm256_set1_epi64x(static_cast<int64_t>(by));
-    return {_mm256_add_epi64(q.even, cell), _mm256_add_epi64(q.odd, cell)};
+    return {_mm256_add_epi64(q.left, cell), _mm256_add_epi64(q.right, cell)};
   }
 
   // v[word][lane 4L+k] holds the word of counter 2k+L; afterwards v[0..3] are 32 normals in the order of memory.

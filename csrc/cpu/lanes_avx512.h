@@ -11,8 +11,8 @@ namespace {
 struct Avx512 {
   using F = __m512;
   using I = __m512i;
-  struct U {  // 64-bit cells of lanes 0, 2, 4.. and of lanes 1, 3, 5..
-    __m512i even, odd;
+  struct U {  // 64-bit cells of lanes 0, 1, 4, 5, 8.. and of lanes 2, 3, 6, 7, 10..
+    __m512i left, right;
   };
   static constexpr int kWidth = 16;
   static constexpr int kUnroll = 4;
@@ -33,39 +33,48 @@ struct Avx512 {
   FASTDIFF_LANE I shift_left(I v) { return _mm512_slli_epi32(v, n); }
   template <int n>
   FASTDIFF_LANE I shift_right(I v) { return _mm512_srai_epi32(v, n); }
+  FASTDIFF_LANE I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  FASTDIFF_LANE I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
   FASTDIFF_LANE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   FASTDIFF_LANE F to_float_unsigned(I v) { return _mm512_cvtepu32_ps(v); }
-  FASTDIFF_LANE F select_odd(I k, F odd, F even) {
-    return _mm512_mask_mov_ps(even, _mm512_test_epi32_mask(k, _mm512_set1_epi32(1)), odd);
+  FASTDIFF_LANE F select_negative(I sign, F yes, F no) {
+    return _mm512_mask_mov_ps(no, _mm512_movepi32_mask(sign), yes);
   }
   FASTDIFF_LANE F flip_sign(F v, I sign) {  // v ^ (sign & 0x80000000)
     return from_bits(_mm512_ternarylogic_epi32(bits(v), sign, _mm512_set1_epi32(INT32_MIN), 0x78));
   }
 
-  FASTDIFF_LANE U uset(uint32_t v) {
-    const __m512i cell = _mm512_set1_epi64(v);
+  FASTDIFF_LANE U cells(uint64_t v) {
+    const __m512i cell = _mm512_set1_epi64(static_cast<int64_t>(v));
     return {cell, cell};
   }
+  FASTDIFF_LANE U uset(uint32_t v) { return cells(v); }
   FASTDIFF_LANE U multiply(U a, uint32_t m) {
-    const __m512i cell = _mm512_set1_epi64(m);
-    return {_mm512_mul_epu32(a.even, cell), _mm512_mul_epu32(a.odd, cell)};
+    const U cell = uset(m);
+    return {_mm512_mul_epu32(a.left, cell.left), _mm512_mul_epu32(a.right, cell.right)};
   }
-  FASTDIFF_LANE U high(U v) { return {_mm512_srli_epi64(v.even, 32), _mm512_srli_epi64(v.odd, 32)}; }
+  FASTDIFF_LANE U high(U v) { return {_mm512_srli_epi64(v.left, 32), _mm512_srli_epi64(v.right, 32)}; }
+  FASTDIFF_LANE U xor2(U a, U b) { return {_mm512_xor_si512(a.left, b.left), _mm512_xor_si512(a.right, b.right)}; }
   FASTDIFF_LANE U xor3(U a, U b, uint64_t k) {
-    const __m512i cell = _mm512_set1_epi64(static_cast<int64_t>(k));
-    return {_mm512_ternarylogic_epi64(a.even, b.even, cell, 0x96),
-            _mm512_ternarylogic_epi64(a.odd, b.odd, cell, 0x96)};
+    const U cell = cells(k);
+    return {_mm512_ternarylogic_epi64(a.left, b.left, cell.left, 0x96),
+            _mm512_ternarylogic_epi64(a.right, b.right, cell.right, 0x96)};
   }
-  FASTDIFF_LANE I words(U v) { return _mm512_mask_shuffle_epi32(v.even, 0xAAAA, v.odd, _MM_PERM_CCAA); }
+  FASTDIFF_LANE I words(U v) {  // the low halves
+    return bits(_mm512_shuffle_ps(from_bits(v.left), from_bits(v.right), _MM_SHUFFLE(2, 0, 2, 0)));
+  }
+  FASTDIFF_LANE I high_words(U v) {
+    return bits(_mm512_shuffle_ps(from_bits(v.left), from_bits(v.right), _MM_SHUFFLE(3, 1, 3, 1)));
+  }
   FASTDIFF_LANE U counters(const uint64_t* q) {  // lane i counts q[i]
-    const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
-    const __m512i odd = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
-    const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 8);
-    return {_mm512_permutex2var_epi64(low, even, high), _mm512_permutex2var_epi64(low, odd, high)};
+    const __m512i left = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+    const __m512i right = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+    const __m512i near = _mm512_loadu_si512(q), far = _mm512_loadu_si512(q + 8);
+    return {_mm512_permutex2var_epi64(near, left, far), _mm512_permutex2var_epi64(near, right, far)};
   }
   FASTDIFF_LANE U advance(U q, uint64_t by) {
     const __m512i cell = _mm512_set1_epi64(static_cast<int64_t>(by));
-    return {_mm512_add_epi64(q.even, cell), _mm512_add_epi64(q.odd, cell)};
+    return {_mm512_add_epi64(q.left, cell), _mm512_add_epi64(q.right, cell)};
   }
 
   // v[word][lane 4L+k] holds the word of counter 4k+L; afterwards v[0..3] are 64 normals in the order of memory.

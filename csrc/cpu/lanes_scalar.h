@@ -10,6 +10,7 @@ struct Plain : Scalar {
   static constexpr int kUnroll = 1;
   static constexpr const char* kName = "scalar";
 
+  FASTDIFF_LANE U cells(uint64_t v) { return v; }
   FASTDIFF_LANE U counters(const uint64_t* q) { return *q; }
   FASTDIFF_LANE U advance(U q, uint64_t by) { return q + by; }
   FASTDIFF_LANE void transpose(F (&)[4]) {}

@@ -1,4 +1,4 @@
-// norm on the CPU: samples cut into patches of pixels, threads, and the statistics of groups.
+// norm on the CPU: the statistics of groups, what they make of channels, and threads.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -14,37 +14,56 @@ struct Job {
   const NormArgs& args;
   const Executor& executor;
   const Cutting cut;
-  double* sums;           // [B, patches, C, 2]
-  float* coefficients;    // [B, 3, C]
+  double* sums;         // [B, patches, groups, 2]
+  float* coefficients;  // [B, 3, C]
 };
 
-void sum_up(const Job& job, int64_t b, int64_t which) {
-  double* to = job.sums + 2 * job.args.C * (b * job.cut.patches + which);
-  std::fill(to, to + 2 * job.args.C, 0.0);
-  job.executor.norm_sums(job.cut.patch(job.args, b, which), to);
+// In four chains, which do not wait for each other.
+double add_up(const double* v, int64_t count) {
+  double lane[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int k = 0; k < 4; ++k) lane[k] += v[i + k];
+  for (; i < count; ++i) lane[0] += v[i];
+  return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
+void sum_up(const Job& job, int64_t b, int64_t column, int64_t which) {
+  static thread_local std::vector<double> of_channels;
+  const NormArgs& a = job.args;
+  const NormPatch patch = job.cut.patch(a, b, column, which);
+  const int64_t width = patch.end - patch.channel, channels = a.C / a.groups;
+  of_channels.assign(static_cast<size_t>(2 * width), 0.0);
+  job.executor.norm_sums(patch, of_channels.data());
+  double* to = job.sums + 2 * ((b * job.cut.patches + which) * a.groups + patch.channel / channels);
+  for (const double* from = of_channels.data(); from < of_channels.data() + width; from += channels) {
+    *to++ = add_up(from, channels);
+    *to++ = add_up(from + width, channels);
+  }
 }
 
 // Mean and reciprocal deviation of every group, and with them y = (u - middle) factor + constant of every channel.
-void settle(const Job& job, int64_t b) {
+void settle(const Job& job, int64_t b, int64_t column) {
   const NormArgs& a = job.args;
-  const int64_t channels = a.C / a.groups;
+  const int64_t channels = a.C / a.groups, end = job.cut.channel(column + 1);
   float *factor = job.coefficients + 3 * a.C * b, *middle = factor + a.C, *constant = middle + a.C;
-  for (int64_t g = 0; g < a.groups; ++g) {
+  for (int64_t first = job.cut.channel(column); first < end; first += channels) {
+    const int64_t g = first / channels;
     double sum = 0.0, square = 0.0;
     for (int64_t which = 0; which < job.cut.patches; ++which) {
-      const double* from = job.sums + 2 * (a.C * (b * job.cut.patches + which) + g * channels);
-      for (int64_t c = 0; c < channels; ++c) {
-        sum += from[2 * c];
-        square += from[2 * c + 1];
-      }
+      const double* from = job.sums + 2 * ((b * job.cut.patches + which) * a.groups + g);
+      sum += from[0];
+      square += from[1];
     }
     const double n = static_cast<double>(channels * a.P), mean = sum / n;
     const double variance = square / n - mean * mean;
     // written so that NaN stays NaN
     const double rstd = 1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + static_cast<double>(a.eps));
-    a.stats[2 * (b * a.groups + g)] = static_cast<float>(mean);
-    a.stats[2 * (b * a.groups + g) + 1] = static_cast<float>(rstd);
-    for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
+    if (a.stats) {
+      a.stats[2 * (b * a.groups + g)] = static_cast<float>(mean);
+      a.stats[2 * (b * a.groups + g) + 1] = static_cast<float>(rstd);
+    }
+    for (int64_t c = first; c < first + channels; ++c) {
       const double more = a.scale ? 1.0 + a.scale[b * a.scale_stride + c] : 1.0;
       const double moved = a.shift ? a.shift[b * a.shift_stride + c] : 0.0;
       const double added = a.before && !a.total ? a.before[b * a.before_stride + c] : 0.0;
@@ -58,23 +77,23 @@ void settle(const Job& job, int64_t b) {
 }
 
 // Only the sum is wanted: u = x + residual - (-before).
-void settle_sum(const Job& job, int64_t b) {
+void settle_sum(const Job& job, int64_t b, int64_t column) {
   const NormArgs& a = job.args;
   float *factor = job.coefficients + 3 * a.C * b, *middle = factor + a.C, *constant = middle + a.C;
-  for (int64_t c = 0; c < a.C; ++c) {
+  for (int64_t c = job.cut.channel(column); c < job.cut.channel(column + 1); ++c) {
     factor[c] = 1.0f;
     middle[c] = a.before ? -a.before[b * a.before_stride + c] : 0.0f;
     constant[c] = 0.0f;
   }
 }
 
-void map(const Job& job, int64_t b, int64_t which) {
+void map(const Job& job, int64_t b, int64_t column, int64_t which) {
   const NormArgs& a = job.args;
   const float* factor = job.coefficients + 3 * a.C * b;
   const bool normalises = a.y != nullptr;
   const NormMap how{factor, factor + a.C, factor + 2 * a.C, normalises ? a.y : a.total,
                     normalises && a.total != nullptr, normalises && a.act != 0, nullptr, nullptr};
-  job.executor.norm_map(job.cut.patch(a, b, which), how);
+  job.executor.norm_map(job.cut.patch(a, b, column, which), how);
 }
 
 Error norm(const NormArgs& args) {
@@ -85,12 +104,12 @@ Error norm(const NormArgs& args) {
   const Cutting cut(args);
   const bool normalises = args.y != nullptr;
   coefficients.resize(static_cast<size_t>(3 * args.B * args.C));
-  if (normalises) sums.resize(static_cast<size_t>(2 * args.B * cut.patches * args.C));
+  if (normalises) sums.resize(static_cast<size_t>(2 * args.B * cut.patches * args.groups));
   const Job job{args, executor(), cut, sums.data(), coefficients.data()};
   return run_passes(
-      args, cut.patches, normalises, [&](int64_t b, int64_t which) { sum_up(job, b, which); },
-      [&](int64_t b) { normalises ? settle(job, b) : settle_sum(job, b); },
-      [&](int64_t b, int64_t which) { map(job, b, which); });
+      args, cut, normalises, [&](int64_t b, int64_t column, int64_t which) { sum_up(job, b, column, which); },
+      [&](int64_t b, int64_t column) { normalises ? settle(job, b, column) : settle_sum(job, b, column); },
+      [&](int64_t b, int64_t column, int64_t which) { map(job, b, column, which); });
 }
 
 }  // namespace

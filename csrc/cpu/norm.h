@@ -4,11 +4,8 @@
 // the limit there, memory beyond.
 #pragma once
 
-#include <type_traits>
-
 #include "../normal.h"
-#include "access.h"
-#include "executor.h"
+#include "norm_images.h"
 
 namespace fastdiff::cpu {
 namespace {
@@ -16,61 +13,60 @@ namespace {
 // Pixels after which lanes go to double precision, and those whose mean a channel counts from: near the true one, so
 // that neither a large mean nor an odd pixel drowns the squares.
 constexpr int64_t kNormSpan = 64, kNormHead = 4;
-
-template <class L, int32_t dtype, bool kPartial>
-FASTDIFF_INLINE typename L::F read(const void* p, int64_t at, int n) {
-  if constexpr (dtype == kFloat32) {
-    return load<L, kPartial>(static_cast<const float*>(p) + at, n);
-  } else {
-    const typename L::H cells = load16<L, kPartial>(p, at, n);
-    return dtype == kFloat16 ? L::from_half(cells) : L::from_bfloat(cells);
-  }
-}
-
-template <class L, int32_t dtype, bool kPartial>
-FASTDIFF_INLINE void write(void* p, int64_t at, typename L::F v, int n) {
-  if constexpr (dtype == kFloat32) {
-    store<L, kPartial>(static_cast<float*>(p) + at, v, n);
-  } else {
-    const typename L::H cells = dtype == kFloat16 ? L::to_half(v) : L::to_bfloat(v);
-    uint16_t* cell = static_cast<uint16_t*>(p) + at;
-    if (kPartial) {
-      L::store16(cell, cells, n);
-    } else {
-      L::store16(cell, cells);
-    }
-  }
-}
-
-// Where channel c of pixel 0 of the patch's sample lies in each image; elements from one pixel to the next.
-struct Places {
-  const void *x, *residual;  // residual: null where the channel has none
-  int64_t at, residual_at, out;
-  int64_t step, out_step;
-};
-
-FASTDIFF_INLINE Places places(const NormPatch& patch, int64_t c) {
-  const NormArgs& a = *patch.args;
-  const bool first = c < a.C1;
-  const int64_t width = first ? a.C1 : a.C - a.C1, own = first ? c : c - a.C1;
-  const int64_t channel = a.channels_last ? own : own * a.P;
-  Places p{};
-  p.x = first ? a.x : a.skip;
-  p.residual = first ? a.residual : nullptr;
-  p.at = patch.b * width * a.P + channel;
-  p.residual_at = patch.b * a.residual_stride + channel;
-  p.out = patch.b * a.C * a.P + (a.channels_last ? c : c * a.P);
-  p.step = a.channels_last ? width : 1;
-  p.out_step = a.channels_last ? a.C : 1;
-  return p;
-}
+// Pixels up to which planes of a group are added up as one run, and its registers after which lanes go to double: the
+// run counts from the mean of its first register, which is not that of every plane.
+constexpr int64_t kShortPlane = 32, kRunSpan = 8;
 
 template <class L>
 FASTDIFF_INLINE typename L::F silu(typename L::F v) {
   return v / (L::set(1.0f) + exponential<L>(L::set(0.0f) - v));
 }
 
+// ---- the map of a run of elements that lie next to each other: channels of a pixel, or pixels of a channel
+
+// What is read and written, from pixel 0 on; in members of its own, which no store can change.
+struct Run {
+  const void *from, *residual;
+  void* to;
+  int64_t at, step, residual_at, residual_step, out, out_step;
+  bool act;
+
+  FASTDIFF_MEMBER Run(const Places& p, const NormArgs& a, const NormMap& map)
+      : from(map.from_total ? a.total : p.x), residual(map.from_total ? nullptr : p.residual), to(map.to),
+        at(map.from_total ? p.out : p.at), step(map.from_total ? p.out_step : p.step), residual_at(p.residual_at),
+        residual_step(p.step), out(p.out), out_step(p.out_step), act(map.act) {}
+
+  // value(partial, i, n, u) of the `count` elements from the first of `pixel` on.
+  template <class L, int32_t dtype, class Value>
+  FASTDIFF_MEMBER void map(int64_t pixel, int64_t count, const Value& value) const {
+    const int64_t in = at + pixel * step, more = residual_at + pixel * residual_step, to_at = out + pixel * out_step;
+    each_register<L>(count, [&](auto partial, int64_t i, int n) {
+      typename L::F v = read<L, dtype, partial.value>(from, in + i, n);
+      if (residual) v = v + read<L, dtype, partial.value>(residual, more + i, n);
+      v = value(partial, i, n, v);
+      write<L, dtype, partial.value>(to, to_at + i, act ? silu<L>(v) : v, n);
+    });
+  }
+};
+
 // ---- channels last: `count` registers of consecutive channels, pixel after pixel
+
+// Sums over `size` pixels of the first n lanes, each a channel that counts from its head, into those of u and its square.
+template <class L>
+FASTDIFF_INLINE void add_channels(typename L::F sum, typename L::F square, typename L::F head, int64_t size, int n,
+                                  double* __restrict totals, double* __restrict squares) {
+  constexpr int w = L::kWidth;
+  float s[w], q[w], h[w];
+  L::store(s, sum);
+  L::store(q, square);
+  L::store(h, head);
+  const double pixels = static_cast<double>(size);
+  for (int i = 0; i < n; ++i) {
+    const double k = h[i], total = s[i];
+    totals[i] += total + pixels * k;
+    squares[i] += q[i] + 2.0 * k * total + pixels * k * k;
+  }
+}
 
 template <class L, int32_t dtype, bool kPartial, int count>
 void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
@@ -78,6 +74,8 @@ void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
   constexpr int w = L::kWidth;
   const NormArgs& a = *patch.args;
   const Places p = places(patch, c);
+  const int64_t width = patch.end - patch.channel;
+  double* const to = sums + (c - patch.channel);
   F head[count], added[count];
   const auto get = [&](int64_t pixel, int u) {
     F v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
@@ -106,70 +104,26 @@ void sum_channels(const NormPatch& patch, int64_t c, int n, double* sums) {
         square[u] = L::fma(away, away, square[u]);
       }
     }
-    for (int u = 0; u < count; ++u) {
-      float s[w], q[w], h[w];
-      L::store(s, sum[u]);
-      L::store(q, square[u]);
-      L::store(h, head[u]);
-      for (int i = 0; i < (kPartial ? n : w); ++i) {
-        double* to = sums + 2 * (c + u * w + i);
-        const double k = h[i], total = s[i];
-        to[0] += total + static_cast<double>(size) * k;
-        to[1] += q[i] + 2.0 * k * total + static_cast<double>(size) * k * k;
-      }
-    }
+    for (int u = 0; u < count; ++u)
+      add_channels<L>(sum[u], square[u], head[u], size, kPartial ? n : w, to + u * w, to + u * w + width);
   }
 }
 
-template <class L, int32_t dtype, bool kPartial, int count>
-void map_channels(const NormPatch& patch, const NormMap& map, int64_t c, int n) {
-  using F = typename L::F;
-  constexpr int w = L::kWidth;
-  const NormArgs& a = *patch.args;
-  const Places p = places(patch, c);
-  F factor[count], middle[count], constant[count];
-  for (int u = 0; u < count; ++u) {
-    factor[u] = load<L, kPartial>(map.factor + c + u * w, n);
-    middle[u] = load<L, kPartial>(map.middle + c + u * w, n);
-    constant[u] = load<L, kPartial>(map.constant + c + u * w, n);
-  }
-  for (int64_t pixel = patch.first; pixel < patch.first + patch.count; ++pixel) {
-    for (int u = 0; u < count; ++u) {
-      const int64_t out = p.out + pixel * p.out_step + u * w;
-      F v;
-      if (map.from_total) {
-        v = read<L, dtype, kPartial>(a.total, out, n);
-      } else {
-        v = read<L, dtype, kPartial>(p.x, p.at + pixel * p.step + u * w, n);
-        if (p.residual) v = v + read<L, dtype, kPartial>(p.residual, p.residual_at + pixel * p.step + u * w, n);
-      }
-      v = L::fma(v - middle[u], factor[u], constant[u]);
-      write<L, dtype, kPartial>(map.to, out, map.act ? silu<L>(v) : v, n);
-    }
-  }
+// ---- channels first: one channel, or those of a group, a register of consecutive pixels after the other
+
+// Lanes in four chains, which do not wait for each other.
+template <class L>
+FASTDIFF_INLINE double add_up(typename L::F v) {
+  float lanes[L::kWidth];
+  L::store(lanes, v);
+  double part[4] = {};
+  for (int i = 0; i < L::kWidth; ++i) part[i % 4] += static_cast<double>(lanes[i]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Calls step(partial, registers, channel, lanes of the last register) over the channels from c to end.
-template <class L, int most = 4, class Step>
-FASTDIFF_INLINE void each_channels(int64_t c, int64_t end, const Step& step) {
-  constexpr int w = L::kWidth;
-  for (; c + most * w <= end; c += most * w) step(std::false_type{}, std::integral_constant<int, most>{}, c, w);
-  for (; c + w <= end; c += w) step(std::false_type{}, std::integral_constant<int, 1>{}, c, w);
-  if (c < end) step(std::true_type{}, std::integral_constant<int, 1>{}, c, static_cast<int>(end - c));
-}
-
-// ---- channels first: one channel, a register of consecutive pixels after the other
-
-template <class L, class Step>
-FASTDIFF_INLINE void each_pixels(int64_t first, int64_t count, const Step& step) {
-  constexpr int w = L::kWidth;
-  int64_t i = 0;
-  for (; i + w <= count; i += w) step(std::false_type{}, first + i, w);
-  if (i < count) step(std::true_type{}, first + i, static_cast<int>(count - i));
-}
-
+// `count` elements from channel c's first pixel on; lanes go to double after `span` registers.
 template <class L, int32_t dtype>
-void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
+void sum_plane(const NormPatch& patch, int64_t c, int64_t count, int64_t span, double* sums) {
   using F = typename L::F;
   constexpr int w = L::kWidth;
   const NormArgs& a = *patch.args;
@@ -180,17 +134,20 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
     if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
     return v + added;
   };
+  double* const to = sums + (c - patch.channel);
   float lanes[w];
-  const int few = clip(patch.count, w < 4 ? w : 4);
+  const int few = clip(count, w);
   L::store(lanes, get(std::true_type{}, patch.first, few));
   float middle = 0.0f;
-  for (int i = 0; i < few; ++i) middle += lanes[i] / static_cast<float>(few);
+  for (int i = 0; i < few; ++i) middle += lanes[i];
+  middle /= static_cast<float>(few);
   const F head = L::set(middle);
   const double k = static_cast<double>(middle);
-  for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
-    const int64_t size = patch.count - done < kNormSpan * w ? patch.count - done : kNormSpan * w;
+  for (int64_t done = 0; done < count; done += span * w) {
+    const int64_t size = count - done < span * w ? count - done : span * w;
     F sum = L::set(0.0f), square = sum;
-    each_pixels<L>(patch.first + done, size, [&](auto partial, int64_t pixel, int n) {
+    each_register<L>(size, [&](auto partial, int64_t i, int n) {
+      const int64_t pixel = patch.first + done + i;
       const F v = get(partial, pixel, n);
       if (a.total) write<L, dtype, partial.value>(a.total, p.out + pixel, v, n);
       F away = v - head;
@@ -198,33 +155,10 @@ void sum_plane(const NormPatch& patch, int64_t c, double* sums) {
       sum = sum + away;
       square = L::fma(away, away, square);
     });
-    double total = 0.0, squares = 0.0;
-    L::store(lanes, sum);
-    for (int i = 0; i < w; ++i) total += static_cast<double>(lanes[i]);
-    L::store(lanes, square);
-    for (int i = 0; i < w; ++i) squares += static_cast<double>(lanes[i]);
-    sums[2 * c] += total + static_cast<double>(size) * k;
-    sums[2 * c + 1] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
+    const double total = add_up<L>(sum), squares = add_up<L>(square);
+    to[0] += total + static_cast<double>(size) * k;
+    to[patch.end - patch.channel] += squares + 2.0 * k * total + static_cast<double>(size) * k * k;
   }
-}
-
-template <class L, int32_t dtype>
-void map_plane(const NormPatch& patch, const NormMap& map, int64_t c) {
-  using F = typename L::F;
-  const NormArgs& a = *patch.args;
-  const Places p = places(patch, c);
-  const F factor = L::set(map.factor[c]), middle = L::set(map.middle[c]), constant = L::set(map.constant[c]);
-  each_pixels<L>(patch.first, patch.count, [&](auto partial, int64_t pixel, int n) {
-    F v;
-    if (map.from_total) {
-      v = read<L, dtype, partial.value>(a.total, p.out + pixel, n);
-    } else {
-      v = read<L, dtype, partial.value>(p.x, p.at + pixel, n);
-      if (p.residual) v = v + read<L, dtype, partial.value>(p.residual, p.residual_at + pixel, n);
-    }
-    v = L::fma(v - middle, factor, constant);
-    write<L, dtype, partial.value>(map.to, p.out + pixel, map.act ? silu<L>(v) : v, n);
-  });
 }
 
 // ---- what the driver calls
@@ -232,29 +166,48 @@ void map_plane(const NormPatch& patch, const NormMap& map, int64_t c) {
 template <class L, int32_t dtype>
 void norm_sums_of(const NormPatch& patch, double* sums) {
   const NormArgs& a = *patch.args;
+  const int64_t channels = a.C / a.groups;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) sum_plane<L, dtype>(patch, c, sums);
+    const bool run = a.P <= kShortPlane && !a.before;  // goes to the first of the channels
+    each_image(patch, [&](int64_t first, int64_t end) {
+      for (int64_t c = first, next; c < end; c = next) {
+        const int64_t group = (c / channels + 1) * channels;
+        next = !run ? c + 1 : group < end ? group : end;
+        sum_plane<L, dtype>(patch, c, (next - c) * patch.count, run ? kRunSpan : kNormSpan, sums);
+      }
+    });
     return;
   }
-  const auto step = [&](auto partial, auto count, int64_t c, int n) {
-    sum_channels<L, dtype, partial.value, count.value>(patch, c, n, sums);
-  };
-  each_channels<L>(0, a.C1, step);
-  each_channels<L>(a.C1, a.C, step);
+  each_image(patch, [&](int64_t first, int64_t end) {
+    each_channels<L>(first, end, [&](auto partial, auto count, int64_t c, int n) {
+      sum_channels<L, dtype, partial.value, count.value>(patch, c, n, sums);
+    });
+  });
 }
 
 template <class L, int32_t dtype>
 void norm_map_of(const NormPatch& patch, const NormMap& map) {
   const NormArgs& a = *patch.args;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) map_plane<L, dtype>(patch, map, c);
+    for (int64_t c = patch.channel; c < patch.end; ++c) {
+      const typename L::F middle = L::set(map.middle[c]), factor = L::set(map.factor[c]);
+      const typename L::F constant = L::set(map.constant[c]);
+      const Run run(places(patch, c), a, map);
+      run.template map<L, dtype>(patch.first, patch.count, [&](auto, int64_t, int, auto v) {
+        return L::fma(v - middle, factor, constant);
+      });
+    }
     return;
   }
-  const auto step = [&](auto partial, auto count, int64_t c, int n) {
-    map_channels<L, dtype, partial.value, count.value>(patch, map, c, n);
-  };
-  each_channels<L>(0, a.C1, step);
-  each_channels<L>(a.C1, a.C, step);
+  each_image(patch, [&](int64_t first, int64_t end) {
+    const float *middle = map.middle + first, *factor = map.factor + first, *constant = map.constant + first;
+    const Run run(places(patch, first), a, map);
+    for (int64_t pixel = patch.first; pixel < patch.first + patch.count; ++pixel)
+      run.template map<L, dtype>(pixel, end - first, [&](auto partial, int64_t i, int n, auto v) {
+        constexpr bool part = partial.value;
+        return L::fma(v - load<L, part>(middle + i, n), load<L, part>(factor + i, n), load<L, part>(constant + i, n));
+      });
+  });
 }
 
 template <class L>

@@ -39,20 +39,19 @@ void prepare(const Job& job, int64_t b) {
 }
 
 // du = rstd (g gamma - mean of g gamma - n mean of g gamma n) of every channel, with n = (u - mean) rstd, and its sums.
-void settle(const Job& job, int64_t b) {
+void settle(const Job& job, int64_t b, int64_t column) {
   const NormArgs& a = job.args;
-  const int64_t channels = a.C / a.groups;
+  const int64_t channels = a.C / a.groups, begin = job.cut.channel(column), end = job.cut.channel(column + 1);
   const double pixels = static_cast<double>(a.P), count = static_cast<double>(channels) * pixels;
   const float *factor = job.coefficients + 5 * a.C * b, *middle = factor + a.C;
   float *slope = job.coefficients + 5 * a.C * b + 3 * a.C, *rest = slope + a.C;
   float* const out = a.sums + 3 * a.C * b;
   double* const own = job.sums + 3 * a.C * b * job.cut.patches;  // those of all patches go to the first one's
   for (int64_t which = 1; which < job.cut.patches; ++which)
-    for (int64_t i = 0; i < 3 * a.C; ++i) own[i] += own[3 * a.C * which + i];
-  for (int64_t group = 0; group < a.groups; ++group) {
-    const float* stats = a.stats + 2 * (b * a.groups + group);
+    for (int64_t i = 3 * begin; i < 3 * end; ++i) own[i] += own[3 * a.C * which + i];
+  for (int64_t first = begin; first < end; first += channels) {
+    const float* stats = a.stats + 2 * (b * a.groups + first / channels);
     const double mean = stats[0], rstd = stats[1];
-    const int64_t first = group * channels;
     double straight = 0.0, crossed = 0.0;
     for (int64_t c = first; c < first + channels; ++c) {
       // u - mean is u - middle and what the rounding of the middle left
@@ -77,7 +76,7 @@ void settle(const Job& job, int64_t b) {
 
 Error norm_backward(const NormArgs& args) {
   if (const Error error = check(args); error != kOk) return error;
-  if (!args.grad || !args.sums || !args.y) return kNullPointer;
+  if (!args.grad || !args.sums || !args.y || !args.stats) return kNullPointer;
   if (args.B == 0 || args.P == 0) return kOk;
   static thread_local std::vector<double> sums;
   static thread_local std::vector<float> coefficients;
@@ -87,13 +86,15 @@ Error norm_backward(const NormArgs& args) {
   const Job job{args, executor(), cut, sums.data(), coefficients.data()};
   for (int64_t b = 0; b < args.B; ++b) prepare(job, b);
   return run_passes(
-      args, cut.patches, true,
-      [&](int64_t b, int64_t which) {
+      args, cut, true,
+      [&](int64_t b, int64_t column, int64_t which) {
         double* const to = job.sums + 3 * args.C * (b * cut.patches + which);
-        job.executor.norm_gradient_sums(cut.patch(args, b, which), job.map(b), to);
+        job.executor.norm_gradient_sums(cut.patch(args, b, column, which), job.map(b), to);
       },
-      [&](int64_t b) { settle(job, b); },
-      [&](int64_t b, int64_t which) { job.executor.norm_gradient_map(cut.patch(args, b, which), job.map(b)); });
+      [&](int64_t b, int64_t column) { settle(job, b, column); },
+      [&](int64_t b, int64_t column, int64_t which) {
+        job.executor.norm_gradient_map(cut.patch(args, b, column, which), job.map(b));
+      });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The gradient of norm, one patch of pixels of one sample. Included once per instruction set, with L its registers.
+// The gradient of norm, one patch of one sample. Included once per instruction set, with L its registers.
 //
 // The first pass adds up per channel what the mean and the deviation hand on, the second writes du; SiLU's gradient is
 // computed again in both. Bytes moved per element: 2 or 4 each for u and the gradient, twice (the second time from
@@ -74,9 +74,9 @@ void gradient_sums_plane(const NormPatch& patch, const NormMap& map, int64_t c, 
   for (int64_t done = 0; done < patch.count; done += kNormSpan * w) {
     const int64_t size = patch.count - done < kNormSpan * w ? patch.count - done : kNormSpan * w;
     F sum = L::set(0.0f), product = sum, offset = sum;
-    each_pixels<L>(patch.first + done, size, [&](auto partial, int64_t pixel, int n) {
+    each_register<L>(size, [&](auto partial, int64_t i, int n) {
       F away, g;
-      gradient<L, dtype, partial.value>(a, plane + pixel, middle, factor, constant, n, away, g);
+      gradient<L, dtype, partial.value>(a, plane + patch.first + done + i, middle, factor, constant, n, away, g);
       if (partial.value) {
         const auto there = L::mask((1u << n) - 1u);
         away = L::select(there, away, L::set(0.0f));
@@ -104,17 +104,17 @@ void gradient_map_of(const NormPatch& patch, const NormMap& map) {
   const NormArgs& a = *patch.args;
   const float* const from[5] = {map.middle, map.factor, map.constant, map.slope, map.rest};
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) {
+    for (int64_t c = patch.channel; c < patch.end; ++c) {
       F by[5];
       for (int k = 0; k < 5; ++k) by[k] = L::set(from[k][c]);
       const int64_t plane = (patch.b * a.C + c) * a.P;
-      each_pixels<L>(patch.first, patch.count, [&](auto partial, int64_t pixel, int n) {
-        gradient_at<L, dtype, partial.value>(a, plane + pixel, by, n);
+      each_register<L>(patch.count, [&](auto partial, int64_t i, int n) {
+        gradient_at<L, dtype, partial.value>(a, plane + patch.first + i, by, n);
       });
     }
     return;
   }
-  each_channels<L, 2>(0, a.C, [&](auto partial, auto count, int64_t c, int n) {
+  each_channels<L, 2>(patch.channel, patch.end, [&](auto partial, auto count, int64_t c, int n) {
     constexpr int w = L::kWidth;
     F by[count.value][5];
     for (int u = 0; u < count.value; ++u)
@@ -129,10 +129,10 @@ template <class L, int32_t dtype>
 void gradient_sums_of(const NormPatch& patch, const NormMap& map, double* sums) {
   const NormArgs& a = *patch.args;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.C; ++c) gradient_sums_plane<L, dtype>(patch, map, c, sums);
+    for (int64_t c = patch.channel; c < patch.end; ++c) gradient_sums_plane<L, dtype>(patch, map, c, sums);
     return;
   }
-  each_channels<L, 2>(0, a.C, [&](auto partial, auto count, int64_t c, int n) {
+  each_channels<L, 2>(patch.channel, patch.end, [&](auto partial, auto count, int64_t c, int n) {
     gradient_sums_channels<L, dtype, partial.value, count.value>(patch, map, c, n, sums);
   });
 }

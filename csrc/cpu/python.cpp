@@ -1,12 +1,13 @@
-// The row as a Python function, for which ctypes would take longer than the row does where little is left in the caches:
-// on tensors like those that were bound, or on ones that are not looked at. Python's stable interface and torch's stable
-// C functions alone, so that one binary still serves every version of both.
+// The row and the norm op as Python functions, for which ctypes would take longer than they do where they are short: on
+// tensors like those that were bound, or on ones that are not looked at. Python's stable interface and torch's stable C
+// functions alone, so that one binary still serves every version of both.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <vector>
 
 #include "../export.h"
 
@@ -89,13 +90,31 @@ bool locate(PyObject* tensor, void*& at) {
 
 // A step that was bound. like: of the branches that are given; stacked: in bytes from Fc on, where a branch follows it
 // in its stack, 0: it does not. unlike: what runs or refuses all else; failed: what raises an error code.
+// gathered: where Fc, which does not lie as a row reads it, is copied to; empty: it is read where it is.
 struct Bound {
   AffineArgs* block;
   PyObject *type, *unlike, *failed;
   bool given[kBranchCount];
   int64_t stacked[kBranchCount];
   Form like[kBranchCount];
+  std::vector<char> gathered;
 };
+
+// The elements of a tensor of this form one after the other, the last dimension first.
+template <class T>
+void gather(const Form& form, const T* from, T* to) {
+  int64_t at[kMostDims] = {}, count = 1, offset = 0;
+  for (int64_t i = 0; i < form.dims; ++i) count *= form.sizes[i];
+  while (count-- > 0) {
+    *to++ = from[offset];
+    for (int64_t i = form.dims - 1; i >= 0; --i) {
+      offset += form.strides[i];
+      if (++at[i] < form.sizes[i]) break;
+      offset -= form.strides[i] * form.sizes[i];
+      at[i] = 0;
+    }
+  }
+}
 
 constexpr const char* kCapsule = "fastdiff.step";
 
@@ -124,7 +143,7 @@ PyObject* otherwise(const Bound& bound, PyObject* const* args, Py_ssize_t count,
 
 // True where all that the networks returned so far was finite, else None.
 PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-  auto* bound = static_cast<const Bound*>(PyCapsule_GetPointer(capsule, kCapsule));
+  auto* bound = static_cast<Bound*>(PyCapsule_GetPointer(capsule, kCapsule));
   if (!bound) return nullptr;
   if (names || count < 1 || count > kBranchCount) return otherwise(*bound, args, count, names);
   void* at[kBranchCount] = {};
@@ -138,6 +157,14 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObj
     if (!bound->given[i] || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != bound->type || !view.of(tensor) ||
         !view.locate(bound->like[i], at[i]))
       return otherwise(*bound, args, count, names);
+    if (i == 0 && !bound->gathered.empty()) {
+      char* to = bound->gathered.data();
+      if (bound->block->model_out_dtype == kFloat32)
+        gather(bound->like[0], static_cast<const float*>(at[0]), reinterpret_cast<float*>(to));
+      else
+        gather(bound->like[0], static_cast<const uint16_t*>(at[0]), reinterpret_cast<uint16_t*>(to));
+      at[0] = to;
+    }
   }
   AffineArgs& block = *bound->block;
   block.model_out = at[0];
@@ -156,13 +183,14 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObj
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)),
                            METH_FASTCALL | METH_KEYWORDS, nullptr};
 
-// bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (0, bytes to Fu, bytes to Fp), unlike,
-// failed) -> step, or None where torch keeps its tensors in another way than `View` knows.
+// bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (bytes of Fc and what follows it where
+// they are gathered, else 0; bytes to Fu, bytes to Fp), unlike, failed) -> step, or None where torch keeps its tensors in
+// another way than `View` knows.
 PyObject* bind_step(PyObject*, PyObject* args) {
   PyObject *address, *type, *tensors, *stacked, *unlike, *failed;
   if (!PyArg_ParseTuple(args, "OOOOOO", &address, &type, &tensors, &stacked, &unlike, &failed)) return nullptr;
   for (PyObject* kept : {type, unlike, failed}) Py_INCREF(kept);
-  auto* bound = new Bound{nullptr, type, unlike, failed};
+  auto* bound = new Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
   PyObject* capsule = PyCapsule_New(bound, kCapsule, release);
   if (!capsule) return nullptr;
   bound->block = static_cast<AffineArgs*>(PyLong_AsVoidPtr(address));
@@ -177,6 +205,7 @@ PyObject* bind_step(PyObject*, PyObject* args) {
     if (!locate(tensor, at)) break;
     known = known && view.of(tensor) && view.form(bound->like[i]) && view.locate(bound->like[i], shown) && at == shown;
   }
+  if (!PyErr_Occurred()) bound->gathered.resize(static_cast<size_t>(bound->stacked[0]));
   PyObject* result = nullptr;
   if (!PyErr_Occurred()) result = known ? PyCFunction_NewEx(&step_method, capsule, nullptr) : Py_NewRef(Py_None);
   Py_DECREF(capsule);
@@ -212,8 +241,31 @@ PyObject* bind_apart(PyObject*, PyObject* bound) {
   return PyCFunction_NewEx(&step_apart_method, bound, nullptr);
 }
 
+// norm(address of a block, x, weight, bias, before, scale, shift, residual, skip, y, total) -> error code; without
+// statistics, on tensors of which nothing is looked at but where they lie. The block stays as it is.
+PyObject* norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr int kTensors = 10;
+  if (count != 1 + kTensors) return PyErr_Format(PyExc_TypeError, "expected an address and 10 tensors, got %zd", count);
+  const auto* given = static_cast<const NormArgs*>(PyLong_AsVoidPtr(args[0]));
+  if (PyErr_Occurred()) return nullptr;
+  void* at[kTensors];
+  for (int i = 0; i < kTensors; ++i)
+    if (!locate(args[1 + i], at[i])) return nullptr;
+  NormArgs block = *given;
+  const auto vector = [&](int i) { return static_cast<const float*>(at[i]); };
+  block.x = at[0], block.weight = vector(1), block.bias = vector(2), block.before = vector(3);
+  block.scale = vector(4), block.shift = vector(5), block.residual = at[6], block.skip = at[7];
+  block.y = at[8], block.total = at[9];
+  int code;
+  Py_BEGIN_ALLOW_THREADS
+  code = fastdiff_norm_cpu(&block);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLong(code);
+}
+
 PyMethodDef methods[] = {{"bind_apart", bind_apart, METH_VARARGS, nullptr},
                          {"bind_step", bind_step, METH_VARARGS, nullptr},
+                         {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(norm)), METH_FASTCALL, nullptr},
                          {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 

@@ -13,8 +13,10 @@ import torch
 import fastdiff as fd
 from fastdiff.cli.commands import add_command
 from fastdiff.files import check_writable_file, write_atomically
+from fastdiff.models.shipped import SHIPPED, file_of
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Source, open_data
+from fastdiff.training.data.pictures import RESIZE
 from fastdiff.training.data.subset import Subset
 from fastdiff.training.evaluation import evaluate
 
@@ -27,6 +29,9 @@ def add_eval(commands: Any) -> None:
     parser.add_argument("--model", default="fashion", help="'fashion', the folder of a run or a .safetensors file")
     parser.add_argument("--data", help="training set; default: that of the run")
     parser.add_argument("--test", help="pictures not trained on; default: the set's test split, or every second one")
+    parser.add_argument(
+        "--resize", choices=RESIZE, help="how pictures come to the model's size; default: as in training"
+    )
     parser.add_argument("--samples", type=int, default=10_000, help="equally many of each class (default 10000)")
     parser.add_argument("--features", default="auto", help="auto, fashion, pixels, or package.module:function")
     parser.add_argument("--solver", default="dpmpp_2m")
@@ -49,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable_file(arguments.json)
     model = fd.load(arguments.model, device=arguments.device)
-    train, test = _sets(arguments, model)
+    train, test, resized = _sets(arguments, model)
     plan = fd.plan(arguments.solver, model.schedule, arguments.steps, arguments.grid)
     if isinstance(plan, fd.AdaptivePlan):
         raise ValueError(f"eval draws with a fixed table, and {arguments.solver} makes its own steps; choose another")
@@ -58,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.batch, arguments.likelihood, arguments.fid, progress=True,
     )  # fmt: skip
     seen = "; the model may have seen them, give --test others" if isinstance(test, Subset) else ""
-    print(f"training  {train.describe()}\ntest      {test.describe()}{seen}")
+    print(f"training  {train.describe()}\ntest      {test.describe()}{seen}\npictures  {resized}")
     print(f"samples   {arguments.solver}, {arguments.steps} steps on grid {plan.grid}, guidance {arguments.guidance:g}")
     print(report)
     if arguments.json is not None:
@@ -67,25 +72,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, Source]:
-    """The training and the test pictures, at the model's size."""
+def _settings(arguments: argparse.Namespace) -> tuple[TrainConfig | None, str, str]:
+    """The configuration of the model's run where there is one, how pictures come to its size, and who says so."""
+    file = file_of(arguments.model)
+    config = file.parent / "config.json"
+    said = TrainConfig.load(config) if file.name.startswith("model") and config.is_file() else None
+    if arguments.resize:
+        return said, arguments.resize, "as asked for"
+    if said:
+        return said, said.resize, f"as {config} says"
+    if any(file.samefile(file_of(name)) for name in SHIPPED):
+        return None, "pad", "as the shipped model was trained"
+    return None, "crop", "as runs are unless they say otherwise"
+
+
+def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, Source, str]:
+    """The training and the test pictures at the model's size, and how they came to it."""
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
-    config = Path(arguments.model) / "config.json"
-    said = TrainConfig.load(config) if config.is_file() else None
+    said, resize, why = _settings(arguments)
     data = arguments.data or (said.data if said else None)
     if not data:
         raise ValueError("--data is missing: name the folder or file the model was trained on")
-    pad = said.resize if said else ("pad" if arguments.model == "fashion" else "crop")
-    how: dict[str, Any] = {"size": model.shape[1], "resize": pad, "channels": model.shape[0]}
+    how: dict[str, Any] = {"size": model.shape[1], "resize": resize, "channels": model.shape[0]}
     how["classes"] = len(model.class_names) if model.class_names else 0
+    resized = f"of {model.shape[1]}x{model.shape[2]} by resize={resize}, {why}"
     train = open_data(data, **how)
     if arguments.test:
-        return train, open_data(arguments.test, **how)
+        return train, open_data(arguments.test, **how), resized
     try:
         test = open_data(data, **how, split="test")
     except (FileNotFoundError, ValueError):
         test = train
     if len(test) != len(train) or not torch.equal(test.fetch(np.arange(1))[0], train.fetch(np.arange(1))[0]):
-        return train, test
-    return Subset(train, np.arange(0, len(train), 2)), Subset(train, np.arange(1, len(train), 2))
+        return train, test, resized
+    return Subset(train, np.arange(0, len(train), 2)), Subset(train, np.arange(1, len(train), 2)), resized

@@ -240,9 +240,10 @@ def _between(schedule: Schedule | None, s: Level, t: Level, weight: float) -> Le
     return schedule.level_from_rho(top ** (1.0 - weight) * t.rho**weight)
 
 
-def _shrinks(name: str, plan: Plan, error: Callable[[Plan], float], small: float, sentence: str, refine: bool) -> Check:
-    """The check that an error is small, or becomes smaller on a finer grid."""
-    first = error(plan)
+def _shrinks(
+    name: str, plan: Plan, first: float, error: Callable[[Plan], float], small: float, sentence: str, refine: bool
+) -> Check:
+    """The check that an error, `first` of this plan, is small or becomes smaller on a finer grid."""
     if first <= small:
         return Check(name, True, first, small, sentence)
     if not refine:
@@ -275,7 +276,7 @@ def _point_mass(plan: Plan, refine: bool) -> Check:
         sentence = f"with D == mu every state has mean alpha mu and variance sigma^2, off by {value:.1e}"
         return Check("point mass", value <= bound, value, bound, sentence)
     sentence = f"with D == mu every state has mean alpha mu, off by {mean:.1e} (variance, not promised: {variance:.1e})"
-    return _shrinks("point mass", plan, lambda p: _point_mass_errors(p)[0], EXACT, sentence, refine)
+    return _shrinks("point mass", plan, mean, lambda p: _point_mass_errors(p)[0], EXACT, sentence, refine)
 
 
 def _point_mass_errors(plan: Plan) -> tuple[float, float]:
@@ -311,10 +312,11 @@ def _positive(output: Output) -> Output:
 
 
 def _gaussian(plan: Plan, refine: bool) -> Check:
-    error = _law_error(plan)
+    states = propagate(plan)
+    error = _law_error(plan, states)
     sentence = f"worst error of the law on Gaussian data {error:.1e}"
     if plan.levels[-1].sigma == 0.0:
-        sample = _worst(*np.abs(propagate(plan).variance[-1] / np.array(DATA_VARIANCES) - 1.0))
+        sample = _worst(*np.abs(states.variance[-1] / np.array(DATA_VARIANCES) - 1.0))
         sentence += f" (of the sample's variance {sample:.1e})"
     if plan.solver in solvers.names() and not solvers.get(plan.solver).leads_to_data(plan.options):
         sentence += ", stated and not judged: this solver takes D for a sample"
@@ -322,12 +324,11 @@ def _gaussian(plan: Plan, refine: bool) -> Check:
     if plan.options.get("s_noise", 1.0) != 1.0:
         sentence += ", stated and not judged: with s_noise other than 1 no refinement leads to the data"
         return Check("gaussian data", math.isfinite(error), error, math.inf, sentence)
-    return _shrinks("gaussian data", plan, _law_error, SMALL, sentence, refine)
+    return _shrinks("gaussian data", plan, error, lambda p: _law_error(p, propagate(p)), SMALL, sentence, refine)
 
 
-def _law_error(plan: Plan) -> float:
+def _law_error(plan: Plan, states: Moments) -> float:
     """Relative error of the variance, or of the mean in standard deviations, at the last noisy level."""
-    states = propagate(plan)
     last = -2 if plan.levels[-1].sigma == 0.0 else -1
     level = states.levels[last]
     target = level.alpha**2 * np.array(DATA_VARIANCES) + level.sigma**2

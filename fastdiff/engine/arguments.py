@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.plan import Plan
-from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.denoiser import Condition, Denoiser
 
 
 def check_fits(plan: Plan, model: Denoiser) -> None:
@@ -62,7 +62,17 @@ def check_channels(model: Denoiser, shape: Sequence[int], batched: bool) -> None
     if channels is None or (len(sample) == 3 and sample[0] == channels):
         return
     expected = f"(batch, {channels}, height, width)" if batched else f"({channels}, height, width), without a batch"
-    raise ValueError(f"shape must be {expected}: the network takes {channels} channels; got {tuple(shape)}")
+    alone = f"; one sample is {(1, *shape)}" if batched and len(shape) == 3 and shape[0] == channels else ""
+    raise ValueError(f"shape must be {expected}: the network takes {channels} channels; got {tuple(shape)}{alone}")
+
+
+def check_uncond_is_used(uncond: Condition, reads_unguided: bool) -> None:
+    """ValueError for the condition of a branch that no guidance asks for."""
+    if uncond is not None and not reads_unguided:
+        raise ValueError(
+            "uncond= is the condition of the unguided branch, which is evaluated with guidance only: give guidance= "
+            "too, 2.0 say (1.0 says that it is off), or leave uncond= out"
+        )
 
 
 def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:
@@ -86,9 +96,15 @@ def _comparable(value: Any) -> Any:
 def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch: int) -> list[float]:
     """One finite number per sample, from one for all or one for each. Raises ValueError otherwise."""
     try:
-        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+        found = torch.as_tensor(given, dtype=torch.float64).flatten()
+        values = [] if found.is_meta else found.tolist()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or one per sample, got {given!r}") from None
+    if found.is_meta:
+        raise ValueError(
+            "torch makes tensors on 'meta' here, which have no values to draw with: call this outside "
+            "torch.device('meta') (or after torch.set_default_device('cpu'))"
+        )
     if len(values) not in (1, batch):
         raise ValueError(f"{name} must be one number or one per sample ({batch}), got {len(values)}")
     if not all(abs(v) <= torch.finfo(torch.float32).max for v in values):

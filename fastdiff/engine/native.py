@@ -4,6 +4,7 @@ May import: checks, errors. The extension is a shared object of C functions call
 with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
 On a CPU a row is a function of Python's own interface instead, which looks at the tensors it is given through torch's
 stable C functions: after milliseconds of network what a step costs is how much it touches, and ctypes touches the most.
+The norm op, of which a network runs a hundred between two steps, is one too.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def load() -> ctypes.CDLL:
 
 
 @functools.cache
-def _python() -> ModuleType:
-    """The extension as a module, for the step that ctypes would slow down."""
+def python() -> ModuleType:
+    """The extension as a module, for what ctypes would slow down."""
     load()
     return importlib.import_module("fastdiff._C")
 
@@ -226,18 +227,27 @@ def bind(tensors: StepTensors, executor: str) -> Step:
     return _quick(args, tensors, step) or step if executor == "cpp" else step
 
 
-def _quick(args: AffineArgs, tensors: StepTensors, step: Step) -> Step | None:
+def bind_within(tensors: StepTensors, whole: Tensor) -> Step | None:
+    """`step(whole)` for outputs like this one; None and ValueError as `_quick` and `bind`."""
+    args = arguments(tensors)
+    return _quick(args, tensors, _bind(args, tensors, "cpp", "affine_step"), whole)
+
+
+def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | None = None) -> Step | None:
     """`step` as one C function, which hands on to it all that is not like the tensors that were bound.
 
+    whole: what it is given instead of model_out, which are its first channels; one that is not contiguous is gathered.
     None where torch keeps its tensors in another way than that function knows.
     """
 
     def failed(code: int) -> None:
         raise _failed("affine_step on cpp", code)
 
-    given = tuple(getattr(tensors, name) for name in _BRANCHES)
-    stacked = 0, *_stacked(args, tensors.model_out)
-    return _python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
+    model_out = tensors.model_out if whole is None else whole
+    given = model_out, tensors.unguided, tensors.perturbed
+    gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
+    stacked = gathered, *_stacked(args, model_out)
+    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
@@ -297,7 +307,8 @@ def _bind(
 
 def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
     """Where in a stack of outputs Fu and Fp begin, in bytes; 0: not in it."""
-    branch, copies = args.B * args.N * like.element_size(), like.shape[0] // max(args.B, 1)
+    copies = like.shape[0] // max(args.B, 1)
+    branch = like.numel() // max(copies, 1) * like.element_size()
     return branch if copies > 1 else 0, 2 * branch if copies > 2 else 0
 
 
@@ -342,7 +353,7 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
     def failed(code: int) -> None:
         raise _failed(_named(executor, args, tensors), code)
 
-    return _python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
+    return python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
 
 
 def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, norm_cpu, reference_norm
-from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, lies_last, row
+from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, in_rows, lies_last, row
 from fastdiff.errors import BackendUnavailable
 
 _IMAGES = "Tensor? before, Tensor? scale, Tensor? shift"
@@ -81,7 +81,8 @@ def sum_norm_act(
 ) -> tuple[Tensor, Tensor]:
     """(y, u): `norm_act` that writes the sum u too, in x's dtype, in the same pass."""
     given = Inputs(x, weight, bias, before, scale, shift, residual, skip)
-    return _norm(given, groups, eps, act, True, executor)[:2]
+    y, total = _norm(given, groups, eps, act, True, executor)[:2]
+    return y, total
 
 
 def channel_add(
@@ -94,7 +95,7 @@ def channel_add(
         known = norm_cpu.bound_sum(x, before, residual)
         if known is not None:
             total = torch.empty_like(x)
-            norm_cpu.run_sum(known.block, x, before, residual, total)
+            norm_cpu.run_sum(known, x, before, residual, total)
             return total
     before = row(before, x.shape[0])
     differentiates = _needs_gradient((x, before, residual))
@@ -124,17 +125,17 @@ def launches(batch: int, pixels: int, channels: int, groups: int, size: int) -> 
     return triton_norm.launches(batch, pixels, channels, groups, size)
 
 
-def _norm(
-    given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(given: Inputs, groups: int, eps: float, act: bool, keep: bool, executor: str | None) -> tuple[Tensor, ...]:
+    """y, the sum where it is to be kept, and what else came with them."""
     if executor is None and _direct(given):
         known = norm_cpu.bound(given, groups, eps, act)
         if known is not None:
-            outputs = _outputs(given.x, given.skip, groups, keep, known.last)
-            norm_cpu.run(known.block, given, outputs[0], outputs[1] if keep else None, outputs[2])
-            return outputs
+            y = _image(given.x, given.skip, known.last)
+            total = _image(given.x, given.skip, known.last) if keep else None
+            norm_cpu.run(known, given, y, total)
+            return (y,) if total is None else (y, total)
     if not torch.compiler.is_compiling() and transformed():
-        given = _in_rows(given)
+        given = in_rows(given)
         check_sizes(given, groups, "reference")
         return reference_norm.forward(given, groups, eps, act)
     given = _dense(given)
@@ -143,13 +144,17 @@ def _norm(
     arguments = *given, groups, eps, act, keep
     chosen = executor or "auto"
     if differentiates or dispatches(given):
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastdiff.norm_act(*arguments, executor=chosen)
+        found: tuple[Tensor, ...] = torch.ops.fastdiff.norm_act(*arguments, executor=chosen)
         return found
     return _forward(*arguments, executor=chosen)  # the dispatcher costs as much as a small image
 
 
 def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # `any` of a generator takes twice as long
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def transformed() -> bool:
@@ -184,15 +189,9 @@ def _direct(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _in_rows(given: Inputs) -> Inputs:
-    """A row of each vector for each sample, without a copy."""
-    before, scale, shift = (row(vector, given.x.shape[0]) for vector in (given.before, given.scale, given.shift))
-    return given._replace(before=before, scale=scale, shift=shift)
-
-
 def _dense(given: Inputs) -> Inputs:
-    """As `_in_rows`, and the images in one memory format: channels_last where x is or its strides say so."""
-    x, weight, bias, before, scale, shift, residual, skip = _in_rows(given)
+    """As `in_rows`, and the images in one memory format: channels_last where x is or its strides say so."""
+    x, weight, bias, before, scale, shift, residual, skip = in_rows(given)
     if lies_last(x, residual, skip) is None:
         wanted = torch.contiguous_format
         if x.dim() == 4 and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
@@ -225,14 +224,17 @@ def _forward(*arguments: Any, executor: str) -> tuple[Tensor, Tensor, Tensor]:
     return y, total, stats
 
 
-def _outputs(x: Tensor, skip: Tensor | None, groups: int, keep: bool, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _image(x: Tensor, skip: Tensor | None, last: bool) -> Tensor:
     if skip is None:
-        y = torch.empty_like(x)
-    else:
-        shape = list(x.shape)
-        shape[1] += skip.shape[1]
-        layout = torch.channels_last if last else torch.contiguous_format
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        return torch.empty_like(x)
+    shape = list(x.shape)
+    shape[1] += skip.shape[1]
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _outputs(x: Tensor, skip: Tensor | None, groups: int, keep: bool, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y = _image(x, skip, last)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = torch.empty(x.shape[0], groups, 2, dtype=wide, device=x.device)
     return y, torch.empty_like(y) if keep else x.new_empty(0), stats

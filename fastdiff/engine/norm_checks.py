@@ -28,6 +28,12 @@ def row(vector: Tensor | None, batch: int) -> Tensor | None:
     return vector.expand(batch, -1) if vector is not None and vector.dim() == 1 else vector
 
 
+def in_rows(given: Inputs) -> Inputs:
+    """A row of each vector for each sample, without a copy."""
+    before, scale, shift = (row(vector, given.x.shape[0]) for vector in (given.before, given.scale, given.shift))
+    return given._replace(before=before, scale=scale, shift=shift)
+
+
 def lies_last(x: Tensor, *others: Tensor | None) -> bool | None:
     """Whether all images are channels_last (True) or all contiguous (False); None where they are neither."""
     images = [x, *(image for image in others if image is not None)]

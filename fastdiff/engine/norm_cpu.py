@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastdiff.engine import native
 from fastdiff.engine.native import NormArgs
-from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, lies_last, row
+from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, in_rows, lies_last, row
 
-VECTORS = ("weight", "bias", "before", "scale", "shift")
 KEPT = 4096  # layouts; more than that come from sizes that do not come again
 
 
 class Bound(NamedTuple):
-    """Calls on tensors of one layout, which were checked: their argument block without addresses."""
+    """Calls on tensors of one layout, which were checked: their argument block without addresses, and where it lies."""
 
     block: NormArgs
     last: bool
+    address: int
+    casts: bool  # some vector is not fp32
 
 
 _known: dict[Hashable, Bound | None] = {}
@@ -39,13 +40,11 @@ def bound(given: Inputs, groups: int, eps: float, act: bool) -> Bound | None:
     try:
         return _known[key]
     except KeyError:
-        vectors = given[1:6]
-        if not _fits(given.x, (given.residual, given.skip), vectors):
+        if not _fits(given.x, (given.residual, given.skip), given[1:6]):
             return _keep(key, None)
-        rows = [row(vector, given.x.shape[0]) for vector in vectors[2:]]
-        given = given._replace(before=rows[0], scale=rows[1], shift=rows[2])
-        last = check(given, groups, "cpp")
-        return _keep(key, Bound(_block(given, groups, eps, act, last), last))
+        last = check(in_rows(given), groups, "cpp")
+        casts = any(vector is not None and vector.dtype != torch.float32 for vector in given[1:6])
+        return _keep(key, _bound(_block(in_rows(_single(given)), groups, eps, act, last), last, casts))
 
 
 def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Bound | None:
@@ -54,23 +53,26 @@ def bound_sum(x: Tensor, before: Tensor | None, residual: Tensor | None) -> Boun
     try:
         return _known[key]
     except KeyError:
-        if not _fits(x, (residual,), (before,)):
+        if not _fits(x, (residual,), (before,)) or (before is not None and before.dtype != torch.float32):
             return _keep(key, None)
         before = row(before, x.shape[0])
         check_add(x, before, residual, "cpp")
         last = lies_last(x, residual)
         assert last is not None
-        return _keep(key, Bound(_sum_block(x, before, residual, last), last))
+        return _keep(key, _bound(_sum_block(x, before, residual, last), last))
 
 
-def run(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> None:
-    """Write y, the sum and the statistics; the block is one of tensors like these, and is not changed."""
-    _launch(_addressed(block, given, y, total, stats))
+def run(known: Bound, given: Inputs, y: Tensor, total: Tensor | None) -> None:
+    """Write y and the sum, of tensors that are laid out as those that were bound."""
+    if known.casts:
+        given = _single(given)
+    code = native.python().norm(known.address, *given, y, total)
+    if code:
+        _raise("norm", code)
 
 
-def _addressed(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> NormArgs:
+def _addressed(args: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, stats: Tensor) -> NormArgs:
     x, weight, bias, before, scale, shift, residual, skip = given
-    args = NormArgs.from_buffer_copy(block)  # another thread may run the same layout
     args.x, args.weight, args.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
     args.y, args.stats = y.data_ptr(), stats.data_ptr()
     if before is not None:
@@ -88,15 +90,11 @@ def _addressed(block: NormArgs, given: Inputs, y: Tensor, total: Tensor | None, 
     return args
 
 
-def run_sum(block: NormArgs, x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor) -> None:
+def run_sum(known: Bound, x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor) -> None:
     """total = x + before + residual, as `run`."""
-    args = NormArgs.from_buffer_copy(block)
-    args.x, args.total = x.data_ptr(), total.data_ptr()
-    if before is not None:
-        args.before = before.data_ptr()
-    if residual is not None:
-        args.residual = residual.data_ptr()
-    _launch(args)
+    code = native.python().norm(known.address, x, None, None, before, None, None, residual, None, None, total)
+    if code:
+        _raise("channel_add", code)
 
 
 def forward(
@@ -104,7 +102,7 @@ def forward(
 ) -> None:
     """Write y, the sum and the statistics of any tensors that `norm_checks.check` takes. Deterministic."""
     given = _single(given)
-    run(_block(given, groups, eps, act, last), given, y, total, stats)
+    _launch(_addressed(_block(given, groups, eps, act, last), given, y, total, stats), "norm")
 
 
 def backward(
@@ -120,12 +118,14 @@ def backward(
 def add(x: Tensor, before: Tensor | None, residual: Tensor | None, total: Tensor, last: bool) -> None:
     """total = x + before + residual, of any tensors that `norm_checks.check_add` takes."""
     before = None if before is None else before.float()
-    run_sum(_sum_block(x, before, residual, last), x, before, residual, total)
+    run_sum(_bound(_sum_block(x, before, residual, last), last), x, before, residual, total)
 
 
 def _single(given: Inputs) -> Inputs:
     """With every vector in fp32."""
-    return given._replace(**{name: vector.float() for name in VECTORS if (vector := getattr(given, name)) is not None})
+    weight, bias, before, scale, shift = (None if vector is None else vector.float() for vector in given[1:6])
+    assert weight is not None and bias is not None
+    return Inputs(given.x, weight, bias, before, scale, shift, given.residual, given.skip)
 
 
 def _layouts(tensors: Sequence[Tensor | None]) -> list[Hashable]:
@@ -137,7 +137,7 @@ def _fits(x: Tensor, images: tuple[Tensor | None, ...], vectors: tuple[Tensor | 
         x.dtype in DTYPES
         and x.numel() > 0
         and lies_last(x, *images) is not None
-        and all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+        and all(vector is None or vector.dtype in DTYPES for vector in vectors)
         and not any(tensor is not None and tensor.is_neg() for tensor in (x, *images, *vectors))
     )
 
@@ -147,6 +147,10 @@ def _keep(key: Hashable, found: Bound | None) -> Bound | None:
         _known.clear()
     _known[key] = found
     return found
+
+
+def _bound(block: NormArgs, last: bool, casts: bool = False) -> Bound:
+    return Bound(block, last, ctypes.addressof(block), casts)
 
 
 def _block(given: Inputs, groups: int, eps: float, act: bool, last: bool) -> NormArgs:
@@ -172,8 +176,11 @@ def _sum_block(x: Tensor, before: Tensor | None, residual: Tensor | None, last: 
     )
 
 
-def _launch(args: NormArgs, op: str = "norm") -> None:
-    library = native.load()
-    code = getattr(library, f"fastdiff_{op}_cpu")(ctypes.addressof(args))
+def _launch(args: NormArgs, op: str) -> None:
+    code = getattr(native.load(), f"fastdiff_{op}_cpu")(ctypes.addressof(args))
     if code:
-        raise RuntimeError(f"{op} on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        _raise(op, code)
+
+
+def _raise(op: str, code: int) -> NoReturn:
+    raise RuntimeError(f"{op} on cpp: {native.load().fastdiff_error(code).decode()} (code {code})")

@@ -26,6 +26,8 @@ _ARGUMENTS = (
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define(f"affine_step({_ARGUMENTS}, *, str executor) -> ()")
 
+GATHERED = 1 << 14  # elements; of more a copy by torch is the quicker one
+
 T = TypeVar("T")
 Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
@@ -120,6 +122,23 @@ def bind(tensors: StepTensors, executor: str, uses_e: bool = True) -> Step:
         reference.affine_step(**(own | {"model_out": model_out, "unguided": unguided, "perturbed": perturbed}))
 
     return step
+
+
+def bind_within(tensors: StepTensors, executor: str, whole: Tensor) -> Step | None:
+    """`bind` for a step that is given `whole` [nB, C', *S'], model_out being the first C channels, contiguous.
+
+    No operation of torch comes before the row: it reads what is contiguous where it is, and gathers what is not. None
+    where only a copy will do: on other executors, of large outputs, of some channels of several samples.
+    """
+    batch, cut = tensors.state.shape[1], whole.shape != tensors.model_out.shape
+    if executor != "cpp" or tensors.channels > 1 or tensors.unguided is not None or (cut and batch != 1):
+        return None
+    if not whole.is_contiguous() and whole.numel() > GATHERED:
+        return None
+    check(tensors)
+    from fastdiff.engine import native
+
+    return native.bind_within(tensors, whole)
 
 
 def on_device(step: Callable[..., T], device: torch.device) -> Callable[..., T]:

@@ -36,7 +36,7 @@ def sample(
     noise: Noise = "white",
     cond: Condition = None,
     uncond: Condition = None,
-    guidance: float | Sequence[float] | Tensor = 1.0,
+    guidance: float | Sequence[float] | Tensor | None = None,
     callback: Callable[[RowInfo], None] | None = None,
     progress: bool = False,
     backend: str = "auto",

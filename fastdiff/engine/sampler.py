@@ -25,7 +25,13 @@ from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.skipping import twins
 from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
-from fastdiff.engine.arguments import batch_shape, check_alike, check_channels, check_fits
+from fastdiff.engine.arguments import (
+    batch_shape,
+    check_alike,
+    check_channels,
+    check_fits,
+    check_uncond_is_used,
+)
 from fastdiff.engine.asked import Asked
 from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
 from fastdiff.engine.crowd import POSITIONS
@@ -100,7 +106,7 @@ class Sampler:
         noise: Noise = "white",
         cond: Condition = None,
         uncond: Condition = None,
-        guidance: float | Sequence[float] | Tensor = 1.0,
+        guidance: float | Sequence[float] | Tensor | None = None,
         callback: Callable[[RowInfo], None] | None = None,
         progress: bool = False,
         opening: str = "state",
@@ -119,7 +125,7 @@ class Sampler:
         (opening="image"). noise: "white"; "brownian", increments of one path per seed, the same path at any number of
         steps (fastdiff.compiler.brownian); a `FrameNoise`, for the frames of a video; a tensor [plan.draws, B, *S]; or
         f(id, shape) giving one draw [B, *S]. cond, uncond: conditions of the network, batch first; a negative prompt is
-        an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 evaluates cond only. rule:
+        an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 or None evaluate cond only. rule:
         `fd.guidance.Rescale`, `APG` or `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of
         s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond.
         given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). skip: an
@@ -131,6 +137,9 @@ class Sampler:
         """
         shape = batch_shape(shape)
         check_channels(self.model, shape, batched=True)
+        if guidance is None:
+            check_uncond_is_used(uncond, self.plan.reads_unguided)
+            guidance = 1.0
         asked = Asked.checked(
             shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening, rule, threshold,
             perturbed_cond, perturbed_scale, given or {}, skip,

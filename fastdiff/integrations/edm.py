@@ -82,13 +82,18 @@ def wrap(
     Read from the network where it has them: img_channels, img_resolution, label_dim, sigma_min, sigma_max and
     round_sigma; what it does with use_fp16 is its own business, x is float32. sigma_min, sigma_max: ends of the
     levels, within the network's own. force_fp32: asked of the network with every call. The Denoiser's null_label is
-    the integer that stands for no class, zeros to the network. Raises TypeError for what is no module, ValueError for
-    ends that leave nothing.
+    the integer that stands for no class, zeros to the network. Raises TypeError for what is no module and for networks
+    of diffusers, ValueError for ends that leave nothing.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(
             f"edm.wrap needs a network, a torch module, got {type(net).__name__}; a file is for edm.load, a function "
             'for fd.Denoiser(f, fd.schedules.edm(), "x0")'
+        )
+    if any(kind.__module__.startswith("diffusers.") for kind in type(net).__mro__):
+        raise TypeError(
+            f"edm.wrap needs a network that returns D, as EDM's do, got diffusers' {type(net).__name__}, whose output "
+            "its scheduler says: fd.Denoiser.from_diffusers(network, scheduler)"
         )
     low, high = (_rounded(net, [end])[0] for end in _ends(net, sigma_min, sigma_max))
     size, channels = getattr(net, "img_resolution", None), getattr(net, "img_channels", None)

@@ -26,7 +26,7 @@ def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = 
     ValueError for an unknown name or a file whose metadata does not say what the network predicts, and
     FileNotFoundError for a missing file.
     """
-    device, path = device_here(device), _path(name)
+    device, path = device_here(device), file_of(name)
     metadata = read_metadata(path)
     schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
     net = UNet.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -60,7 +60,8 @@ def _schedule(path: Path, metadata: Mapping[str, str]) -> schedules.Schedule:
     return schedules.edm()
 
 
-def _path(name: str | os.PathLike[str]) -> Path:
+def file_of(name: str | os.PathLike[str]) -> Path:
+    """The weights that `load` reads for this name, folder or file; raises as it does where there are none."""
     if isinstance(name, str) and name in SHIPPED:
         return Path(str(resources.files("fastdiff.models.weights") / f"{name}.safetensors"))
     path = Path(name)

@@ -94,7 +94,8 @@ class Schedule(ABC):
     @abstractmethod
     def _time(self, rho: Array) -> Array: ...
 
-    def _scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
+    def scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
+        """(alpha, sigma) at `time`: what `alpha` and `sigma` say, found together."""
         return self.scales(self.rho(time))
 
     def rho(self, time: ArrayLike) -> Array:
@@ -103,11 +104,11 @@ class Schedule(ABC):
 
     def alpha(self, time: ArrayLike) -> Array:
         """Signal scale at `time`."""
-        return self._scales_at(time)[0]
+        return self.scales_at(time)[0]
 
     def sigma(self, time: ArrayLike) -> Array:
         """Noise scale at `time`."""
-        return self._scales_at(time)[1]
+        return self.scales_at(time)[1]
 
     def lam(self, time: ArrayLike) -> Array:
         """log(alpha/sigma) at `time`."""
@@ -173,7 +174,7 @@ class Schedule(ABC):
 
     def level(self, time: float) -> Level:
         """The level at `time`."""
-        alpha, sigma = self._scales_at(time)
+        alpha, sigma = self.scales_at(time)
         return Level(float(alpha), float(sigma), float(time))
 
     def level_from_rho(self, rho: float, *, clip: bool = False) -> Level:
@@ -266,6 +267,9 @@ class DiscreteSchedule(Schedule):
     def _rho(self, time: Array) -> Array:
         if self.steps == 1:
             return np.full_like(time, self._rhos[0])[()]
+        index = time.astype(np.int64)
+        if (index == time).all():
+            return self._rhos[index]
         left = np.minimum(np.floor(time), self.steps - 2).astype(np.int64)
         weight = time - left
         low, high = self._rhos[left], self._rhos[left + 1]
@@ -349,7 +353,7 @@ class FlowSchedule(Schedule):
     def time_range(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def _scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
+    def scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
         times = self._checked(time)
         return 1 - times, times
 

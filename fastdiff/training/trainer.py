@@ -71,7 +71,7 @@ class Trainer:
         found = self._found(resume)
         saved = None if found is None else TrainConfig.load(run / "config.json")
         given = load(config.init) if config.init and found is None else None
-        self.config = fill(config, self.source, _sigma_data(config, saved, given))
+        self.config = fill(config, self.source, _sigma_data(saved, given))
         if saved is not None:
             check_resume(saved, self.config)
         self._build(given)
@@ -302,11 +302,11 @@ class Trainer:
             raise ValueError(f"batch {config.batch} is not a multiple of the {world} processes; choose one that is")
 
 
-def _sigma_data(config: TrainConfig, saved: TrainConfig | None, given: Denoiser | None) -> float | None:
+def _sigma_data(saved: TrainConfig | None, given: Denoiser | None) -> float | None:
     """That of the weights a run begins with, which later starts of the run have in its configuration."""
-    if not config.init or saved is None:
+    if saved is None:
         return None if given is None else given.sigma_data
-    return saved.objective_options.get("sigma_data")
+    return saved.objective_options.get("sigma_data") if saved.init else None
 
 
 def _open(config: TrainConfig) -> Source:

@@ -7,12 +7,19 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
+from fastdiff.compiler.solvers import elsewhere
 from fastdiff.errors import unknown_name
 from fastdiff.process.schedules import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@cache
+def _defaults(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((p.name, p.default) for p in list(inspect.signature(function).parameters.values())[2:])
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,7 @@ class Solver:
 
     def options(self) -> dict[str, Any]:
         """Option names and defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())[2:]
-        return {p.name: p.default for p in parameters}
+        return dict(_defaults(self.function))
 
     def keeps_marginal(self, options: Mapping[str, Any]) -> bool:
         """Whether `exact_marginal` holds with these options, defaults filled in."""
@@ -134,9 +140,9 @@ def solver(
 
 
 def get(name: str) -> Solver:
-    """The solver called `name`; ValueError listing the close names when there is none."""
+    """The solver called `name`; ValueError where there is none, saying what another library's name is called here."""
     if name not in _SOLVERS:
-        raise unknown_name("solver", name, _SOLVERS)
+        raise unknown_name("solver", name, _SOLVERS, elsewhere.meant(name, _SOLVERS))
     return _SOLVERS[name]
 
 

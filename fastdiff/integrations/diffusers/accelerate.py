@@ -22,9 +22,8 @@ from fastdiff.integrations.diffusers.asking import Asking, moves_weights, record
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
 from fastdiff.integrations.diffusers.pipelines import Arguments, check, kind_of
-from fastdiff.integrations.diffusers.program import Program, Start, Starts, stands
+from fastdiff.integrations.diffusers.program import Program, Seen, Start, Starts
 from fastdiff.integrations.diffusers.solving import Solving, check_call, check_solver
-from fastdiff.integrations.diffusers.standing import Looked, look
 from fastdiff.models.denoiser import Denoiser
 
 Pipeline = TypeVar("Pipeline")
@@ -92,7 +91,7 @@ class Engine:
         self._running = threading.Lock()
         self._starts = Starts(self.kind)
         self._desks: list[Desk] = []
-        self._solving: tuple[Solving, Looked] | None = None  # of a scheduler that stood so
+        self._solving: tuple[Solving, Seen] | None = None  # of a scheduler that stood so
         self._timed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,14 +152,12 @@ class Engine:
                 del desk.recorded[key]
 
     def _solver_for(self, scheduler: Any) -> Solving:
-        if (
-            self._solving is None
-            or self._solving[0].original is not scheduler
-            or not stands(self._solving[1], vars(scheduler))
-        ):
+        solving, seen = self._solving or (None, None)
+        if solving is None or seen is None or solving.original is not scheduler or not seen.stands(vars(scheduler)):
             assert self.solver is not None
-            self._solving = Solving(scheduler, self.solver), look(scheduler)
-        return self._solving[0]
+            solving = Solving(scheduler, self.solver)
+            self._solving = solving, Seen(scheduler)
+        return solving
 
     def start(self, pipe: Any, timestep: Tensor, options: dict[str, Any], latents: Tensor) -> Start:
         """Where in the pipeline's own scheduler a loop begins."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from fastdiff.engine.ops import Step
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import Kind
 
-Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]  # of a call, by position and by name
 Evaluate = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 KEPT_STEPS = 4  # recorded ones, on a desk
 _SCALAR = torch.Size()
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
     def of(args: tuple[Any, ...], kw: dict[str, Any]) -> Asked:
         """A call without its state; TypeError where it is none that is known."""
         cond = dict(kw)
-        name = None if args else next((name for name in ("hidden_states", "sample") if name in cond), None)
+        name = None if args else "hidden_states" if "hidden_states" in cond else "sample" if "sample" in cond else None
         state = args[0] if args else None if name is None else cond.pop(name)
         time = args[1] if len(args) > 1 else cond.pop("timestep", None)
         if not isinstance(state, Tensor) or not isinstance(time, Tensor) or len(args) > 2:
@@ -50,13 +50,12 @@ class Asked(NamedTuple):
             )
         return Asked(name, len(args) > 1, time, cond)
 
-    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> list[Arguments]:
+    def arguments(self, x: Tensor, times: Sequence[Tensor]) -> Arguments:
         """Those of the same call of this state, of each time."""
         cond = self.cond if self.state is None else {self.state: x, **self.cond}
-        head = (x,) if self.state is None else ()
         if self.by_position:
-            return [((*head, time), cond) for time in times]
-        return [(head, {**cond, "timestep": time}) for time in times]
+            return Arguments(list(zip(repeat(x), times)), cond, None)
+        return Arguments([(x,) if self.state is None else ()] * len(times), dict(cond), times)
 
     def call(self, network: Any, x: Tensor, cond: dict[str, Any]) -> Callable[[Tensor], Any]:
         """The same call of this state with these conditions, of a time."""
@@ -68,15 +67,26 @@ class Asked(NamedTuple):
         return lambda time: network(x, timestep=time, **cond)
 
 
+class Arguments(NamedTuple):
+    """Of a call, in each row: by position, per row; by name; and per row the time among those, None where it is not.
+
+    The time is written into `named`, which is the same for all rows: a call hands on a copy.
+    """
+
+    positional: Sequence[tuple[Tensor, ...]]
+    named: dict[str, Any]
+    times: Sequence[Tensor] | None
+
+
 class Direct(NamedTuple):
-    """Rows as `row(pick(network(*args, **kw)))`, args and kw for each of them; apart: those of a second call.
+    """Rows as `row(pick(network(*args, **kw)))`; apart: the arguments of a second call.
 
     The row raises ValueError, and has done nothing, for an output that is not like the ones before.
     """
 
     network: Any
-    calls: list[Arguments]
-    apart: list[Arguments] | None
+    calls: Arguments
+    apart: Arguments | None
     pick: Callable[[Any], Tensor]
     row: Step
 
@@ -99,6 +109,7 @@ class Asking:
         stacked = guided and len(asked) == 1
         self._inputs = desk.inputs(len(asked), stacked)
         self._pick: Callable[[Any], Tensor] = _FIRST  # what makes the last output of what the network returned
+        self._whole: tuple[Callable[[Any], Tensor], Tensor] | None = None  # the same without a copy, and what it gave
         self.time_shape = torch.Size([2 * desk.batch if stacked else desk.batch]) if asked[0].time.dim() else _SCALAR
 
     def signature(self) -> tuple[Any, ...]:
@@ -146,8 +157,14 @@ class Asking:
         """The row on what the calls gave, which from now on stands for what the next ones will."""
         desk, form = self.desk, self.form
         desk.advance(conditional, unguided, form)
-        if not self.rescaled and desk.row is not None:
-            desk.direct[form] = self._pick, desk.row
+        if self.rescaled or desk.row is None:
+            return
+        desk.direct[form] = self._pick, desk.row
+        if self._whole is not None and unguided is None:
+            pick, whole = self._whole
+            row = desk.row_within(whole, conditional)
+            if row is not None:
+                desk.direct[form] = pick, row
 
     def _calls(self, conds: Sequence[dict[str, Any]]) -> list[Callable[[Tensor], Any]]:
         return [one.call(self.network, x, cond) for one, x, cond in zip(self.asked, self._inputs, conds, strict=True)]
@@ -157,6 +174,7 @@ class Asking:
         pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
         channels, found = self.desk.channels, output.size(1)
+        self._whole = None if found == channels and output.is_contiguous() else (pick, output)
         if found != channels:
             if not self.kind.variance:
                 what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"

@@ -7,6 +7,7 @@ iterations that are left are skipped as an interrupt skips them. With a callback
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -95,12 +96,13 @@ class Call:
 
     def _over(self, iterable: Any, bar: Any) -> Iterator[Any]:
         with Bar(self, bar):
-            yield from iterable[:1]
+            if self.iterations:
+                yield iterable[0]
 
     def ask(self, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """Remember what the network is asked; the answer has no numbers, in the form the pipeline asks for."""
         self._asked.append(Asked.of(args, kw))
-        return SimpleNamespace(sample=NOTHING) if kw.get("return_dict", True) else (NOTHING,)
+        return ANSWER if kw.get("return_dict", True) else (NOTHING,)
 
     def step(self, timestep: Tensor, sample: Tensor, generator: Any, options: dict[str, Any]) -> Tensor:
         """Run the rows that this step stands for; the state after them."""
@@ -156,12 +158,11 @@ class Call:
         return Needs(latents.shape, latents.dtype, latents.device, 2 if two else 1)
 
     def _start(self, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Start:
-        name = type(self.own("scheduler")).__name__
         if self.solving is None:
-            start = self.engine.start(self.pipe, timestep, options, latents)
+            start: Start = self.engine.start(self.pipe, timestep, options, latents)
             if len(start.program) - start.first < self.iterations:
                 raise ValueError(
-                    f"accelerate: the pipeline makes {self.iterations} steps and {name} has "
+                    f"accelerate: the pipeline makes {self.iterations} steps and {type(self._scheduler).__name__} has "
                     f"{len(start.program) - start.first} from where it stands"
                 )
             return start
@@ -182,7 +183,12 @@ class Steps:
         self._call = call
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._call.solving or self._call.own("scheduler"), name)
+        return getattr(self._call.component("scheduler"), name)
+
+    @property
+    def order(self) -> Any:
+        """What most loops read, for which `__getattr__` is the long way."""
+        return self._call.component("scheduler").order
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample: the row before has scaled what the network is given."""
@@ -203,6 +209,10 @@ class Network:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call.own(self._call.kind.network), name)
+
+    def cache_context(self, name: str, **options: Any) -> contextlib.nullcontext[None]:
+        """Nothing: caches are refused, nothing is computed in here, and theirs goes through every module to say so."""
+        return contextlib.nullcontext()
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         """Only remembered."""
@@ -227,6 +237,7 @@ class Nothing:
 
 
 NOTHING = Nothing()
+ANSWER = SimpleNamespace(sample=NOTHING)
 
 
 class Bar:

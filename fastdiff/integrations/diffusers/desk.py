@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
+from fastdiff.compiler.plan import Packed
 from fastdiff.engine import backends, ops
 from fastdiff.engine.graphs import recorder_for
 from fastdiff.engine.guide import GuideTensors
 from fastdiff.engine.guide import bind as bind_guide
+from fastdiff.integrations.diffusers.ahead import MOST_AHEAD
 from fastdiff.integrations.diffusers.program import Program, Start
 
 Form = tuple[int, bool, bool]  # of a step: how many calls of the network, whether it guides, whether it rescales
@@ -43,11 +44,10 @@ class Desk:
     def __init__(self, needs: Needs, program: Program) -> None:
         self.needs = needs
         self.batch, self.channels = needs.shape[:2]
-        self._rows, terms = max(ROWS, 1 << (len(program) - 1).bit_length()), max(TERMS, program.terms)
+        self._rows, terms = max(ROWS, 1 << len(program).bit_length()), max(TERMS, program.terms)  # one for the opening
         self._width = at.COEF_FIXED + at.NOISE_STRIDE * terms
         self._ids_width = at.IDS_FIXED + at.TERM_IDS_STRIDE * terms
-        self._room, slots = max(REGISTERS, program.plan.registers), max(SLOTS, program.slots)
-        self._slots = slots if program.slots else 0
+        self._room, self._slots = max(REGISTERS, program.plan.registers), self._slots_for(program)
         self.executor = backends.choose(needs.device)
         with torch.inference_mode(False):  # a later call outside it writes here too
             self._allocate()
@@ -61,6 +61,14 @@ class Desk:
         self.recorded: dict[Any, Any] = {}
         # of a step with one call of the network: how its output is taken from what is returned, and its row
         self.direct: dict[Form, tuple[Callable[[Any], Tensor], ops.Step]] = {}
+
+    def _slots_for(self, program: Program) -> int:
+        """As many as the rows draw where they are small and on the host (see ahead.py), else as many as are kept."""
+        if not program.slots:
+            return 0
+        many = max(ROWS, program.drawn[-1])
+        small = self.needs.device.type == "cpu" and many * self.needs.shape.numel() <= MOST_AHEAD
+        return many if program.drawn[-1] and small else max(SLOTS, program.slots)
 
     def _allocate(self) -> None:
         device, batch = self.needs.device, self.batch
@@ -91,11 +99,11 @@ class Desk:
         )
         self._settings = zeros(at.SETTINGS)
         self._partial = zeros(batch, at.PARTS, at.SUMS)
-        opening = zeros(1, self._width), zeros(1, self._ids_width, dtype=torch.int32)
-        self._opening = replace(self.tensors, coef=opening[0], ids=opening[1])
-        self._registers, self._unread = self.tensors.state.unbind(), self.tensors.model_out
+        self._registers = self.tensors.state.unbind()
         self._branches = self.model_in.split(batch)
-        self._open = ops.bind(self._opening, self.executor, uses_e=False)
+        row = self.tensors.row
+        self._rewind: Callable[[int], Any] = row.numpy().fill if row.is_cpu else row.fill_  # NumPy is quicker about it
+        self._open = ops.bind(replace(self.tensors, mix=None), self.executor, uses_e=False)
 
     def inputs(self, count: int, stacked: bool) -> list[Tensor]:
         """What each of `count` calls of the network is given: the state, or both branches of it where one asks both."""
@@ -105,9 +113,12 @@ class Desk:
 
     def fits(self, needs: Needs, program: Program) -> bool:
         """Whether this program runs here for these needs."""
+        if needs != self.needs:
+            return False
+        if self._loaded is not None and self._loaded.program is program:
+            return True
         return (
-            needs == self.needs
-            and len(program) <= self._rows
+            len(program) < self._rows
             and program.plan.registers <= self._room
             and at.COEF_FIXED + at.NOISE_STRIDE * program.terms <= self._width
             and bool(program.slots) == bool(self._slots)
@@ -120,25 +131,21 @@ class Desk:
         if self._loaded is None or self._loaded.program is not program or self._loaded.first != first:
             self._load(program, first)
             self._loaded = start
-        self._registers[program.plan.rows[0].x].copy_(latents)
-        row = self.tensors.row
-        row.zero_()
-        self._open(self._unread)
-        if first:
-            row.fill_(first)
-        else:
-            row.zero_()
+        self._rewind(first)
+        self._open(latents.contiguous())
 
     def _load(self, program: Program, first: int) -> None:
-        head = program.opening.coef.copy()
+        """The table, a row later than the program's, and the opening in the row before `first`."""
+        opening = Packed(program.opening.coef.copy(), program.opening.ids)
         if first:
-            head[0, [at.EMIT_SCALE, at.EMIT_TIME]] = program.rows.coef[first - 1, [at.EMIT_SCALE, at.EMIT_TIME]]
-        for into, coef, ids in (
-            (self._opening, head, program.opening.ids),
-            (self.tensors, program.rows.coef, program.rows.ids),
-        ):
-            into.coef[: len(coef), : coef.shape[1]].copy_(torch.from_numpy(coef))
-            into.ids[: len(ids), : ids.shape[1]].copy_(torch.from_numpy(np.ascontiguousarray(ids)))
+            opening.coef[0, [at.EMIT_SCALE, at.EMIT_TIME]] = program.rows.coef[first - 1, [at.EMIT_SCALE, at.EMIT_TIME]]
+        for begin, part in ((1, program.rows), (first, opening)):
+            rows = slice(begin, begin + len(part.coef))
+            self.tensors.coef[rows, : part.coef.shape[1]].copy_(torch.from_numpy(part.coef))
+            ids = part.ids.copy()
+            if self._slots:
+                ids[:, at.TERM_IDS :: at.TERM_IDS_STRIDE] %= self._slots
+            self.tensors.ids[rows, : ids.shape[1]].copy_(torch.from_numpy(ids))
 
     def guide(self, scale: float, rescale: float) -> None:
         """The guidance scale, and phi of its rescaling, from here on."""
@@ -171,6 +178,12 @@ class Desk:
     def row(self) -> ops.Step | None:
         """The step that the last row took, if it was a single one that looks at its tensors itself."""
         return self._now[0] if self.executor == "cpp" and len(self._now) == 1 else None
+
+    def row_within(self, whole: Tensor, conditional: Tensor) -> ops.Step | None:
+        """`row` for a network's whole output, of which the last row was given the first channels."""
+        if self.row is None:
+            return None
+        return ops.bind_within(replace(self.tensors, model_out=conditional, mix=None), self.executor, whole)
 
     def _bind(self, conditional: Tensor, unguided: Tensor | None, rescaled: bool) -> tuple[ops.Step, ...]:
         tensors = replace(self.tensors, model_out=conditional, unguided=unguided)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine import torch_normals
+from fastdiff.integrations.diffusers.ahead import Ahead, source_of
 from fastdiff.integrations.diffusers.asking import Asked, Asking, Direct
 from fastdiff.integrations.diffusers.desk import Desk
 from fastdiff.integrations.diffusers.pipelines import interruption
@@ -38,7 +39,7 @@ class Loop:
         self._times: Sequence[Tensor] = ()
         self._step: Callable[[int], None] | None = None
         self._direct: Direct | None = None
-        self._draws = self._drawing()
+        self._draws: list[tuple[Callable[[], Any], ...]] | None = None
 
     def open(self, latents: Tensor) -> None:
         """The first state and network input, and the seeds of a solver that draws."""
@@ -92,6 +93,17 @@ class Loop:
 
     def run(self, count: int) -> None:
         """This many rows, fewer where the pipeline is interrupted."""
+        ahead = self._ahead()
+        if ahead is None:
+            self._draws = self._draws or self._drawing()
+        try:
+            self._run(count)
+        finally:
+            if ahead is not None:
+                drawn = self.program.drawn
+                ahead.keep(drawn[self.next] - drawn[self.rows.start])
+
+    def _run(self, count: int) -> None:
         rows, draws, bar, total = self.rows, self._draws, self.call.bar, len(self.rows)
         interrupted, asked = interruption(self.call.base, self.call.pipe)
         ticks = self.call.hoists and not getattr(bar, "disable", False)
@@ -106,12 +118,15 @@ class Loop:
                 self._step(i)  # type: ignore[misc]
                 direct = self._direct
             else:
-                network, calls, apart, pick, row = direct
-                args, kw = calls[i]
-                returned, other = network(*args, **kw), None
+                network, (args, kw, times), apart, pick, row = direct
+                if times is not None:
+                    kw["timestep"] = times[i]
+                returned, other = network(*args[i], **kw), None
                 if apart is not None:
-                    args, kw = apart[i]
-                    other = network(*args, **kw)
+                    args, kw, times = apart
+                    if times is not None:
+                        kw["timestep"] = times[i]
+                    other = network(*args[i], **kw)
                 try:
                     fits = row(pick(returned)) if apart is None else row(pick(returned), pick(other))
                 except (ValueError, TypeError, AttributeError):
@@ -120,13 +135,12 @@ class Loop:
                     output = self._asking.output
                     self._asking.settle(output(returned), None if apart is None else output(other))
                     direct = self._direct = self._asking.direct(self._times)
-            i += 1
+            i = self.next = i + 1
             if ticks:
                 done = i - rows.start
                 due = done * bar.total // total - (done - 1) * bar.total // total
                 if due:
                     bar.update(due)
-        self.next = i
         if self.call.solving is None and self.start.counted is not None:
             self.call.own("scheduler")._step_index = self.start.counted + i - rows.start
 
@@ -143,14 +157,32 @@ class Loop:
 
     def _drawing(self) -> list[tuple[Callable[[], Any], ...]] | None:
         """Per row, what draws each of its normals, as the scheduler draws them; None where no row draws."""
-        if not self.program.drawing:
+        drawn, slots, made = self.program.drawn, self.desk.noise, dict[tuple[Draw, int], Callable[[], Any]]()
+        if not drawn[-1]:
             return None
-        made: dict[tuple[Draw, int], Callable[[], Any]] = {}
-        for draws in self.program.draws:
-            for draw, slot in draws:
-                if (draw, slot) not in made:
-                    made[draw, slot] = self._drawer(draw, self.desk.noise[slot])
-        return [tuple(map(made.__getitem__, draws)) for draws in self.program.draws]
+
+        def drawer(draw: Draw, number: int) -> Callable[[], Any]:
+            key = draw, number % len(slots)
+            if key not in made:
+                made[key] = self._drawer(draw, slots[key[1]])
+            return made[key]
+
+        return [
+            tuple(drawer(draw, first + k) for k, draw in enumerate(draws))
+            for draws, first in zip(self.program.draws, drawn, strict=False)
+        ]
+
+    def _ahead(self) -> Ahead | None:
+        """All of the loop's normals, where they are drawn at once."""
+        drawn, slots, rows = self.program.drawn, self.desk.noise, self.rows
+        if not self.call.hoists or not drawn[-1] or drawn[-1] > len(slots) or slots[0].shape != self._shape:
+            return None
+        source = source_of(self._generator, slots)
+        if source is None or not all(_ordinary(draw) for draws in self.program.draws for draw in draws):
+            return None
+        noise = self.desk.tensors.noise
+        assert noise is not None
+        return Ahead(noise[drawn[rows.start] : drawn[rows.stop]], source)
 
     def _drawer(self, draw: Draw, noise: Tensor) -> Callable[[], Any]:
         source = self._generator if draw.by_generator else None
@@ -175,6 +207,10 @@ def seeds(generator: Any, batch: int) -> Tensor:
         torch.randint(2**63 - 1, (each,), generator=one, device="cpu" if one is None else one.device) for one in given
     ]
     return torch.cat([one.cpu() for one in drawn])
+
+
+def _ordinary(draw: Draw) -> bool:
+    return draw.by_generator and draw.dtype == torch.float32 and draw.interval is None
 
 
 def _mark(value: Any) -> Any:

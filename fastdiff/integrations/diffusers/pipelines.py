@@ -91,12 +91,17 @@ def interruption(base: type, pipe: Any) -> tuple[Callable[[Any], bool] | None, A
 
     diffusers' own property reads an attribute; looking there is a tenth of what the property costs in a cold cache.
     """
+    asks, in_attributes = _interruption(base)
+    return asks, vars(pipe) if in_attributes else pipe
+
+
+@functools.cache
+def _interruption(base: Any) -> tuple[Callable[[Any], bool] | None, bool]:
     found = getattr(base, "interrupt", None)
     if found is None:
-        return None, None
-    if found.fget.__module__.startswith("diffusers."):
-        return itemgetter("_interrupt"), vars(pipe)
-    return found.fget, pipe
+        return None, False
+    own = not found.fget.__module__.startswith("diffusers.")
+    return (found.fget, False) if own else (itemgetter("_interrupt"), True)
 
 
 class Arguments:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastdiff.compiler import layout as at
 from fastdiff.compiler.plan import Packed, Plan
 from fastdiff.integrations.diffusers.pipelines import Kind
-from fastdiff.integrations.diffusers.standing import PASSING, Hosted, Looked, first_index, look, plain_copy
+from fastdiff.integrations.diffusers.standing import PASSING, Hosted, counts_writes, first_index, plain_copy
 from fastdiff.integrations.diffusers.table import Draw, Table, parameters, table_of
 
 FEW = 256  # elements
@@ -27,10 +28,11 @@ FEW = 256  # elements
 class Program:
     """Rows, and what belongs to each.
 
-    opening: puts the latents into their registers. slots: how many normals are kept at once; 0: the kernel draws its
-    own. states: per row, the register with the state after it. evaluated: per row, the register with the state before
-    it. draws: per row, what is drawn before it and into which slot. times: per row, what the scheduler's timestep is.
-    dtype: of the state that the scheduler returns. stochastic: the kernel's own draws need seeds.
+    opening: puts the latents, its network's output, into their registers. slots: how many normals are kept at once at
+    least; 0: the kernel draws its own. states: per row, the register with the state after it. evaluated: per row, the
+    register with the state before it. draws: per row, what is drawn before it; the rows name normals by their number
+    among all of these. times: per row, what the scheduler's timestep is. dtype: of the state that the scheduler
+    returns. stochastic: the kernel's own draws need seeds.
     """
 
     plan: Plan
@@ -39,7 +41,7 @@ class Program:
     slots: int
     states: tuple[int, ...]
     evaluated: tuple[int, ...]
-    draws: tuple[tuple[tuple[Draw, int], ...], ...]
+    draws: tuple[tuple[Draw, ...], ...]
     times: tuple[float, ...]
     dtype: torch.dtype
     stochastic: bool
@@ -53,9 +55,9 @@ class Program:
         return max((packed.coef.shape[1] - at.COEF_FIXED) // at.NOISE_STRIDE for packed in (self.rows, self.opening))
 
     @functools.cached_property
-    def drawing(self) -> bool:
-        """Whether anything is drawn before a row."""
-        return any(self.draws)
+    def drawn(self) -> tuple[int, ...]:
+        """Per row, how many normals were drawn before; and how many all rows draw."""
+        return tuple(int(count) for count in np.cumsum([0, *map(len, self.draws)]))
 
     @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
@@ -144,7 +146,7 @@ class Starts:
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
         self._hosted = Hosted()
-        self._last: tuple[Looked, Any, Start] | None = None
+        self._last: tuple[Seen, Any, Start] | None = None
 
     def of(
         self, scheduler: Any, timestep: Tensor, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
@@ -153,40 +155,59 @@ class Starts:
         own = vars(scheduler)
         passing = own.get("_step_index"), own.get("_begin_index")
         how = passing, _position(scheduler.timesteps, timestep), options, dtypes
-        if self._last is None or self._last[1] != how or not stands(self._last[0], own):
+        if self._last is None or self._last[1] != how or not self._last[0].stands(own):
             start = captured(scheduler, timestep, options, self._kind, dtypes, self._hosted.keep(scheduler))
-            self._last = look(scheduler), how, start
+            self._last = Seen(scheduler), how, start
         return self._last[2]
 
 
-def stands(before: Looked, now: dict[str, Any]) -> bool:
-    """Whether the attributes of a scheduler are what `look` saw."""
-    for name, (seen, version) in before.items():
-        value = now.get(name, PASSING)
-        if value is not seen:
-            if not _alike(seen, version, value):
+class Seen:
+    """A scheduler as it was: whether it still is, asked before every loop, so with little Python on the way.
+
+    Its timesteps are made anew by each `set_timesteps`, so tensors of few numbers are told by the numbers.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        own = vars(scheduler)
+        kept = [name for name in own if name not in PASSING]
+        self._count = len(kept)
+        self._read = itemgetter(*kept)
+        self._values: tuple[Any, ...] = self._read(own)
+        self._written = [(value, value._version) for value in self._values if counts_writes(value)]
+        self._numbers: dict[int, list[Any]] = {}
+
+    def stands(self, own: dict[str, Any]) -> bool:
+        """Whether these attributes are what they were."""
+        if len(own) - len(own.keys() & PASSING) != self._count:
+            return False
+        try:
+            values = self._read(own)
+        except KeyError:
+            return False
+        for tensor, version in self._written:
+            if tensor._version != version:
                 return False
-        elif version is not None and seen._version != version:
-            return False
-    passing = sum([name in now for name in PASSING])
-    return len(now) - passing == len(before)
+        changed = [i for i, seen in enumerate(self._values) if seen is not values[i]]
+        return all(self._alike(i, values[i]) for i in changed)
 
-
-def _alike(one: Any, version: int | None, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        if not isinstance(other, Tensor) or one.dtype != other.dtype or one.shape != other.shape:
+    def _alike(self, i: int, other: Any) -> bool:
+        one = self._values[i]
+        if type(one) is not type(other):
             return False
-        if version is not None and one._version != version:
-            return False
-        # of few numbers a list is quicker than an operation
-        return one.tolist() == other.tolist() if one.numel() <= FEW else torch.equal(one, other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, list):
-        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-    return isinstance(one, bool | int | float | str) and one == other
+        if isinstance(one, Tensor):
+            if one.dtype is not other.dtype or one.shape != other.shape:
+                return False
+            if one.numel() > FEW:
+                return torch.equal(one, other)
+            numbers = self._numbers.get(i)
+            if numbers is None:
+                numbers = self._numbers[i] = one.tolist()
+            return bool(numbers == other.tolist())
+        if isinstance(one, np.ndarray):
+            return bool(np.array_equal(one, other))
+        if isinstance(one, list):
+            return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+        return isinstance(one, bool | int | float | str) and bool(one == other)
 
 
 def _position(timesteps: Tensor, timestep: Tensor) -> int:
@@ -206,13 +227,12 @@ def _position(timesteps: Tensor, timestep: Tensor) -> int:
 @functools.lru_cache(maxsize=64)
 def _from_table(table: Table, dtypes: tuple[torch.dtype, torch.dtype], kind: Kind) -> Program:
     forms = table.forms(*dtypes)
-    slots = max(table.slots, 1)
-    draws = tuple(
-        tuple((draw, (first + k) % slots) for k, draw in enumerate(form.draws))
-        for form, first in zip(forms, table.slot_of, strict=True)
-    )
+    slots, draws = max(table.slots, 1), tuple(form.draws for form in forms)
     opening = table.plan.pack(opening="state")
-    rows = Packed(table.coef.copy(), table.ids)
+    rows = Packed(table.coef.copy(), table.ids.copy())
+    named = rows.ids[:, at.TERM_IDS :: at.TERM_IDS_STRIDE]
+    newest = np.cumsum([len(row) for row in draws])[:, None] - 1
+    named[:] = np.maximum(newest - (newest - named) % slots, 0)  # the table names slots
     rows.coef[:-1, at.EMIT_SCALE] = table.input_scales[1:]
     last = forms[-1].dtypes[table.state_field]
     assert last is not None
@@ -239,6 +259,15 @@ def _timed(
     """The program, its tables emitting what the pipeline shows its network."""
     shown = kind.clock(torch.tensor(times, dtype=torch.float32, device="cpu"), latents).float().numpy()
     opening.coef[:, at.EMIT_TIME], rows.coef[:-1, at.EMIT_TIME] = shown[0], shown[1:]
+    _read_latents(opening.coef[0], opening.ids[0])
     states = tuple(row.outputs[0].dest for row in plan.rows[1:])
     evaluated = tuple(row.x for row in plan.rows[1:])
     return Program(plan, opening, rows, slots, states, evaluated, draws, times, dtype, stochastic)
+
+
+def _read_latents(coef: NDArray[np.float32], ids: NDArray[np.int32]) -> None:
+    """Make an opening row read the latents where others read the network's output: D = F, and each output k D."""
+    coef[[at.P, at.Q]], ids[at.FLAGS] = (0.0, 1.0), at.READS_MODEL
+    for output in range(at.OUTPUT, at.OUTPUT + at.MAX_OUTPUTS * at.OUTPUT_STRIDE, at.OUTPUT_STRIDE):
+        coef[output + at.OUT_B] = coef[output + at.OUT_K] + coef[output + at.OUT_DELTA]
+        coef[[output + at.OUT_K, output + at.OUT_DELTA]] = 0.0

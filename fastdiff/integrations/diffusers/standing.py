@@ -60,8 +60,13 @@ class Hosted:
         return found
 
 
+def counts_writes(value: Any) -> bool:
+    """Whether this is a tensor whose `_version` says how often it was written to."""
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
 def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+    return value._version if counts_writes(value) else None
 
 
 def look(scheduler: Any) -> Looked:

@@ -153,7 +153,7 @@ class Objective:
     def columns(self, time: Array) -> tuple[Array, Array, Array]:
         """Of these times, in float64: the rows of the table [B, 8], what the network is shown [B], the weights [B]."""
         schedule = self.schedule
-        alpha, sigma = (np.asarray(scale(time), dtype=np.float64) for scale in (schedule.alpha, schedule.sigma))
+        alpha, sigma = schedule.scales_at(time)
         table = np.zeros((len(time), at.TRAIN_COLUMNS))
         answer = predictions.targets(self.prediction, alpha, sigma, self.sigma_data)
         table[:, at.TARGET_X0], table[:, at.TARGET_Z] = answer

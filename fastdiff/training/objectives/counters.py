@@ -33,9 +33,9 @@ def uniforms(key: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def _words(key: NDArray[np.int64], step: int, numbers: tuple[int, ...]) -> NDArray[np.uint32]:
     """[B, len(numbers), 4] words of the counters (step, number, training stream), little end first."""
-    halves = np.ascontiguousarray(key, dtype="<i8").view("<u4").reshape(-1, 1, 2)
+    halves = np.empty((len(key), len(numbers), 2), dtype=np.uint32)
+    halves[:] = np.ascontiguousarray(key, dtype="<i8").view("<u4").reshape(-1, 1, 2)
     counter = np.empty((len(key), len(numbers), 4), dtype=np.uint32)
     counter[:, :, 0], counter[:, :, 1] = step & 0xFFFFFFFF, step >> 32
     counter[:, :, 2], counter[:, :, 3] = numbers, STREAM_TRAINING
-    halves = np.ascontiguousarray(np.broadcast_to(halves, (len(key), len(numbers), 2)), dtype=np.uint32)
     return philox_blocks(counter.reshape(-1, 4), halves.reshape(-1, 2)).reshape(counter.shape)

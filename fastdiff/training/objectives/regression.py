@@ -48,8 +48,9 @@ class SquaredError(Objective):
     ) -> Loss:
         if self.pairing == "transport":
             draw = replace(draw, key=draw.key[pairing.transport(x0, draw.table, draw.key)])
-        noisy = train_ops.noised(x0, draw.table, draw.key, dtype)
-        output = network(noisy, draw.model_time, self.condition(cond, draw.dropped))
+        cond = self.condition(cond, draw.dropped)
+        # its input has no name here: where the network does not keep it, the gradient is written to the same memory
+        output = network(train_ops.noised(x0, draw.table, draw.key, dtype), draw.model_time, cond)
         if not self.log_variance:
             mean, error = train_ops.squared_error(output, draw.weight, x0, draw.table, draw.key)
             return Loss(mean, error, draw.model_time, draw.weight, draw)

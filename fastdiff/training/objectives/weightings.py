@@ -60,7 +60,7 @@ class Weighting:
         """The weight of the error of `prediction` at these times, [B] float64."""
         if self.kind in (PLAIN, prediction):
             return np.ones_like(time)
-        alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+        alpha, sigma = schedule.scales_at(time)
         kind = {"min_snr": "x0", "elbo": "eps" if schedule.steps else "score"}.get(self.kind, self.kind)
         own = _determinant(prediction, alpha, sigma, sigma_data)
         if (own == 0).any():
