@@ -30,8 +30,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x: [B, C_in, H, W]; weight: [C_out, C_in, 3, 3]; bias: [C_out] or None. Differentiable: where a gradient is wanted
     on a CPU, in fp32, channels_last, with multiples of 16 channels and enough pixels, by the extension, whose results
     do not depend on the number of threads; else by torch's conv2d. Which of them is decided by shapes alone. Errors
-    against float64: up to 5e-6 of the largest entry of the result and of the image's gradient, twice torch's own, and
-    2e-6 of the weight's, less than torch's own where there are many pixels. The second derivative is torch's.
+    against float64: up to 5e-6 of the largest entry of the result and of the image's gradient, several times torch's
+    own, and 2e-6 of the weight's, less than torch's own where there are many pixels. The second derivative is torch's.
     """
     if _is_ours(x, weight, bias):
         found: Tensor = _Conv3x3.apply(x, weight, bias)
