@@ -1,4 +1,4 @@
-"""Samples to files, none left half-written: pixels, grids, folders, arrays; and a picture from a file.
+"""Samples to files, none left half-written: pixels, grids, folders, arrays; and pictures from files.
 
 May import: files.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from fastdiff.files import check_place, check_writable_file, write_atomically
@@ -26,13 +26,42 @@ def to_pixels(x: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.byte().permute(0, 2, 3, 1).cpu().numpy())
 
 
+def to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
+    """A picture of 8 bits in mode "L", "RGB" or "RGBA"; grey of 16 bits (modes I;16 and I) becomes v / 257, rounded.
+
+    Transparency that `mode` has no channel for is left out: the colours are as stored, over no background. Raises
+    ValueError for floats (mode F) and for integers outside 0 .. 65535, whose black and white no file says.
+    """
+    if picture.mode == "F":
+        raise ValueError("a picture of floats (mode F) does not say which are black and white: save it as 8 or 16 bit")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        grey = np.asarray(picture).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"a grey picture of 32-bit integers must hold 0 .. 65535, got {grey.min()} .. {grey.max()}: save it as "
+                "8 or 16 bit"
+            )
+        picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return picture.convert(mode)
+
+
 def read(path: Path, shape: Sequence[int]) -> Tensor:
-    """The picture in a file as fp32 [C, H, W] in [-1, 1]; ValueError where it is not of this shape."""
+    """The picture in a file as fp32 [C, H, W] in [-1, 1], as `to_8_bit` reads it.
+
+    Raises ValueError where it is not a picture or not of this shape.
+    """
     channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"{path}: pictures have 1 or 3 channels, and the model's samples {channels}")
-    with Image.open(path) as picture:
-        pixels = np.array(picture.convert("L" if channels == 1 else "RGB"), np.float32)
+    if path.is_dir():
+        raise ValueError(f"expected a picture file (PNG, JPEG ...) to read, got a folder: {path}")
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(to_8_bit(picture, "L" if channels == 1 else "RGB"), np.float32)
+    except UnidentifiedImageError:
+        raise ValueError(f"expected a picture file (PNG, JPEG ...) to read, got {path}, which is none") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if pixels.shape[:2] != (height, width):
         got = "x".join(map(str, pixels.shape[:2]))
         raise ValueError(f"{path} is {got}, and the model draws {height}x{width}: crop, scale or pad it to that first")

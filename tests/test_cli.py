@@ -71,6 +71,9 @@ def test_rule_noise_and_a_picture_to_start_from(tmp_path: Path, capsys: pytest.C
     [
         (["--init", "small.png"], "small.png is 28x30, and the model draws 32x32: crop, scale or pad it"),
         (["--init", "none.png"], "No such file"),
+        (["--init", ".", "--strength", "0.5"], "expected a picture file (PNG, JPEG ...) to read, got a folder: ."),
+        (["--init", ""], "expected a picture file (PNG, JPEG ...) to read, got a folder: ."),
+        (["--init", __file__], f"expected a picture file (PNG, JPEG ...) to read, got {__file__}, which is none"),
         (["--init", "small.png", "--strength", "1"], "--strength must be between 0 and 1"),
         (["--strength", "0.5"], "--strength needs --init"),
         (["--rule", "rescle"], "Unknown rule 'rescle'. Did you mean 'rescale'"),
@@ -88,6 +91,42 @@ def test_what_does_not_go_together_writes_nothing(
     assert status == 2
     assert words in err and len(err.strip().splitlines()) == 1
     assert out == "" and [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_a_picture_of_16_bit_reads_as_the_one_of_8(tmp_path: Path) -> None:
+    """v / 257, rounded: 257 k is k, and 128 more is still k, but no more."""
+    pixels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    wide = pixels * 257 + np.where(pixels == 255, 0, 128).astype(np.uint16)
+    wide[0, :2] = 128, 257 - 128
+    pixels[0, :2] = 0, 1
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(wide).save(tmp_path / "16.png")
+    Image.fromarray(wide.astype(">u2")).save(tmp_path / "big.tiff")
+    Image.fromarray(wide.astype(np.int32)).save(tmp_path / "32.tiff")
+    modes = {name: Image.open(tmp_path / name).mode for name in ("16.png", "big.tiff", "32.tiff")}
+    assert modes == {"16.png": "I;16", "big.tiff": "I;16B", "32.tiff": "I"}
+    for shape in ((1, 16, 16), (3, 16, 16)):
+        expected = images.read(tmp_path / "8.png", shape)
+        assert torch.equal(expected, (torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1).expand(shape))
+        for name in modes:
+            assert torch.equal(images.read(tmp_path / name, shape), expected)
+
+
+def test_pictures_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tiff"
+    for array, words in (
+        (np.full((4, 4), 0.5, np.float32), r"x.tiff: a picture of floats \(mode F\) .*: save it as 8 or 16 bit"),
+        (np.full((4, 4), 65536, np.int32), r"x.tiff: a grey .* must hold 0 .. 65535, got 65536 .. 65536: save it"),
+        (np.full((4, 4), -1, np.int32), r"must hold 0 .. 65535, got -1 .. -1"),
+    ):
+        Image.fromarray(array).save(path)
+        with pytest.raises(ValueError, match=words):
+            images.read(path, (1, 4, 4))
+
+
+def test_transparency_is_left_out(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 51, 0, 0)).save(tmp_path / "x.png")
+    assert images.read(tmp_path / "x.png", (3, 4, 4))[:, 0, 0].tolist() == pytest.approx([1.0, -0.6, -1.0])
 
 
 def test_batches_do_not_change_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

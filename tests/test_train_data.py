@@ -152,6 +152,26 @@ def test_pictures_are_scaled_and_cropped_like_pillow(tmp_path: Path) -> None:
     )
 
 
+def test_grey_of_16_bit_is_the_picture_of_8_bit(tmp_path: Path) -> None:
+    for kind, array in (("8", PIXELS[:, 0]), ("16", PIXELS[:, 0].astype(np.uint16) * 257)):
+        (tmp_path / kind).mkdir()
+        for i, picture in enumerate(array):
+            Image.fromarray(picture).save(tmp_path / kind / f"{i:02d}.png")
+    assert Image.open(tmp_path / "16" / "00.png").mode == "I;16"
+    for channels in (None, 1, 3, 4):
+        narrow, wide = (open_data(tmp_path / kind, size=8, channels=channels) for kind in ("8", "16"))
+        assert wide.shape == narrow.shape == (channels or 1, 8, 8)
+        assert torch.equal(fetched(wide)[0], fetched(narrow)[0])
+    np.testing.assert_array_equal(fetched(open_data(tmp_path / "16", size=8))[0][:, 0], PIXELS[:, 0])
+
+
+def test_pictures_of_floats_are_named(tmp_path: Path) -> None:
+    for i in range(2):
+        Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / f"{i}.tiff")
+    with pytest.raises(ValueError, match=r"0\.tiff: a picture of floats \(mode F\) .*: save it as 8 or 16 bit"):
+        fetched(open_data(tmp_path, size=8))
+
+
 class FakeTable:
     """As much of a `datasets.Dataset` as the reader uses."""
 

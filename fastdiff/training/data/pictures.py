@@ -1,4 +1,4 @@
-"""One encoded picture to an array of the size and channels that are trained on. May import: source."""
+"""One encoded picture to an array of the size and channels that are trained on. May import: source, images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdiff.errors import unknown_name
+from fastdiff.images import to_8_bit
 
 from .source import UnreadableFile
 
@@ -24,7 +25,8 @@ class Fit:
 
     size: height and width to reach, None for that of the first picture. resize: "crop" scales the short side to
     `size` and keeps the middle; "pad" centres smaller pictures on black; "none" takes only pictures of that size.
-    channels: 1 grey, 3 colour, 4 with transparency, None for what the first picture has.
+    channels: 1 grey, 3 colour, 4 with transparency, None for what the first picture has; with 1 and 3 transparency
+    is left out, over no background (`images.to_8_bit`).
     """
 
     size: int | None = None
@@ -43,7 +45,7 @@ def decode(data: bytes | Path, name: str, fit: Fit, shape: tuple[int, ...]) -> N
     channels, height, width = shape
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
-            picture = image.convert(_MODES[channels])
+            picture = to_8_bit(image, _MODES[channels])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableFile(str(error)) from error
     if picture.size != (width, height):
@@ -56,7 +58,7 @@ def shape_of(data: bytes | Path, fit: Fit) -> tuple[int, int, int]:
     """[C, H, W] that a picture comes to, from its header. Raises: UnreadableFile."""
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
-            grey = image.mode in ("1", "L", "I", "I;16", "F")
+            grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
             width, height = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableFile(str(error)) from error
