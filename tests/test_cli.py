@@ -74,11 +74,14 @@ def test_rule_noise_and_a_picture_to_start_from(tmp_path: Path, capsys: pytest.C
         (["--init", ".", "--strength", "0.5"], "expected a picture file (PNG, JPEG ...) to read, got a folder: ."),
         (["--init", ""], "expected a picture file (PNG, JPEG ...) to read, got a folder: ."),
         (["--init", __file__], f"expected a picture file (PNG, JPEG ...) to read, got {__file__}, which is none"),
-        (["--init", "small.png", "--strength", "1"], "--strength must be between 0 and 1"),
+        (["--init", "small.png", "--strength", "1"], "--strength must be above 0 and below 1"),
+        (["--init", "small.png", "--strength", "0"], "--strength must be above 0 and below 1"),
         (["--strength", "0.5"], "--strength needs --init"),
         (["--rule", "rescle"], "Unknown rule 'rescle'. Did you mean 'rescale'"),
         (["--rule", "rescale,psi=1"], "Unknown option of rule 'rescale' 'psi'. Did you mean 'phi'"),
-        (["--rule", "rescale,0.5"], "--rule rescale, what follows must be NAME=VALUE, got '0.5'"),
+        (["--rule", "rescale,phi"], "options of --rule rescale must be NAME=VALUE, got 'phi'"),
+        (["--rule", "rescale", "--guidance", "1"], "--guidance 1 is off: give another --guidance, or leave --rule out"),
+        (["--rule", "cfg_zero,zero_init=0", "--guidance", "1"], "--rule cfg_zero,zero_init=0 changes what guidance"),
         (["--rule", "rescale,phi=2"], "phi must be a finite number from 0 to 1, got 2"),
     ],
 )
@@ -91,6 +94,21 @@ def test_what_does_not_go_together_writes_nothing(
     assert status == 2
     assert words in err and len(err.strip().splitlines()) == 1
     assert out == "" and [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_a_rule_needs_classes_or_an_effect_without_guidance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, argv = fd.load("fashion"), ("sample", "--steps", "2", "--count", "1", "--out", str(tmp_path / "x.npy"))
+    status, text, _ = run(capsys, *argv, "--class", "bag", "--guidance", "1", "--rule", "cfg_zero")
+    assert status == 0 and "2 per sample, rule cfg_zero\n" in text  # its first row is taken as 0 all the same
+    drawn = np.load(tmp_path / "x.npy")
+    run(capsys, *argv, "--class", "bag", "--guidance", "1")
+    assert np.abs(drawn.astype(int) - np.load(tmp_path / "x.npy")).max() > 9
+    monkeypatch.setattr(model, "class_names", ())
+    monkeypatch.setattr(fd, "load", lambda *_, **__: model)
+    status, _, err = run(capsys, *argv, "--rule", "apg")
+    assert status == 2 and "--rule apg changes what guidance does, and this model has no classes to guide by" in err
 
 
 def test_a_picture_of_16_bit_reads_as_the_one_of_8(tmp_path: Path) -> None:

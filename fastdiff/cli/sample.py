@@ -15,7 +15,7 @@ from tqdm import tqdm
 import fastdiff as fd
 from fastdiff import images
 from fastdiff.cli.commands import add_command, add_table_options, read_options
-from fastdiff.engine.guidance import Rule
+from fastdiff.engine.guidance import Reduction, Rule
 from fastdiff.errors import unknown_name
 
 RULES: dict[str, type[Rule]] = {
@@ -50,7 +50,9 @@ def add_sample(commands: Any) -> None:
     )
     parser.add_argument("--init", type=Path, help="a picture of the model's size to start every sample from")
     parser.add_argument(
-        "--strength", type=float, help=f"with --init: how far up the noise it starts, 0 to 1 (default {STRENGTH})"
+        "--strength",
+        type=float,
+        help=f"with --init: how far up the noise it starts, above 0 and below 1 (default {STRENGTH})",
     )
     parser.add_argument(
         "--class",
@@ -80,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     labels = [label for label in _labels(arguments.classes, model) for _ in range(arguments.count)]
     init, rule = _start(arguments, model.shape), _rule(arguments.rule)
+    _check_rule_acts(arguments, model, rule)
     plan = fd.plan(
         arguments.solver, model.schedule, arguments.steps, arguments.grid, strength=arguments.strength,
         **read_options(arguments.option),
@@ -120,7 +123,7 @@ def _start(arguments: argparse.Namespace, shape: tuple[int, ...]) -> Tensor | No
         arguments.strength = STRENGTH
     if not 0.0 < arguments.strength < 1.0:
         raise ValueError(
-            f"--strength must be between 0 and 1, where nothing of --init would be left, got {arguments.strength:g}"
+            f"--strength must be above 0 and below 1, where nothing of --init would be left, got {arguments.strength:g}"
         )
     return images.read(arguments.init, shape)
 
@@ -132,11 +135,27 @@ def _rule(given: str | None) -> Rule | None:
     name, *pairs = given.split(",")
     if name not in RULES:
         raise unknown_name("rule", name, RULES)
-    options, known = read_options(pairs, f"--rule {name}, what follows"), [entry.name for entry in fields(RULES[name])]
+    options, known = read_options(pairs, f"options of --rule {name}"), [entry.name for entry in fields(RULES[name])]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of rule {name!r}", option, known)
     return RULES[name](**options)
+
+
+def _check_rule_acts(arguments: argparse.Namespace, model: fd.Denoiser, rule: Rule | None) -> None:
+    """ValueError for a rule that changes what guidance does, and nothing else, where nothing is guided."""
+    if rule is None or Reduction(rule).muted:
+        return
+    if not model.class_names:
+        raise ValueError(
+            f"--rule {arguments.rule} changes what guidance does, and this model has no classes to guide by: leave "
+            "--rule out"
+        )
+    if arguments.guidance == 1.0:
+        raise ValueError(
+            f"--rule {arguments.rule} changes what guidance does, and --guidance 1 is off: give another --guidance, or "
+            "leave --rule out"
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -160,11 +179,9 @@ def _report(
     start = f", from {arguments.init} at strength {arguments.strength:g}" if arguments.init else ""
     steps = "its own steps" if adaptive else f"{arguments.steps} steps on grid {plan.grid}"
     print(f"sampler   {plan.solver}, {steps}{start}")
-    print(
-        f"NFE       {'at most ' if adaptive else ''}{nfe} per sample"
-        + (f", each of two branches with guidance {arguments.guidance}" if guided else "")
-        + (f" and rule {arguments.rule}" if guided and arguments.rule else "")
-    )
+    asked = [f"each of two branches with guidance {arguments.guidance}"] if guided else []
+    asked += [f"rule {arguments.rule}"] if arguments.rule else []
+    print(f"NFE       {'at most ' if adaptive else ''}{nfe} per sample{', ' if asked else ''}{' and '.join(asked)}")
     print(f"samples   {count} in {seconds:.2f} s: {count / seconds:.1f} images/s")
     if model_seconds:
         print(f"time      {model_seconds:.3f} s in the model, {seconds - model_seconds:.3f} s in everything else")
