@@ -366,6 +366,10 @@ def test_the_delta_form_rounds_less(solver: str, monkeypatch: pytest.MonkeyPatch
         ("DPM++ 2S a Karras", "solver='dpmpp_2s_ancestral', grid='karras'."),
         ("DPM2 a", "solver='dpm_2_ancestral'."),
         ("plms", "solver='pndm', warmup='plms'."),
+        ("DPM++ 2M SDE Heun", "solver='dpmpp_2m_sde', correction='heun'."),
+        ("DPM++ 2M SDE Heun Karras", "solver='dpmpp_2m_sde', correction='heun', grid='karras'."),
+        ("uni_pc_bh2", "solver='unipc'."),
+        ("DDIM CFG++", "solver='ddim', cfg_pp=True."),
     ],
 )
 def test_names_of_other_libraries_are_translated(theirs: str, ours: str) -> None:

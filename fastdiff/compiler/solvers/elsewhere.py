@@ -12,7 +12,9 @@ from collections.abc import Iterable
 _GRIDS = ("karras", "exponential", "beta")
 # diffusers' DPM-Solver classes are DPM-Solver++ unless told otherwise
 _THEIRS = {
+    "ddimcfgpp": "'ddim', cfg_pp=True",
     "dpm2a": "'dpm_2_ancestral'",
+    "dpmpp2msdeheun": "'dpmpp_2m_sde', correction='heun'",
     "dpmpp2sa": "'dpmpp_2s_ancestral'",
     "dpmsolvermultistep": "'dpmpp_2m'",
     "dpmsolverpp": "'dpmpp_2m'",
@@ -24,6 +26,7 @@ _THEIRS = {
     "flowmatcheulerdiscrete": "'flow_euler'",
     "flowmatchheundiscrete": "'flow_heun'",
     "plms": "'pndm', warmup='plms'",
+    "unipcbh2": "'unipc'",
 }
 
 
