@@ -291,6 +291,7 @@ def test_a_file_of_another_schedule_is_refused_and_both_are_named(schedule: Sche
         (lambda m: fd.gits(m, SHAPE, 5, teacher_grid="gits"), "Grid gits is measured on a model"),
         (lambda m: fd.gits(m, SHAPE, 5, teacher_steps=0), "steps must be an integer of at least 1"),
         (lambda m: fd.gits(m, SHAPE, 5, guidance=2.0), "guidance != 1 needs uncond="),
+        (lambda m: fd.gits(m, SHAPE, 5, uncond=torch.zeros(64)), "give guidance= too, 2.0 say .*leave uncond= out"),
         (lambda m: fd.gits(m, SHAPE, 5, seed=[1, 2]), "the batch is 64, got 2"),
         (lambda m: fd.gits(m, (64,), 5), r"shape must be \[batch, \*sample\]"),
         (lambda m: best_path(np.ones((3, 4)), 1), r"square.*got shape \(3, 4\)"),

@@ -90,6 +90,7 @@ def test_with_a_clip_the_window_is_full_from_the_first_step_and_frames_lean_on_e
         ({"solver": "heun"}, "heun does not evaluate the network once per step"),
         ({"clip": torch.zeros(2, *SHAPE)}, r"3 frames.*\(3, 2, 4, 4\), got \(2, 2, 4, 4\)"),
         ({"solver": "dpm_adaptive"}, "dpm_adaptive"),
+        ({"uncond": torch.zeros(1)}, "give guidance= too, 2.0 say .*leave uncond= out"),
     ],
 )
 def test_what_a_window_refuses(arguments: dict[str, Any], words: str) -> None:

@@ -325,6 +325,7 @@ def test_a_full_queue_and_a_closed_stream(model: fd.Denoiser) -> None:
         ({"seed": 2**64}, ValueError, "64-bit"),
         ({"seed": [1, 2]}, ValueError, "one integer per sample"),
         ({"guidance": 3.0}, ValueError, "needs uncond"),
+        ({"uncond": {"label": torch.zeros(1)}}, ValueError, "give guidance= too, 2.0 say .*leave uncond= out"),
         ({"guidance": float("inf")}, ValueError, "finite"),
         ({"perturbed_scale": 1.0}, ValueError, "needs a third branch"),
         ({"noise": lambda i, shape: torch.zeros(shape)}, ValueError, "'white' or 'brownian'"),

@@ -66,13 +66,18 @@ def check_channels(model: Denoiser, shape: Sequence[int], batched: bool) -> None
     raise ValueError(f"shape must be {expected}: the network takes {channels} channels; got {tuple(shape)}{alone}")
 
 
-def check_uncond_is_used(uncond: Condition, reads_unguided: bool) -> None:
-    """ValueError for the condition of a branch that no guidance asks for."""
+def settle_guidance(
+    guidance: float | Sequence[float] | Tensor | None, uncond: Condition, reads_unguided: bool
+) -> float | Sequence[float] | Tensor:
+    """`guidance`, 1.0 where it was not given; then ValueError for the condition of a branch that nobody asks for."""
+    if guidance is not None:
+        return guidance
     if uncond is not None and not reads_unguided:
         raise ValueError(
             "uncond= is the condition of the unguided branch, which is evaluated with guidance only: give guidance= "
             "too, 2.0 say (1.0 says that it is off), or leave uncond= out"
         )
+    return 1.0
 
 
 def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:

@@ -20,7 +20,7 @@ from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine.arguments import check_fits, number_per_sample
+from fastdiff.engine.arguments import check_fits, number_per_sample, settle_guidance
 from fastdiff.engine.branches import arrange
 from fastdiff.engine.guidance import APG, Reduction
 from fastdiff.engine.request import Work, needed_by
@@ -57,7 +57,7 @@ class Desk:
         seed: int | Sequence[int],
         cond: Condition,
         uncond: Condition,
-        guidance: float,
+        guidance: float | None,
         init: Tensor | None,
         opening: str | None,
         noise: str,
@@ -70,7 +70,7 @@ class Desk:
         plan = self._plan(plan, names)
         self._check(plan, noise)
         (value,) = seeds_of(seed if isinstance(seed, Sequence) else [seed], 1).tolist()
-        (weight,) = number_per_sample("guidance", guidance, 1)
+        (weight,) = number_per_sample("guidance", settle_guidance(guidance, uncond, plan.reads_unguided), 1)
         (scale,) = number_per_sample("perturbed_scale", perturbed_scale, 1)
         if isinstance(self._reduces and self._reduces.rule, APG) and scale:
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")

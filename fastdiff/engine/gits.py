@@ -1,6 +1,6 @@
 """`fd.gits`: measure on a model what each jump between levels costs, and choose the grid from it.
 
-May import: process, compiler, models.denoiser, files, noise, seeds, sampler.
+May import: process, compiler, models.denoiser, files, arguments, noise, seeds, sampler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.layout import STREAM_LATENT
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine.arguments import batch_shape
+from fastdiff.engine.arguments import batch_shape, settle_guidance
 from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.noise import normal
 from fastdiff.engine.sampler import Sampler
@@ -39,7 +39,7 @@ def gits(
     seed: int | Sequence[int] | Tensor = 0,
     cond: Condition = None,
     uncond: Condition = None,
-    guidance: float | Sequence[float] | Tensor = 1.0,
+    guidance: float | Sequence[float] | Tensor | None = None,
     teacher: str = "ipndm",
     teacher_steps: int = 60,
     teacher_grid: str = "karras",
@@ -54,8 +54,8 @@ def gits(
     cache: a file of the costs, a few tens of kB. If it is there it is read instead of running the teacher; with
     grid="gits", grid_options={"cache": ...} it gives the levels for any other number of steps. It does not know the
     network's weights or the conditions: delete it when they change. Keeps 2 (teacher_steps + 1) batches on the device.
-    Raises ValueError for a teacher that draws noise or does not evaluate once per level, for a damaged file and for one
-    measured otherwise than asked for, naming what differs. Deterministic.
+    Raises ValueError for a teacher that draws noise or does not evaluate once per level, for uncond without guidance,
+    for a damaged file and for one measured otherwise than asked for, naming what differs. Deterministic.
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"gits needs a Denoiser, got {type(model).__name__}; wrap the network: fd.Denoiser(net, ...)")
@@ -63,10 +63,11 @@ def gits(
         raise ValueError(f"steps must be an integer of at least 1, the number of levels of the grid, got {steps!r}")
     shape = batch_shape(shape)
     seeds = per_sample(seed, shape[0])
+    weights = settle_guidance(guidance, uncond, reads_unguided=False)
     measured = {
         "shape": list(shape),
         "seeds": seeds.tolist(),
-        "guidance": torch.as_tensor(guidance, dtype=torch.float64).flatten().tolist(),
+        "guidance": torch.as_tensor(weights, dtype=torch.float64).flatten().tolist(),
         "prediction": model.prediction,
         "teacher": teacher,
         "teacher_steps": int(teacher_steps),
@@ -80,7 +81,7 @@ def gits(
         check_writable_file(Path(cache))  # before the teacher runs, which may take minutes
     plan = build_plan(teacher, model.schedule, teacher_steps, teacher_grid)
     _check_teacher(plan)
-    states, estimates = _trajectory(plan, model, shape, seeds, cond, uncond, guidance)
+    states, estimates = _trajectory(plan, model, shape, seeds, cond, uncond, weights)
     cost = _jump_costs(states, estimates, plan.levels)
     costs = Costs(model.schedule, np.array([level.time for level in plan.levels[:-1]]), cost, measured)
     levels = costs.levels(steps, coefficient)

@@ -1,8 +1,9 @@
 """A rolling window over the frames of a video, each at a noise level of its own.
 
-May import: stream, compiler, models.denoiser. FIFO-Diffusion (Kim et al. 2024, Alg. 1): a queue of as many frames as
-there are rows; in every step the network sees all of them at once, the oldest the cleanest, each takes one row of the
-plan, the oldest leaves as a finished frame and a new one joins as noise. It is a stream whose batch is the window.
+May import: arguments, stream, compiler, models.denoiser. FIFO-Diffusion (Kim et al. 2024, Alg. 1): a queue of as many
+frames as there are rows; in every step the network sees all of them at once, the oldest the cleanest, each takes one
+row of the plan, the oldest leaves as a finished frame and a new one joins as noise. It is a stream whose batch is the
+window.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.plan import Plan
+from fastdiff.engine.arguments import settle_guidance
 from fastdiff.engine.stream import Stream
 from fastdiff.models.denoiser import Condition, Denoiser
 
@@ -29,7 +31,7 @@ def rolling(
     clip: Tensor | None = None,
     cond: Condition = None,
     uncond: Condition = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     backend: str = "auto",
     graph: bool | str = "auto",
     **options: Any,
@@ -39,8 +41,8 @@ def rolling(
     The network is called on the window: x [n, *S] and t [n], the oldest frame first, n = the rows of the plan. shape:
     [*S] of a frame. Frame f has seed + f. clip: [n - 1, *S], frames to begin with, the oldest first, each noised to the
     level of its place; without it the window grows from one frame to n. cond, uncond: of one frame, the same for all,
-    with a batch of one. Raises ValueError for a solver that evaluates more than once in a step and for a clip that
-    does not fill the window.
+    with a batch of one. guidance: as in `Sampler.sample`. Raises ValueError for a solver that evaluates more than once
+    in a step, for a clip that does not fill the window and for uncond without guidance.
     """
     plans = [build_plan(solver, model.schedule, steps, grid, start_step=k, **options) for k in range(steps)]
     window = plans[0].nfe
@@ -54,8 +56,9 @@ def rolling(
             f"rolling: clip must hold the {window - 1} frames that follow each other in a window of {window}, shape "
             f"{(window - 1, *shape)}, got {tuple(clip.shape)}"
         )
+    weight = settle_guidance(guidance, uncond, plans[0].reads_unguided)
+    asked: dict[str, Any] = {"cond": cond, "uncond": uncond, "guidance": weight}
     stream = Stream(model, shape, window, backend=backend, graph=graph, in_order=True)
-    asked: dict[str, Any] = {"cond": cond, "uncond": uncond, "guidance": guidance}
     for k, image in enumerate(() if clip is None else clip):
         stream.submit(plans[window - 1 - k], seed=seed + k, init=image, opening="image", **asked)
     return _frames(stream, plans[0], seed + (0 if clip is None else window - 1), asked)

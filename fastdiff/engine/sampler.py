@@ -30,7 +30,7 @@ from fastdiff.engine.arguments import (
     check_alike,
     check_channels,
     check_fits,
-    check_uncond_is_used,
+    settle_guidance,
 )
 from fastdiff.engine.asked import Asked
 from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
@@ -137,11 +137,9 @@ class Sampler:
         """
         shape = batch_shape(shape)
         check_channels(self.model, shape, batched=True)
-        if guidance is None:
-            check_uncond_is_used(uncond, self.plan.reads_unguided)
-            guidance = 1.0
+        weights = settle_guidance(guidance, uncond, self.plan.reads_unguided)
         asked = Asked.checked(
-            shape, seed, init, noise, cond, uncond, guidance, callback, progress, opening, rule, threshold,
+            shape, seed, init, noise, cond, uncond, weights, callback, progress, opening, rule, threshold,
             perturbed_cond, perturbed_scale, given or {}, skip,
         )  # fmt: skip
         if not self._idle.acquire(blocking=False):

@@ -139,7 +139,7 @@ class Stream:
         seed: int = 0,
         cond: Condition = None,
         uncond: Condition = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         init: Tensor | None = None,
         opening: str | None = None,
         noise: str = "white",
@@ -151,8 +151,8 @@ class Stream:
         """Ask for one sample. What is wrong with a request is said here, and no other request is touched.
 
         plan: a `Plan`, or the name of a solver, for which steps, grid and the options of `fd.plan` may follow; None:
-        the stream's. cond, uncond, perturbed_cond: as in `Sampler.sample` for a batch of one; all requests of a stream
-        have conditions of one structure. init: [*S] or [1, *S]; opening: "state" or "image", by default what
+        the stream's. cond, uncond, guidance, perturbed_cond: as in `Sampler.sample` for a batch of one; all requests of
+        a stream have conditions of one structure. init: [*S] or [1, *S]; opening: "state" or "image", by default what
         `fd.sample` does for a name and `Sampler.sample` for a plan. noise: "white" or "brownian". Raises ValueError or
         TypeError for what does not fit, QueueFull, and RuntimeError where the stream is closed.
         """
