@@ -318,6 +318,12 @@ def test_tensors_without_values_are_refused(model: fd.Denoiser) -> None:
     assert torch.equal(fd.sample(model, (1, 3, 4, 4), "ddim", steps=3), sampler.sample((1, 3, 4, 4)))
 
 
+@pytest.mark.parametrize("name", ["guidance", "perturbed_scale"])
+def test_a_number_without_a_value_is_named(name: str, model: fd.Denoiser) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is a tensor on 'meta', which has no values .*: give a number, or a"):
+        fd.sample(model, (1, 3, 4, 4), steps=3, **{name: torch.tensor(2.0, device="meta")})
+
+
 def test_a_callback_that_is_none_is_refused_before_the_network_is_asked(model: fd.Denoiser) -> None:
     with pytest.raises(TypeError, match=r"callback must be a function f\(at\).*got 3"):
         fd.sample(model, (1, 3, 4, 4), callback=3)  # type: ignore[arg-type]

@@ -105,6 +105,11 @@ def number_per_sample(name: str, given: float | Sequence[float] | Tensor, batch:
         values = [] if found.is_meta else found.tolist()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or one per sample, got {given!r}") from None
+    if isinstance(given, Tensor) and given.is_meta:
+        raise ValueError(
+            f"{name} is a tensor on 'meta', which has no values to draw with: give a number, or a tensor made on "
+            "another device"
+        )
     if found.is_meta:
         raise ValueError(
             "torch makes tensors on 'meta' here, which have no values to draw with: call this outside "
