@@ -160,8 +160,8 @@ struct Executor {
   void (*noised)(const Lesson&);
   // The sum of squared errors, and the gradient.
   double (*squares)(const Lesson&);
-  // Adds sums of u and of u squared to [2, channels], in each group together those of its channels of the patch; writes u
-  // where the total is wanted.
+  // Adds sums of u and of u squared to [2, channels], of which only the sum over a group's channels counts: a run of
+  // short planes (channels first) puts it in the run's first channel. Writes u where the total is wanted.
   void (*norm_sums)(const NormPatch&, double* sums);
   void (*norm_map)(const NormPatch&, const NormMap&);
   // Adds the patch's sums of g, g (u - middle) and u - middle to [C, 3].

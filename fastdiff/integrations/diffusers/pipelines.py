@@ -100,8 +100,8 @@ def _interruption(base: Any) -> tuple[Callable[[Any], bool] | None, bool]:
     found = getattr(base, "interrupt", None)
     if found is None:
         return None, False
-    own = not found.fget.__module__.startswith("diffusers.")
-    return (found.fget, False) if own else (itemgetter("_interrupt"), True)
+    theirs = found.fget.__module__.startswith("diffusers.")
+    return (itemgetter("_interrupt"), True) if theirs else (found.fget, False)
 
 
 class Arguments:

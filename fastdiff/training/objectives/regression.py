@@ -49,7 +49,8 @@ class SquaredError(Objective):
         if self.pairing == "transport":
             draw = replace(draw, key=draw.key[pairing.transport(x0, draw.table, draw.key)])
         cond = self.condition(cond, draw.dropped)
-        # its input has no name here: where the network does not keep it, the gradient is written to the same memory
+        # no name holds the input: unless autograd keeps it, it is freed when the network returns, and the allocator
+        # gives its memory to the gradient that the loss writes
         output = network(train_ops.noised(x0, draw.table, draw.key, dtype), draw.model_time, cond)
         if not self.log_variance:
             mean, error = train_ops.squared_error(output, draw.weight, x0, draw.table, draw.key)
