@@ -246,3 +246,57 @@ def test_a_context_of_caches_that_are_refused_is_not_entered(monkeypatch: pytest
     before = call(pipe)
     assert entered == ["cond", "uncond"] * 5
     assert apart(call(accelerate(pipe)), before) <= LATENT and len(entered) == 10
+
+
+@pytest.mark.parametrize("generator", ["default", "given as the default", "the caller's"])
+def test_a_network_that_draws_draws_before_the_step_as_in_diffusers(generator: str) -> None:
+    """Two calls, so that both the first row and those that run directly are compared."""
+
+    def dropping() -> Any:
+        pipe = drawing("StableDiffusionPipeline")
+        network_of(pipe).register_forward_hook(lambda module, args, output: (torch.nn.functional.dropout(output[0]),))
+        return pipe
+
+    def pictures(pipe: Any) -> list[torch.Tensor]:
+        found = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            mine = torch.Generator().manual_seed(4) if generator == "the caller's" else None
+            given = torch.default_generator if generator == "given as the default" else mine
+            found += [call(pipe, generator=given), torch.get_rng_state().float()]
+        return found
+
+    for ours, theirs in zip(pictures(accelerate(dropping())), pictures(dropping()), strict=True):
+        assert apart(ours, theirs) <= LATENT
+
+
+def test_rows_that_are_left_may_draw_nothing() -> None:
+    """The last step of DDPM has no noise."""
+    scheduler = diffusers.DDPMScheduler(**tiny.LATENT, clip_sample=False, timestep_spacing="leading")
+    plain, pipe = (tiny.make("StableDiffusionXLImg2ImgPipeline", scheduler) for _ in range(2))
+    accelerate(pipe)
+    found = []
+    for one in (pipe, plain):
+        generator = torch.Generator().manual_seed(3)
+        found += [call(one, strength=0.2, generator=generator), generator.get_state().float()]
+    assert apart(found[0], found[2]) <= LATENT
+    assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "DDPMPipeline", "DiTPipeline"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_an_output_whose_sign_torch_has_still_to_turn(kind: str, contiguous: bool) -> None:
+    """Torch keeps z.conj().imag as a view of z with a bit that says minus."""
+
+    def turned(pipe: Any) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            minus = -(output[0] if isinstance(output, tuple) else output.sample)
+            view = torch._neg_view(minus) if contiguous else torch.complex(minus, -minus).conj().imag
+            assert view.is_neg() and view.is_contiguous() == contiguous
+            return (view,) if isinstance(output, tuple) else type(output)(sample=view)
+
+        network_of(pipe).register_forward_hook(hook)
+        return pipe
+
+    plain, pipe = turned(tiny.make(kind)), turned(accelerate(tiny.make(kind)))
+    assert apart(call(pipe), call(plain)) <= LATENT

@@ -183,12 +183,14 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObj
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)),
                            METH_FASTCALL | METH_KEYWORDS, nullptr};
 
-// bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (bytes of Fc and what follows it where
-// they are gathered, else 0; bytes to Fu, bytes to Fp), unlike, failed) -> step, or None where torch keeps its tensors in
-// another way than `View` knows.
+// bind_step(address of the block, torch.Tensor, (model_out, unguided, perturbed), (0, bytes to Fu, bytes to Fp), bytes of
+// model_out where they are gathered, else 0, unlike, failed) -> step, or None where torch keeps its tensors in another way
+// than `View` knows.
 PyObject* bind_step(PyObject*, PyObject* args) {
   PyObject *address, *type, *tensors, *stacked, *unlike, *failed;
-  if (!PyArg_ParseTuple(args, "OOOOOO", &address, &type, &tensors, &stacked, &unlike, &failed)) return nullptr;
+  Py_ssize_t gathered;
+  if (!PyArg_ParseTuple(args, "OOOOnOO", &address, &type, &tensors, &stacked, &gathered, &unlike, &failed))
+    return nullptr;
   for (PyObject* kept : {type, unlike, failed}) Py_INCREF(kept);
   auto* bound = new Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
   PyObject* capsule = PyCapsule_New(bound, kCapsule, release);
@@ -205,7 +207,7 @@ PyObject* bind_step(PyObject*, PyObject* args) {
     if (!locate(tensor, at)) break;
     known = known && view.of(tensor) && view.form(bound->like[i]) && view.locate(bound->like[i], shown) && at == shown;
   }
-  if (!PyErr_Occurred()) bound->gathered.resize(static_cast<size_t>(bound->stacked[0]));
+  if (!PyErr_Occurred()) bound->gathered.resize(static_cast<size_t>(gathered));
   PyObject* result = nullptr;
   if (!PyErr_Occurred()) result = known ? PyCFunction_NewEx(&step_method, capsule, nullptr) : Py_NewRef(Py_None);
   Py_DECREF(capsule);

@@ -246,8 +246,8 @@ def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | N
     model_out = tensors.model_out if whole is None else whole
     given = model_out, tensors.unguided, tensors.perturbed
     gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
-    stacked = gathered, *_stacked(args, model_out)
-    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, step, failed)
+    stacked = 0, *_stacked(args, model_out)
+    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, gathered, step, failed)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:

@@ -174,7 +174,8 @@ class Asking:
         pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
         channels, found = self.desk.channels, output.size(1)
-        self._whole = None if found == channels and output.is_contiguous() else (pick, output)
+        plain = output.is_contiguous() and not output.is_neg()
+        self._whole = None if (found == channels and plain) or output.is_neg() else (pick, output)
         if found != channels:
             if not self.kind.variance:
                 what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
@@ -182,11 +183,11 @@ class Asking:
                     f"accelerate: the network gives {found} channels for latents of {channels}; {what} is not "
                     "taken over here. restore(pipe) runs it as it was"
                 )
-            self._pick = lambda again: pick(again).narrow(1, 0, channels).contiguous()
-        elif output.is_contiguous():
+            self._pick = lambda again: pick(again).narrow(1, 0, channels).resolve_neg().contiguous()
+        elif plain:
             self._pick = pick
         else:
-            self._pick = lambda again: pick(again).contiguous()
+            self._pick = lambda again: pick(again).resolve_neg().contiguous()
         return self._pick(returned)
 
 

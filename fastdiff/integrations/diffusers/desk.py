@@ -59,7 +59,7 @@ class Desk:
         self._guided: tuple[float, float] | None = None
         self.recorder = recorder_for(needs.device, self.executor)
         self.recorded: dict[Any, Any] = {}
-        # of a step with one call of the network: how its output is taken from what is returned, and its row
+        # of a step that is one row: how an output is taken from what a call of the network returned, and the row
         self.direct: dict[Form, tuple[Callable[[Any], Tensor], ops.Step]] = {}
 
     def _slots_for(self, program: Program) -> int:

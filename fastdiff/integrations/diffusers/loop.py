@@ -78,7 +78,12 @@ class Loop:
         self.call.engine.check_time(first, times[self.next])
         replay = self.call.engine.replay(asking)
         if replay is not None:
-            self._step = lambda i: replay()
+
+            def recorded(i: int) -> None:
+                self._draw(i)
+                replay()
+
+            self._step = recorded
             return
         self._asking, self._times, self._direct = asking, times, asking.direct(times)
         if self._direct is not None:
@@ -86,7 +91,9 @@ class Loop:
         evaluate, settle = asking.on(), asking.settle
 
         def step(i: int) -> None:
-            settle(*evaluate(times[i]))
+            conditional, unguided = evaluate(times[i])
+            self._draw(i)
+            settle(conditional, unguided)
             self._direct = asking.direct(times)
 
         self._step = step
@@ -111,9 +118,6 @@ class Loop:
         while i < last:
             if interrupted is not None and i > rows.start and interrupted(asked):
                 break
-            if draws is not None:
-                for draw in draws[i]:
-                    draw()
             if direct is None:
                 self._step(i)  # type: ignore[misc]
                 direct = self._direct
@@ -127,6 +131,9 @@ class Loop:
                     if times is not None:
                         kw["timestep"] = times[i]
                     other = network(*args[i], **kw)
+                if draws is not None:
+                    for draw in draws[i]:  # after the network, which may draw too
+                        draw()
                 try:
                     fits = row(pick(returned)) if apart is None else row(pick(returned), pick(other))
                 except (ValueError, TypeError, AttributeError):
@@ -155,6 +162,11 @@ class Loop:
             self._given = state, 0 if state.is_inference() else state._version
         return state
 
+    def _draw(self, i: int) -> None:
+        """This row's normals, where they are not drawn yet."""
+        for draw in self._draws[i] if self._draws is not None else ():
+            draw()
+
     def _drawing(self) -> list[tuple[Callable[[], Any], ...]] | None:
         """Per row, what draws each of its normals, as the scheduler draws them; None where no row draws."""
         drawn, slots, made = self.program.drawn, self.desk.noise, dict[tuple[Draw, int], Callable[[], Any]]()
@@ -175,14 +187,15 @@ class Loop:
     def _ahead(self) -> Ahead | None:
         """All of the loop's normals, where they are drawn at once."""
         drawn, slots, rows = self.program.drawn, self.desk.noise, self.rows
-        if not self.call.hoists or not drawn[-1] or drawn[-1] > len(slots) or slots[0].shape != self._shape:
+        first, last = drawn[rows.start], drawn[rows.stop]
+        if not self.call.hoists or first == last or drawn[-1] > len(slots) or slots[0].shape != self._shape:
             return None
         source = source_of(self._generator, slots)
         if source is None or not all(_ordinary(draw) for draws in self.program.draws for draw in draws):
             return None
         noise = self.desk.tensors.noise
         assert noise is not None
-        return Ahead(noise[drawn[rows.start] : drawn[rows.stop]], source)
+        return Ahead(noise[first:last], source)
 
     def _drawer(self, draw: Draw, noise: Tensor) -> Callable[[], Any]:
         source = self._generator if draw.by_generator else None
