@@ -161,3 +161,8 @@ def test_a_network_that_takes_more_than_the_sample_is_not_held_to_its_channels()
         **small,
     )  # fmt: skip
     assert fd.Denoiser.from_diffusers(video, scheduler).channels is None
+
+
+def test_another_library_s_name_with_a_grid_is_no_argument_here() -> None:
+    with pytest.raises(ValueError, match=r"Here it is solver='dpmpp_2m'.* a pipeline is given no grid"):
+        accelerate(tiny.make("DDIMPipeline"), solver="dpmpp_2m_karras")

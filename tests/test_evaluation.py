@@ -116,6 +116,24 @@ def test_the_report_of_a_perfect_sampler(tmp_path: Path) -> None:
         evaluate(model, plan, sets[0], open_data(tmp_path / "test.npy", size=4))
 
 
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "draw", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for count in (3, 8):
+        np.save(tmp_path / f"{count}.npy", np.zeros((count, 1, 8, 8), np.uint8))
+    few, enough = (open_data(tmp_path / f"{count}.npy") for count in (3, 8))
+    model = two_greys()
+    plan = fd.plan("dpmpp_2m", model.schedule, 12, "karras")
+    with pytest.raises(ValueError, match="3 samples are too few to measure: precision and recall need 4 or more"):
+        evaluate(model, plan, enough, enough, samples=3)
+    with pytest.raises(ValueError, match="3 test pictures are too few"):
+        evaluate(model, plan, enough, few, samples=8)
+    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+        evaluate(model, plan, enough, enough, samples=8, fid=True)
+
+
 def mean_of_pixels(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (pictures.float().mean((1, 2, 3)) > 127).long(), pictures.float().mean((2, 3))
 

@@ -166,6 +166,22 @@ def test_a_signal_ends_the_step_and_saves(
     assert f"{number.name}: the step is finished and saved first" in capfd.readouterr().err
 
 
+def test_a_signal_during_the_last_save_does_not_cut_it_short(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(data, images=24), tmp_path / "run")
+    save = trainer.checkpoints.save
+
+    def pressed(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(trainer.checkpoints, "save", pressed)
+    assert trainer.train() == "done"
+    assert trainer.checkpoints.latest().name == f"{24:012d}"
+    assert_same(stored(tmp_path / "run", trainer), weights(trainer))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU does, and this machine has a CUDA device")
 def test_precision_is_full_on_a_cpu_unless_asked_for(data: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(data, precision="auto"), tmp_path / "run")

@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 from fastdiff.cli.commands import add_command
 from fastdiff.training import presets
 from fastdiff.training.config import TrainConfig, read_value
-from fastdiff.training.trainer import Trainer
 
 EXAMPLE = """fastdiff train --preset cifar32 --data my_pictures --out runs/mine --images 2000000
   fastdiff sample --model runs/mine --out samples.png
@@ -59,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--out is missing: name the folder of the run, runs/mine for example")
     if not arguments.out.parent.is_dir():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    from fastdiff.training.trainer import Trainer  # torch.distributed, which takes a second to import
+
     trainer = Trainer(config, arguments.out, arguments.resume)
     if trainer.ranks.first:
         print("\n".join(trainer.describe()), flush=True)

@@ -104,7 +104,7 @@ class Trainer:
                         reason = interrupts.name or "a signal to another process"
                         break
                 stream.close()
-            self.save(last=True)
+                self.save(last=True)
         finally:
             try:
                 self.checkpoints.finish(together=False)

@@ -122,7 +122,13 @@ def check_solver(solver: str) -> None:
             f"accelerate: solver is a name of fd.solvers.names() such as 'dpmpp_2m', got {solver!r}; for a scheduler "
             f"give it to the pipeline, pipe.scheduler = {solver}.from_config(pipe.scheduler.config), and leave it out"
         )
-    chosen = solvers.get(solver)
+    try:
+        chosen = solvers.get(solver)
+    except ValueError as error:
+        raise ValueError(
+            f"accelerate: {error} Levels are those of the scheduler's config (use_karras_sigmas=True, for one): a "
+            "pipeline is given no grid"
+        ) from None
     why = "chooses its own steps" if chosen.adaptive else "goes from images to noise" if chosen.upward else None
     if why is not None:
         raise ValueError(

@@ -23,9 +23,11 @@ from ..data import Source
 from . import features as features_of
 from .distances import nearest, precision_recall, sliced_wasserstein
 from .fid import fid as inception_fid
+from .fid import package as inception_package
 from .likelihood import Levels, levels
 from .metrics import class_agreement, fit_gaussian, frechet_distance
 
+FEWEST = 4  # pictures: three neighbours of each
 MEMORY_PROBE = 1000  # samples whose nearest training picture is looked for
 
 
@@ -105,6 +107,13 @@ def evaluate(
     shape = model.shape
     if shape is None or tuple(train.shape) != shape or tuple(test.shape) != shape:
         raise ValueError(f"the model draws {shape}, the data are {train.shape} and {test.shape}: open them at its size")
+    if fid:
+        inception_package()
+    for what, count in (("samples", samples), ("test pictures", len(test)), ("training pictures", len(train))):
+        if count < FEWEST:
+            raise ValueError(
+                f"{count} {what} are too few to measure: precision and recall need {FEWEST} or more of each"
+            )
     features = features_of.resolve(features, shape, model.class_names)
     measure = features_of.get(features, shape)
     known, known_labels = _all(train, samples)

@@ -24,14 +24,14 @@ class _Pictures(Dataset[Tensor]):
 
 def fid(samples: Tensor, real: Tensor) -> float:
     """FID of uint8 pictures [N, C, H, W], C = 1 or 3 (Heusel et al. 2017). Raises: ImportError with what to install."""
-    package = _package()
-    numbers = package.calculate_metrics(
+    numbers = package().calculate_metrics(
         input1=_Pictures(samples), input2=_Pictures(real), cuda=torch.cuda.is_available(), fid=True, verbose=False
     )
     return float(numbers["frechet_inception_distance"])
 
 
-def _package() -> Any:
+def package() -> Any:
+    """torch-fidelity. Raises: ImportError with what to install."""
     try:
         import torch_fidelity
     except ImportError as error:
