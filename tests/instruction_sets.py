@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdiff.engine import native
+from fastdiff.engine import eager, native
 from fastdiff.errors import BackendUnavailable
 
 NAMES = ("scalar", "avx2", "avx512")
@@ -35,5 +35,15 @@ def _choose_best() -> None:
 def best_instruction_set() -> Iterator[None]:
     """Every test of a file that imports this starts, and leaves the process, with the fastest set there is."""
     _choose_best()
+    yield
+    _choose_best()
+
+
+@pytest.fixture(params=[NAMES[number] for number in INSTRUCTION_SETS])
+def every_instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each executor of this machine in turn; what trains on a CPU takes the scalar one here too."""
+    library, number = native.load(), NAMES.index(request.param)
+    assert library.fastdiff_cpu_isa(number) == number
+    monkeypatch.setattr(eager, "_there", lambda: True)
     yield
     _choose_best()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import INSTRUCTION_SETS, NAMES
+from instruction_sets import every_instruction_set  # noqa: F401
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.engine import attention as module
-from fastdiff.engine import backends, eager, native
+from fastdiff.engine import backends
 from fastdiff.engine.attention import attention
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_config import UNetConfig
@@ -21,17 +19,6 @@ from fastdiff.models.unet_config import UNetConfig
 pytestmark = pytest.mark.skipif(not backends.probe()["cpp"].ok, reason="the extension is not built")
 
 SHAPES = [(3, 1, 2, 8), (2, 7, 3, 5), (2, 33, 2, 8), (1, 64, 4, 16), (2, 49, 1, 24), (1, 100, 2, 64), (2, 16, 1, 1)]
-
-
-@pytest.fixture(params=[NAMES[number] for number in INSTRUCTION_SETS])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each executor of this machine; attention takes the scalar one here too."""
-    library, number = native.load(), NAMES.index(request.param)
-    best = library.fastdiff_cpu_isa(-1)
-    assert library.fastdiff_cpu_isa(number) == number
-    monkeypatch.setattr(eager, "_there", lambda: True)
-    yield request.param
-    library.fastdiff_cpu_isa(best)
 
 
 def inputs(batch: int, tokens: int, heads: int, size: int, spread: float = 1.0) -> list[Tensor]:
@@ -57,9 +44,10 @@ def by_us(given: list[Tensor], heads: int) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
 
 
+@pytest.mark.usefixtures("every_instruction_set")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 6.0])
-def test_errors_are_those_of_torch(instruction_set: str, shape: tuple[int, int, int, int], spread: float) -> None:
+def test_errors_are_those_of_torch(shape: tuple[int, int, int, int], spread: float) -> None:
     given, heads = inputs(*shape, spread), shape[2]
     exact, theirs, ours = (
         by_torch(given, heads, torch.float64),
@@ -72,7 +60,8 @@ def test_errors_are_those_of_torch(instruction_set: str, shape: tuple[int, int, 
         assert float((own - best).abs().max()) <= allowed, name
 
 
-def test_logits_beyond_the_range_of_exp_are_no_overflow(instruction_set: str) -> None:
+@pytest.mark.usefixtures("every_instruction_set")
+def test_logits_beyond_the_range_of_exp_are_no_overflow() -> None:
     """Logits of some hundreds: the largest one takes all."""
     given = inputs(1, 33, 2, 8, 30.0)
     exact, ours = by_torch(given, 2, torch.float64), by_us(given, 2)
@@ -80,7 +69,8 @@ def test_logits_beyond_the_range_of_exp_are_no_overflow(instruction_set: str) ->
         torch.testing.assert_close(own.double(), best, rtol=1e-4, atol=1e-4 * float(best.abs().max()))
 
 
-def test_a_nan_stays_in_its_sample(instruction_set: str) -> None:
+@pytest.mark.usefixtures("every_instruction_set")
+def test_a_nan_stays_in_its_sample() -> None:
     given = inputs(2, 20, 2, 8)
     clean = by_us(given, 2)
     given[1][1, 3, 2] = float("nan")  # of the first head

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import INSTRUCTION_SETS, NAMES
+from instruction_sets import INSTRUCTION_SETS, every_instruction_set  # noqa: F401
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,17 +29,6 @@ SHAPES = [  # B, C_in, C_out, H, W: few tiles and many, tiles in part, blocks in
 ]
 # of the largest output, entry of dx, of dw and of db; the bound of the convolution for inference, and half of it
 BOUNDS = (6e-6, 6e-6, 3e-6, 3e-6)
-
-
-@pytest.fixture(params=[NAMES[number] for number in INSTRUCTION_SETS])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each executor of this machine; the convolution takes the scalar one here too."""
-    library, number = native.load(), NAMES.index(request.param)
-    best = library.fastdiff_cpu_isa(-1)
-    assert library.fastdiff_cpu_isa(number) == number
-    monkeypatch.setattr(eager, "_there", lambda: True)
-    yield request.param
-    library.fastdiff_cpu_isa(best)
 
 
 def given(shape: tuple[int, ...], mean: float = 0.0) -> list[Tensor]:
@@ -73,9 +61,10 @@ def is_ours(out: Tensor) -> bool:
     return type(out.grad_fn).__name__ == "_Conv3x3Backward"
 
 
+@pytest.mark.usefixtures("every_instruction_set")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_against_float64(instruction_set: str, shape: tuple[int, ...], mean: float) -> None:
+def test_against_float64(shape: tuple[int, ...], mean: float) -> None:
     tensors = given(shape, mean)
     exact = by_torch(tensors)
     for contiguous in (False, True):

@@ -1,4 +1,4 @@
-"""When a CPU kernel with its own gradient may take the place of torch's operators. May import: backends, native."""
+"""When a CPU kernel with its own gradient may stand for torch's operators. May import: backends, native, norm."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.autograd import forward_ad
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, native
+from fastdiff.engine.norm import transformed
 
 
 def trains(tensors: tuple[Tensor, ...]) -> bool:
@@ -28,7 +23,7 @@ def trains(tensors: tuple[Tensor, ...]) -> bool:
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
         and all(tensor.numel() > 0 and not tensor.is_neg() for tensor in tensors)
         and not (_is_tracing() or _len_torch_dispatch_stack() or _len_torch_function_stack())
-        and not (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        and not transformed()
         and _there()
     )
 

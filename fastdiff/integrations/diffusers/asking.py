@@ -174,20 +174,16 @@ class Asking:
         pick = _FIRST if isinstance(returned, tuple) else _SAMPLE
         output: Tensor = pick(returned)
         channels, found = self.desk.channels, output.size(1)
-        plain = output.is_contiguous() and not output.is_neg()
-        self._whole = None if (found == channels and plain) or output.is_neg() else (pick, output)
-        if found != channels:
-            if not self.kind.variance:
-                what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
-                raise ValueError(
-                    f"accelerate: the network gives {found} channels for latents of {channels}; {what} is not "
-                    "taken over here. restore(pipe) runs it as it was"
-                )
+        if found != channels and not self.kind.variance:
+            what = "a variance that it predicts" if found == 2 * channels else "what it is given beside them"
+            raise ValueError(
+                f"accelerate: the network gives {found} channels for latents of {channels}; {what} is not "
+                "taken over here. restore(pipe) runs it as it was"
+            )
+        self._pick, self._whole = pick, None
+        if found != channels or not output.is_contiguous() or output.is_neg():
             self._pick = lambda again: pick(again).narrow(1, 0, channels).resolve_neg().contiguous()
-        elif plain:
-            self._pick = pick
-        else:
-            self._pick = lambda again: pick(again).resolve_neg().contiguous()
+            self._whole = None if output.is_neg() else (pick, output)
         return self._pick(returned)
 
 

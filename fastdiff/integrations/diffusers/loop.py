@@ -191,7 +191,7 @@ class Loop:
         if not self.call.hoists or first == last or drawn[-1] > len(slots) or slots[0].shape != self._shape:
             return None
         source = source_of(self._generator, slots)
-        if source is None or not all(_ordinary(draw) for draws in self.program.draws for draw in draws):
+        if source is None or not self.program.draws_plainly:
             return None
         noise = self.desk.tensors.noise
         assert noise is not None
@@ -220,10 +220,6 @@ def seeds(generator: Any, batch: int) -> Tensor:
         torch.randint(2**63 - 1, (each,), generator=one, device="cpu" if one is None else one.device) for one in given
     ]
     return torch.cat([one.cpu() for one in drawn])
-
-
-def _ordinary(draw: Draw) -> bool:
-    return draw.by_generator and draw.dtype == torch.float32 and draw.interval is None
 
 
 def _mark(value: Any) -> Any:

@@ -60,6 +60,12 @@ class Program:
         return tuple(int(count) for count in np.cumsum([0, *map(len, self.draws)]))
 
     @functools.cached_property
+    def draws_plainly(self) -> bool:
+        """Whether all normals are white, fp32 and the caller's generator's."""
+        each = [draw for draws in self.draws for draw in draws]
+        return all(draw.by_generator and draw.dtype == torch.float32 and draw.interval is None for draw in each)
+
+    @functools.cached_property
     def input_scales(self) -> NDArray[np.float32]:
         """Per row, c_in of its network input."""
         return np.append(self.opening.coef[:, at.EMIT_SCALE], self.rows.coef[:-1, at.EMIT_SCALE])
