@@ -23,6 +23,7 @@ from fastdiff.training.checkpoint import Progress
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data.loader import Batch
 from fastdiff.training.ema import Ema
+from fastdiff.training.heap import keep_heap
 from fastdiff.training.ranks import Ranks
 from fastdiff.training.step import Step
 
@@ -54,6 +55,8 @@ def run(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     if not peers.has_diffusers():
         print("diffusers is not installed and there is nothing to compare with: pip install diffusers")
         return
+    if device.type == "cpu":
+        keep_heap()  # as `fastdiff train` does, for both
     for name, unet, batch in cases(device, quick):
         yield from _case(name, unet, batch, device, quick)
 

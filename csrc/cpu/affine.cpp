@@ -255,7 +255,7 @@ FASTDIFF_EXPORT void fastdiff_philox(int64_t n, uint64_t seed, uint32_t id, uint
   }
 }
 
-// n blocks, each of its own counter (four words) and key (two): for what is drawn on the host, and known answers.
+// n blocks, each of its own counter (four words) and key (two): for known answers.
 FASTDIFF_EXPORT void fastdiff_philox_blocks(int64_t n, const uint32_t* counter, const uint32_t* key, uint32_t* words) {
   for (int64_t i = 0; i < n; ++i, counter += 4, key += 2, words += 4) {
     uint64_t c[1][4] = {{counter[0], counter[1], counter[2], counter[3]}};

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from fastdiff.cli.commands import add_command
 from fastdiff.training import presets
 from fastdiff.training.config import TrainConfig, read_value
+from fastdiff.training.heap import keep_heap
 
 EXAMPLE = """fastdiff train --preset cifar32 --data my_pictures --out runs/mine --images 2000000
   fastdiff sample --model runs/mine --out samples.png
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fastdiff.training.trainer import Trainer  # torch.distributed, which takes a second to import
 
     trainer = Trainer(config, arguments.out, arguments.resume)
+    if trainer.ranks.device.type == "cpu":
+        keep_heap()
     if trainer.ranks.first:
         print("\n".join(trainer.describe()), flush=True)
     reason = trainer.train()

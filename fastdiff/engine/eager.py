@@ -1,4 +1,6 @@
-"""When a CPU kernel with its own gradient may stand for torch's operators. May import: backends, native, norm."""
+"""When a CPU kernel with its own gradient may stand for torch's operators. May import: backends, native,
+dispatch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function
 from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, native
-from fastdiff.engine.norm import transformed
+from fastdiff.engine.dispatch import transformed
 
 
 def trains(tensors: tuple[Tensor, ...]) -> bool:

@@ -43,7 +43,6 @@ _GUIDE_POINTERS = (
     "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
 )  # fmt: skip
 _MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "ticket")
-_TRAIN_POINTERS = ("images", "table", "key", "model_out", "weight", "partial", "out")
 _NORM_POINTERS = (
     "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
     "grad", "sums",
@@ -92,7 +91,7 @@ class TrainArgs(ctypes.Structure):
     """Mirror of struct TrainArgs in csrc/train.h, which says what each field is."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in _TRAIN_POINTERS]
+        [(name, ctypes.c_void_p) for name in ("images", "table", "key", "model_out", "weight", "partial", "out")]
         + [(name, ctypes.c_int64) for name in ("B", "N", "width", "channels")]
         + [(name, ctypes.c_int32) for name in ("image_dtype", "model_dtype")]
         + [("factor", ctypes.c_float)]
@@ -167,6 +166,8 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    address = ctypes.c_void_p
+    library.fastdiff_training_draws.argtypes = [ctypes.c_int64, address, ctypes.c_uint64, address, address]
     ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
     for op in (*ops, *(f"winograd_{part}" for part in ("into", "out", "convolution", "gradient"))):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]
@@ -329,12 +330,16 @@ def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: floa
 
 def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
     """Run "noise_images" or "loss" once on checked tensors; capturable on "cuda"."""
-    args = TrainArgs(factor=factor, channels=channels_of(tensors.images))
-    _point(args, tensors, _TRAIN_POINTERS)
-    args.B, args.N, args.width = len(tensors.images), tensors.images[0].numel(), tensors.images.shape[-1]
-    model = tensors.out if tensors.model_out is None else tensors.model_out
-    assert model is not None
-    args.image_dtype, args.model_dtype = DTYPES[tensors.images.dtype], DTYPES[model.dtype]
+    images, table, key, out, model_out, weight, partial = tensors.arguments()
+    model = out if model_out is None else model_out
+    assert images is not None and model is not None
+    batch = len(images)
+    read = images, table, key, model_out, weight
+    args = TrainArgs(
+        *(None if tensor is None else tensor.data_ptr() for tensor in (*read, partial, out)),
+        *(batch, images.numel() // batch, images.shape[-1], channels_of(images)),
+        *(DTYPES[images.dtype], DTYPES[model.dtype], factor),
+    )
     if code := _function(op, executor, tensors.images.device)(ctypes.addressof(args)):
         raise _failed(f"{op} on {executor}", code)
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fastdiff.engine import backends, norm_cpu, reference_norm
+from fastdiff.engine.dispatch import dispatches, transformed
 from fastdiff.engine.norm_checks import Inputs, check, check_add, check_sizes, in_rows, lies_last, row
 from fastdiff.errors import BackendUnavailable
 
@@ -155,24 +156,6 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
-
-
-def transformed() -> bool:
-    """Whether a function transform or a forward derivative is under way, which need torch's own operators."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def dispatches(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call on these, the image first, has to be an operator of torch's, not only a kernel on their memory."""
-    x = tensors[0]
-    return (
-        type(x) is not Tensor
-        or x.device.type == "meta"
-        or is_dynamo_compiling()
-        or _is_tracing()
-        or _len_torch_dispatch_stack() > 0
-        or any(tensor is not None and tensor.is_neg() for tensor in tensors)
-    )
 
 
 def _direct(tensors: Sequence[Tensor | None]) -> bool:

@@ -9,7 +9,7 @@ so eps, x0, v, score, flow and edm targets at any level, input perturbation and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, reference_train
-from fastdiff.engine import noise as counter_noise
 from fastdiff.engine.checks import MODEL_DTYPES, channels_of
+from fastdiff.engine.dispatch import dispatches, transformed
 from fastdiff.engine.ops import on_device
 
 IMAGE_DTYPES = (torch.uint8, *MODEL_DTYPES)
@@ -55,7 +55,7 @@ class TrainTensors:
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """The tensors in the order of the loss's schema; the first four are those of noise_images."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return self.images, self.table, self.key, self.out, self.model_out, self.weight, self.partial
 
 
 def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, executor: str) -> None:
@@ -63,12 +63,23 @@ def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, exe
 
     Deterministic; capturable on executors "triton" and "cuda". Raises ValueError, TypeError, BackendUnavailable.
     """
-    torch.ops.fastdiff.noise_images(images, table, key, out, executor=executor)
+    tensors = TrainTensors(images, table, key, out)
+    if _is_operator(tensors):
+        torch.ops.fastdiff.noise_images(images, table, key, out, executor=executor)
+    else:
+        _run("noise_images", tensors, 0.0, executor)
 
 
 def loss(tensors: TrainTensors, factor: float, executor: str) -> None:
     """Write each sample's sums of squares and its gradient, drawing the noise again. Otherwise as noise_images."""
-    torch.ops.fastdiff.loss(*tensors.arguments(), factor=factor, executor=executor)
+    if _is_operator(tensors):
+        torch.ops.fastdiff.loss(*tensors.arguments(), factor=factor, executor=executor)
+    else:
+        _run("loss", tensors, factor, executor)
+
+
+def _is_operator(tensors: TrainTensors) -> bool:
+    return dispatches(tensors.arguments()) or transformed()
 
 
 def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,15 +90,16 @@ def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torc
     return out
 
 
-def philox_blocks(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """`noise.philox_block` of counters [n, 4] and keys [n, 2], by the extension where there is one: the same words."""
+def host_draws(seeds: NDArray[np.int64], step: int) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """Keys [B] and uniforms [B, 4] of training.objectives.counters; None where the extension is missing."""
     if not backends.probe()["cpp"].ok:
-        return counter_noise.philox_block(counter, key)
+        return None
     from fastdiff.engine import native
 
-    words = np.empty_like(counter)
-    native.load().fastdiff_philox_blocks(len(counter), counter.ctypes.data, key.ctypes.data, words.ctypes.data)
-    return words
+    seeds = np.ascontiguousarray(seeds)
+    key, uniform = np.empty_like(seeds), np.empty((len(seeds), 4))
+    native.load().fastdiff_training_draws(len(seeds), seeds.ctypes.data, step, key.ctypes.data, uniform.ctypes.data)
+    return key, uniform
 
 
 def squared_error(
@@ -159,24 +171,23 @@ def check(op: str, t: TrainTensors) -> None:
     assert model is not None
     if model.dtype not in MODEL_DTYPES:
         raise TypeError(f"{op}: the model's tensor has dtype {model.dtype}, expected float32, float16 or bfloat16")
-    numbers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "table": (torch.float32, (batch, at.TRAIN_COLUMNS)),
-        "key": (torch.int64, (batch,)),
-        "weight": (torch.float32, (batch,)),
-        "partial": (torch.float32, (batch, at.PARTS)),
-    }
-    for field in fields(t):
-        name, tensor = field.name, getattr(t, field.name)
-        if tensor is None or tensor is images:
+    shape, dense = tuple(images.shape), torch.contiguous_format
+    for name, tensor, dtype, size, layout in (
+        ("table", t.table, torch.float32, (batch, at.TRAIN_COLUMNS), dense),
+        ("key", t.key, torch.int64, (batch,), dense),
+        ("out", t.out, model.dtype, shape, wanted),
+        ("model_out", t.model_out, model.dtype, shape, wanted),
+        ("weight", t.weight, torch.float32, (batch,), dense),
+        ("partial", t.partial, torch.float32, (batch, at.PARTS), dense),
+    ):
+        if tensor is None:
             continue
-        dtype, shape = numbers.get(name, (model.dtype, tuple(images.shape)))
-        layout = torch.contiguous_format if name in numbers else wanted
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}; cast it first")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.shape != size:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {size}")
         if not tensor.is_contiguous(memory_format=layout):
-            raise ValueError(f"{op}: {name} must be {layout}, got strides {tensor.stride()} for shape {shape}")
+            raise ValueError(f"{op}: {name} must be {layout}, got strides {tensor.stride()} for shape {size}")
         if tensor.device != images.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the images on {images.device}; move one of them")
 

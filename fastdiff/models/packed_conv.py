@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.engine import onednn, winograd
-from fastdiff.engine.norm import dispatches, transformed
+from fastdiff.engine.dispatch import dispatches, transformed
 from fastdiff.engine.onednn import How
 
 KEPT = 3  # copies of one weight

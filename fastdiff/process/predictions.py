@@ -102,14 +102,12 @@ def targets(
         scale = SIGMA_DATA if sigma_data is None else sigma_data
         spread = np.hypot(sigma, scale * alpha)
         return sigma / (scale * spread), -scale * alpha / spread
-    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
-    return {
-        "eps": (zero, one),
-        "x0": (one, zero),
-        "v": (-sigma, alpha),
-        "score": (zero, -1 / np.where(sigma > 0, sigma, 1)),
-        "flow": (-one, one),
-    }[kind]
+    if kind == "v":
+        return -sigma, alpha
+    if kind == "score":
+        return np.zeros_like(alpha), -1 / sigma
+    parts = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}[kind]
+    return np.full_like(alpha, parts[0]), np.full_like(alpha, parts[1])
 
 
 def _combination(level: Level, source: str, target: str) -> tuple[float, float]:

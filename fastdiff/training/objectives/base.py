@@ -6,7 +6,7 @@ May import: process, the table's layout, models.denoiser.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class Draw:
 
     def to(self, device: torch.device) -> Draw:
         """The same draw on a device, copied without waiting."""
+        if self.key.device == device:
+            return self
         moved = {entry.name: getattr(self, entry.name).to(device, non_blocking=True) for entry in fields(self)}
         return Draw(**moved)
 
@@ -127,15 +129,15 @@ class Objective:
 
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
-        key = counters.keys(seeds.cpu().numpy(), int(step))
-        uniform = counters.uniforms(key)
+        key, uniform = counters.draws(seeds.cpu().numpy(), int(step))
         time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
-        chance = uniform[:, 2:]
-        drawn = self.at(time, key=torch.from_numpy(key), mirrored=chance[:, 0] < 0.5 * self.flip)
-        return replace(drawn, dropped=torch.from_numpy(chance[:, 1] < self.drop_label))
+        mirrored = uniform[:, 2] < 0.5 if self.flip else None
+        return self.at(time, torch.from_numpy(key), mirrored, torch.from_numpy(uniform[:, 3] < self.drop_label))
 
-    def at(self, time: Array, key: Tensor, mirrored: NDArray[np.bool_] | None = None) -> Draw:
-        """The draw with these times [B] on the schedule's clock and these keys, nothing dropped."""
+    def at(
+        self, time: Array, key: Tensor, mirrored: NDArray[np.bool_] | None = None, dropped: Tensor | None = None
+    ) -> Draw:
+        """The draw with these times [B] on the schedule's clock and these keys; none mirrored or dropped if None."""
         table, shown, weight = self.columns(time)
         if mirrored is not None:
             table[:, at.FLIP] = mirrored
@@ -147,7 +149,7 @@ class Objective:
             table=torch.from_numpy(table.astype(np.float32)),
             weight=torch.from_numpy((weight * importance).astype(np.float32)),
             importance=torch.from_numpy(importance.astype(np.float32)),
-            dropped=torch.zeros(len(time), dtype=torch.bool),
+            dropped=torch.zeros(len(time), dtype=torch.bool) if dropped is None else dropped,
         )
 
     def columns(self, time: Array) -> tuple[Array, Array, Array]:

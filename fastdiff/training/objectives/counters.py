@@ -2,7 +2,7 @@
 
 A draw is named by (seed, step): seed is the global index of a sample mixed with the run's seed, step counts draws. It
 depends neither on the batch, nor on a sample's place in it, nor on the number of processes.
-May import: the table's layout, engine.train_ops.
+May import: the table's layout, engine.noise, engine.train_ops.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.compiler.layout import STREAM_TRAINING
-from fastdiff.engine.train_ops import philox_blocks
+from fastdiff.engine import train_ops
+from fastdiff.engine.noise import philox_block
 
 _UNIFORMS = (2, 3)  # ids of the uniforms of a draw; 0 and 1 are those of its two unit noises
 _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step where a noise has its element
 
 
+def draws(seeds: NDArray[np.int64], step: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """`keys(seeds, step)` and the `uniforms` of those, by the extension where there is one: the same numbers."""
+    found = train_ops.host_draws(seeds, _unsigned(step))
+    if found is not None:
+        return found
+    key = keys(seeds, step)
+    return key, uniforms(key)
+
+
 def keys(seeds: NDArray[np.int64], step: int) -> NDArray[np.int64]:
     """The 64-bit key of each sample's draw: int64 [B] from int64 [B] and 0 <= step < 2^64."""
-    if not 0 <= step < 2**64:
-        raise ValueError(f"step must be an unsigned 64-bit integer, got {step}; count draws from 0")
-    words = _words(seeds, step, (_KEY,))
+    words = _words(seeds, _unsigned(step), (_KEY,))
     return np.ascontiguousarray(words[:, 0, :2]).view(np.int64)[:, 0]
 
 
@@ -31,6 +39,12 @@ def uniforms(key: NDArray[np.int64]) -> NDArray[np.float64]:
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
+def _unsigned(step: int) -> int:
+    if not 0 <= step < 2**64:
+        raise ValueError(f"step must be an unsigned 64-bit integer, got {step}; count draws from 0")
+    return step
+
+
 def _words(key: NDArray[np.int64], step: int, numbers: tuple[int, ...]) -> NDArray[np.uint32]:
     """[B, len(numbers), 4] words of the counters (step, number, training stream), little end first."""
     halves = np.empty((len(key), len(numbers), 2), dtype=np.uint32)
@@ -38,4 +52,4 @@ def _words(key: NDArray[np.int64], step: int, numbers: tuple[int, ...]) -> NDArr
     counter = np.empty((len(key), len(numbers), 4), dtype=np.uint32)
     counter[:, :, 0], counter[:, :, 1] = step & 0xFFFFFFFF, step >> 32
     counter[:, :, 2], counter[:, :, 3] = numbers, STREAM_TRAINING
-    return philox_blocks(counter.reshape(-1, 4), halves.reshape(-1, 2)).reshape(counter.shape)
+    return philox_block(counter.reshape(-1, 4), halves.reshape(-1, 2)).reshape(counter.shape)
