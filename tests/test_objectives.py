@@ -192,9 +192,10 @@ def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
     numbers = counters.uniforms(key)
     words = counter_noise.philox(int(key[1]), 0, 3, at.STREAM_TRAINING)
     assert numbers[1, 2] == ((int(words[0]) + int(words[1]) * 2**32) // 2**12 + 0.5) / 2**52
-    found = [counters.draws(seeds, step), counters.draws(np.repeat(seeds, 2)[::2], step)]
+    given = torch.from_numpy(seeds)
+    found = [counters.draws(given, step), counters.draws(given.repeat_interleave(2)[::2], step)]
     monkeypatch.setattr(train_ops.backends, "probe", lambda: {"cpp": backends.Backend(False, ())})
-    for pair in (*found, counters.draws(seeds, step)):
+    for pair in (*found, counters.draws(given, step)):
         np.testing.assert_array_equal(pair[0], key)
         np.testing.assert_array_equal(pair[1], numbers)
 

@@ -1,6 +1,7 @@
 // The ops of a training step on the CPU: samples cut into parts, parts into blocks whose image and noise stay in cache.
 // A sample's parts, and so its sum, depend on its size alone: not on its batch nor on the threads.
 #include <algorithm>
+#include <numeric>
 
 #include "../check.h"
 #include "../export.h"
@@ -110,6 +111,17 @@ FASTDIFF_EXPORT int fastdiff_noise_images_cpu(const TrainArgs* args) {
 }
 
 FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) { return args ? cpu::run(*args, true) : kNullPointer; }
+
+// Of the sums [B, kParts] that the loss wrote: each sample's mean over its elements, and the mean of weight * error.
+FASTDIFF_EXPORT void fastdiff_loss_means(int64_t B, int64_t elements, const float* partial, const float* weight,
+                                         float* error, float* mean) {
+  double total = 0.0;
+  for (int64_t b = 0; b < B; ++b, partial += kParts) {
+    error[b] = static_cast<float>(std::accumulate(partial, partial + kParts, 0.0) / static_cast<double>(elements));
+    total += static_cast<double>(weight[b]) * error[b];
+  }
+  *mean = static_cast<float>(total / static_cast<double>(B));
+}
 
 // What n samples draw on the host: keys[n] and uniforms[n, 4] as fastdiff/training/objectives/counters.py defines them.
 FASTDIFF_EXPORT void fastdiff_training_draws(int64_t n, const int64_t* seeds, uint64_t step, int64_t* keys,

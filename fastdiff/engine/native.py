@@ -166,8 +166,9 @@ def load() -> ctypes.CDLL:
     library.fastdiff_cpu_isa_name.argtypes, library.fastdiff_cpu_isa_name.restype = [ctypes.c_int], ctypes.c_char_p
     library.fastdiff_torch_normal.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2]
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    address = ctypes.c_void_p
-    library.fastdiff_training_draws.argtypes = [ctypes.c_int64, address, ctypes.c_uint64, address, address]
+    count, address = ctypes.c_int64, ctypes.c_void_p
+    library.fastdiff_training_draws.argtypes = [count, address, ctypes.c_uint64, address, address]
+    library.fastdiff_loss_means.argtypes = [count, count, *[address] * 4]
     ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
     for op in (*ops, *(f"winograd_{part}" for part in ("into", "out", "convolution", "gradient"))):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]

@@ -12,9 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
@@ -90,15 +88,18 @@ def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torc
     return out
 
 
-def host_draws(seeds: NDArray[np.int64], step: int) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
-    """Keys [B] and uniforms [B, 4] of training.objectives.counters; None where the extension is missing."""
+def host_draws(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
+    """Keys int64 [B] and uniforms float64 [B, 4] of training.objectives.counters; None where the extension is missing.
+
+    seeds: int64 [B] on the CPU.
+    """
     if not backends.probe()["cpp"].ok:
         return None
     from fastdiff.engine import native
 
-    seeds = np.ascontiguousarray(seeds)
-    key, uniform = np.empty_like(seeds), np.empty((len(seeds), 4))
-    native.load().fastdiff_training_draws(len(seeds), seeds.ctypes.data, step, key.ctypes.data, uniform.ctypes.data)
+    seeds = seeds.contiguous()
+    key, uniform = torch.empty_like(seeds), torch.empty(len(seeds), 4, dtype=torch.float64)
+    native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
     return key, uniform
 
 
@@ -126,11 +127,12 @@ class _SquaredError(torch.autograd.Function):
         factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
         weight = weight.detach()
         tensors = TrainTensors(images, table, key, gradient, output, weight, partial)
-        loss(tensors, factor, backends.choose(output.device))
-        error = partial.sum(1) * (len(output) / output.numel())
+        executor = backends.choose(output.device)
+        loss(tensors, factor, executor)
+        error, mean = _means(partial, weight, output.numel() // max(len(output), 1), executor)
         ctx.save_for_backward(gradient, error)
         ctx.mark_non_differentiable(error)
-        return torch.dot(weight, error) / len(error), error
+        return mean, error
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -142,6 +144,19 @@ class _SquaredError(torch.autograd.Function):
             scale = (by_mean.float() * ctx.share).reshape(1)
             gradient = torch.mul(gradient, scale, out=torch.empty_like(gradient))  # in fp32, rounded once
         return gradient, by_weight, None, None, None
+
+
+def _means(partial: Tensor, weight: Tensor, elements: int, executor: str) -> tuple[Tensor, Tensor]:
+    """error [B], the mean of each sample's squares over its elements, and mean_b(weight_b error_b)."""
+    if executor != "cpp" or dispatches((partial, weight)):
+        error = partial.sum(1) / elements
+        return error, torch.dot(weight, error) / len(error)
+    from fastdiff.engine import native
+
+    error, mean = torch.empty_like(weight), torch.empty((), dtype=weight.dtype)
+    pointers = (tensor.data_ptr() for tensor in (partial, weight, error, mean))
+    native.load().fastdiff_loss_means(len(weight), elements, *pointers)
+    return error, mean
 
 
 def _alike(model_out: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,10 +129,10 @@ class Objective:
 
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
-        key, uniform = counters.draws(seeds.cpu().numpy(), int(step))
+        key, uniform = counters.draws(seeds.cpu(), int(step))
         time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
         mirrored = uniform[:, 2] < 0.5 if self.flip else None
-        return self.at(time, torch.from_numpy(key), mirrored, torch.from_numpy(uniform[:, 3] < self.drop_label))
+        return self.at(time, key, mirrored, torch.from_numpy(uniform[:, 3] < self.drop_label))
 
     def at(
         self, time: Array, key: Tensor, mirrored: NDArray[np.bool_] | None = None, dropped: Tensor | None = None
@@ -163,7 +163,7 @@ class Objective:
             spread = predictions.SIGMA_DATA if self.sigma_data is None else self.sigma_data
             c_in, shown = 1 / np.hypot(sigma, spread * alpha), np.log(sigma / alpha) / 4
         else:
-            c_in, shown = np.ones_like(time), schedule.model_time(time)
+            c_in, shown = 1.0, schedule.model_time(time)
         table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
         return table, shown, np.ones_like(time)
 

@@ -8,7 +8,9 @@ May import: the table's layout, engine.noise, engine.train_ops.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastdiff.compiler.layout import STREAM_TRAINING
 from fastdiff.engine import train_ops
@@ -18,13 +20,13 @@ _UNIFORMS = (2, 3)  # ids of the uniforms of a draw; 0 and 1 are those of its tw
 _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step where a noise has its element
 
 
-def draws(seeds: NDArray[np.int64], step: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def draws(seeds: Tensor, step: int) -> tuple[Tensor, NDArray[np.float64]]:
     """`keys(seeds, step)` and the `uniforms` of those, by the extension where there is one: the same numbers."""
     found = train_ops.host_draws(seeds, _unsigned(step))
     if found is not None:
-        return found
-    key = keys(seeds, step)
-    return key, uniforms(key)
+        return found[0], found[1].numpy()
+    key = keys(seeds.numpy(), step)
+    return torch.from_numpy(key), uniforms(key)
 
 
 def keys(seeds: NDArray[np.int64], step: int) -> NDArray[np.int64]:

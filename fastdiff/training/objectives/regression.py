@@ -88,5 +88,6 @@ class Regression(SquaredError):
 
     def columns(self, time: Array) -> tuple[Array, Array, Array]:
         table, shown, _ = super().columns(time)
-        table[:, at.INPUT_Y] = self.perturbation * table[:, at.INPUT_Z]
+        if self.perturbation:
+            table[:, at.INPUT_Y] = self.perturbation * table[:, at.INPUT_Z]
         return table, shown, self.weighting.at(self.schedule, time, self.prediction, self.sigma_data)
