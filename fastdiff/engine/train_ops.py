@@ -1,6 +1,6 @@
 """The two ops of a training step: noising images, and the squared error with its gradient, noise drawn again.
 
-May import: the table's layout, backends, checks, the reference, fastdiff.kernels and the compiled extension (through
+May import: the table's layout, backends, checks, dispatch, the reference, fastdiff.kernels and the extension (through
 engine.native).
 One row of scalars per sample, with x0 the image, z and y unit normals named by the sample's key:
     x_in = INPUT_X0 x0 + INPUT_Z z + INPUT_Y y,  F* = TARGET_X0 x0 + TARGET_Z z + TARGET_Y y,  error = mean (F - F*)^2

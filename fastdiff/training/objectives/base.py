@@ -162,9 +162,10 @@ class Objective:
         if self.prediction == "edm":
             spread = predictions.SIGMA_DATA if self.sigma_data is None else self.sigma_data
             c_in, shown = 1 / np.hypot(sigma, spread * alpha), np.log(sigma / alpha) / 4
+            table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
         else:
-            c_in, shown = 1.0, schedule.model_time(time)
-        table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
+            shown = schedule.model_time(time)
+            table[:, at.INPUT_X0], table[:, at.INPUT_Z] = alpha, sigma
         return table, shown, np.ones_like(time)
 
     def observe(self, time: Tensor, loss: Tensor) -> None:
