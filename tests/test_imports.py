@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "models": {
         "process",
         "engine.ops",
+        "engine.dispatch",
         "engine.norm",
         "engine.attention",
         "engine.onednn",
