@@ -1,6 +1,6 @@
 """What pictures are compared by: the shipped classifier, pooled pixels, or a function of the user's.
 
-May import: models, data.idx.
+May import: models, data.
 """
 
 from __future__ import annotations
