@@ -116,7 +116,7 @@ def test_the_report_of_a_perfect_sampler(tmp_path: Path) -> None:
         evaluate(model, plan, sets[0], open_data(tmp_path / "test.npy", size=4))
 
 
-def test_float_sets_are_measured_in_the_units_of_the_network(tmp_path: Path) -> None:
+def test_float_sets_are_measured_in_the_units_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures as values that training multiplied by 0.25: samples are as near as those of pixels."""
     rng = np.random.default_rng(0)
     for name in ("train", "test"):
@@ -131,8 +131,9 @@ def test_float_sets_are_measured_in_the_units_of_the_network(tmp_path: Path) -> 
     assert drawn.nearest == pytest.approx(test.nearest, rel=0.05)
     assert test.nearest == pytest.approx(128 * math.sqrt(21 / 64))  # grey levels, where 21 of 64 pixels differ
     assert report.levels[-1][1] == pytest.approx((64 / 127.5) ** 2, rel=0.05) and math.isnan(report.bits)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace())
     with pytest.raises(ValueError, match="are of pixels, and these sets hold float values"):
-        evaluate(two_greys(), plan, *sets, features="fashion")
+        evaluate(two_greys(), plan, *sets, fid=True)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
