@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,14 +91,19 @@ def save(out: Path, pixels: NDArray[np.uint8], labels: Sequence[str], columns: i
         picture = grid(pixels, labels, columns)
         write_atomically(out, lambda temporary: picture.save(temporary, format="PNG"))
     elif out.suffix == ".npy":
-
-        def write_array(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.save(file, pixels)
-
-        write_atomically(out, write_array)
+        save_array(out, pixels)
     else:
         _save_folder(out, pixels, labels)
+
+
+def save_array(out: Path, array: NDArray[Any]) -> None:
+    """Write an .npy whole, or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+
+    write_atomically(out, write)
 
 
 def grid(pixels: NDArray[np.uint8], labels: Sequence[str], columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:

@@ -116,6 +116,26 @@ def test_the_report_of_a_perfect_sampler(tmp_path: Path) -> None:
         evaluate(model, plan, sets[0], open_data(tmp_path / "test.npy", size=4))
 
 
+def test_float_sets_are_measured_in_the_units_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures as values that training multiplied by 0.25: samples are as near as those of pixels."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        greys = rng.integers(0, 2, (300, 1, 8, 8)) * 128 + 64
+        np.save(tmp_path / f"{name}.npy", ((greys / 127.5 - 1) / 0.25).astype(np.float32))
+    sets = [open_data(tmp_path / f"{name}.npy") for name in ("train", "test")]
+    plan = fd.plan("dpmpp_2m", two_greys().schedule, 12, "karras")
+    report = evaluate(two_greys(), plan, *sets, samples=300, likelihood=4, scale=0.25)
+    test, training, drawn = report.rows
+    assert drawn.distance == pytest.approx(training.distance, rel=0.15)
+    assert drawn.wasserstein == pytest.approx(training.wasserstein, rel=0.3)
+    assert drawn.nearest == pytest.approx(test.nearest, rel=0.05)
+    assert test.nearest == pytest.approx(128 * math.sqrt(21 / 64))  # grey levels, where 21 of 64 pixels differ
+    assert report.levels[-1][1] == pytest.approx((64 / 127.5) ** 2, rel=0.05) and math.isnan(report.bits)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace())
+    with pytest.raises(ValueError, match="are of pixels, and these sets hold float values"):
+        evaluate(two_greys(), plan, *sets, fid=True)
+
+
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +152,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
         evaluate(model, plan, enough, few, samples=8)
     with pytest.raises(ImportError, match="pip install torch-fidelity"):
         evaluate(model, plan, enough, enough, samples=8, fid=True)
+    named = fd.Denoiser(model.net, model.schedule, "x0", shape=(1, 8, 8), class_names=("a", "b"))
+    with pytest.raises(ValueError, match=r"has 2 classes, and its errors by level need the labels .* or likelihood 0"):
+        evaluate(named, plan, enough, enough, samples=8)
 
 
 def mean_of_pixels(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

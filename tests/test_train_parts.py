@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import sys
 import types
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_records_forget_what_a_resume_repeats(tmp_path: Path) -> None:
     records.forget_after(path, 16)
     assert path.read_text().splitlines() == lines[:2]
     records.forget_after(tmp_path / "none.jsonl", 0)
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_lost_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said, before = records.Records(tmp_path, 0, 64, False), resource.getrlimit(resource.RLIMIT_FSIZE)
+    said.write("train", 8, name="x" * 5000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        said.write("train", 16, name="x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said.write("train", 24)
+    said.close()
+    read = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert read == [8, 24]
+    assert f"a line of {tmp_path / 'metrics.jsonl'} is lost: [Errno 27]" in capfd.readouterr().err
 
 
 def test_numbers_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,10 @@ from tiny_runs import assert_same, measured, tiny, weights
 
 import fastdiff as fd
 from fastdiff import cli
+from fastdiff.training import objectives, presets
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data.loader import Batch
+from fastdiff.training.networks import build_objective
 from fastdiff.training.step import Outcome
 from fastdiff.training.trainer import Trainer
 
@@ -23,6 +26,24 @@ PLAIN = {"dropout": 0.0}
 
 class Killed(Exception):
     """Stands for an error of a step."""
+
+
+def test_the_configuration_is_shown_with_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--batch", "64", "--network", "dropout=0.2", "--objective", "v"]
+    assert cli.main(["train", "--preset", "cifar32", "--show", *given]) == 0
+    shown, preset = TrainConfig.from_json(capsys.readouterr().out), presets.get("cifar32")
+    assert shown == preset.change(batch=64, network={"dropout": 0.2}, objective="v")
+    assert shown.network["layers_per_block"] == 4 and shown.warmup_images == 10_000_000
+
+
+def test_another_objective_does_not_take_the_options_of_the_presets_own() -> None:
+    """EDM's levels of fashion32 are no part of Ho et al. 2020's objective, which draws its times uniformly."""
+    preset = presets.get("fashion32")
+    assert preset.change(objective="edm").objective_options == preset.objective_options != {}
+    changed = preset.change(objective="ddpm", objective_options={"perturbation": 0.1})
+    assert changed.objective_options == {"perturbation": 0.1}
+    assert build_objective(changed.change(classes=0)).times == objectives.times.Uniform()
+    assert preset.change(objective_options={"flip": True}).objective_options.keys() == {"times", "flip"}
 
 
 @pytest.fixture

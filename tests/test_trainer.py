@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_runs import ALONE, COUNT, assert_same, lines, measured, stored, tiny, weights
 
@@ -23,9 +25,11 @@ from fastdiff.training.data.arrays import Arrays
 from fastdiff.training.data.loader import Loader
 from fastdiff.training.data.order import image_indices, sample_seeds
 from fastdiff.training.data.pictures import Fit
+from fastdiff.training.data.source import Faults
 from fastdiff.training.graphed import GraphedStep
 from fastdiff.training.optimizer import build as build_optimizer
 from fastdiff.training.optimizer import steps
+from fastdiff.training.ranks import Ranks
 from fastdiff.training.step import NotFinite, Outcome, Step
 from fastdiff.training.trainer import Trainer
 
@@ -199,6 +203,15 @@ def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) ->
     assert Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").progress.images == 24
 
 
+def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
+    """The objective is one that takes no sigma_data from the pictures, which would differ too."""
+    config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"}, classes=0)
+    Trainer(config, tmp_path / "run").train()
+    np.savez(data, images=np.zeros((COUNT + 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"set.npz holds 25 pictures, and the run was trained on 22, in an order"):
+        Trainer(config.change(images=48), tmp_path / "run", resume="auto")
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: Path) -> None:
     whole = Trainer(tiny(data), tmp_path / "run")
     whole.train()
@@ -211,6 +224,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: 
     assert resumed.progress.images == 72 and not list(checkpoints[1].parent.glob(".*"))
     resumed.train()
     assert_same(stored(tmp_path / "run", resumed), weights(whole))
+
+
+def test_a_checkpoint_of_the_right_size_that_cannot_be_read_names_the_one_before(data: Path, tmp_path: Path) -> None:
+    Trainer(tiny(data), tmp_path / "run").train()
+    newest = tmp_path / "run" / "checkpoints" / f"{96:012d}"
+    shard = next(newest.glob("*.distcp"))
+    shard.write_bytes(b"\x17" * shard.stat().st_size)
+    with pytest.raises(ValueError, match=r"0096 cannot be read into .* remove it; the one before is 000000000072"):
+        Trainer(tiny(data), tmp_path / "run", resume="auto")
+    shutil.rmtree(newest)
+    assert Trainer(tiny(data), tmp_path / "run", resume="auto").progress.images == 72
 
 
 @pytest.mark.parametrize("in_background", [True, False])
@@ -262,6 +286,40 @@ def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path: Path) -> None:
     objective = trainer.objective.loss(lambda x, t, c: x, torch.zeros(8, 1, 8, 8), None, batch["seeds"], 0)
     assert torch.equal(objective.level, batch["level"])
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_why_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("fastdiff.training.trainer.save_file", full)
+    trainer = Trainer(tiny(poisoned(tmp_path), objective_options={"sigma_data": 1.0}), tmp_path / "run")
+    with pytest.raises(NotFinite, match=r"loss nan .* the batch could not be written to .*: No space left on device"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("not-finite-*"))
+
+
+class OneOfTwo(Ranks):
+    """The first process, whose peer finds one unreadable file."""
+
+    def share(self, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [*found, ("theirs.png", "cut short")]
+
+
+def test_files_that_another_process_cannot_read_are_named_and_counted(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(tiny(data, images=48), tmp_path / "run", ranks=OneOfTwo(0, 1, torch.device("cpu")))
+    trainer.source.faults = Faults(2000)
+    trainer.source.faults.record("ours.png", ValueError("no picture"))
+    trainer.train()
+    assert [line["unreadable_files"] for line in lines(tmp_path / "run")] == [2, 2, 2]
+    said = capfd.readouterr().err
+    assert said.count("skipped ours.png: no picture") == 1 and "skipped theirs.png: cut short" in said
+    with pytest.raises(ValueError, match=r"3 of 2000 files cannot be read"):
+        trainer.source.faults.learn([("a third", "cut short")])
 
 
 def test_a_process_without_the_bad_samples_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +417,20 @@ def test_what_is_trained_is_what_is_loaded(
     assert np.array_equal(np.load(out), fd.images.to_pixels(x))
 
 
+def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "latents.npy", 5 * np.random.default_rng(0).standard_normal((16, 4, 8, 8)).astype(np.float32))
+    config = tiny(tmp_path / "latents.npy", channels=4, scale=0.2, images=16, weights_dtype="float32", resize="none")
+    Trainer(config, tmp_path / "run").train()
+    command = ["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out"]
+    assert cli.main([*command, str(tmp_path / "x.png")]) == 2
+    assert "draws latents, not pictures: give --out latents.npy" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "x.npy")]) == 0
+    x = fd.sample(fd.load(tmp_path / "run"), (2, 4, 8, 8), steps=2, seed=0, memory_format=torch.channels_last)
+    drawn = np.load(tmp_path / "x.npy")
+    assert drawn.dtype == np.float32 and drawn.std() > 1.5
+    np.testing.assert_allclose(drawn, x.numpy() / 0.2, rtol=1e-6)
+
+
 def test_one_command_trains_on_a_folder_and_the_next_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,6 +469,14 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
         (["--preset", "fashion32"], "nothing to train on"),
         (["--preset", "fashion32", "--data", "x", "--batch", "many"], "batch must be int, got 'many'"),
         (["--preset", "fashion32", "--data", "x", "--precision", "fp8"], "Unknown precision 'fp8'"),
+        (["--preset", "fashion32", "--data", "x", "--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
+        (["--preset", "fashion32", "--data", "x", "--eval-count", "0"], "eval_count must be at least 1, got 0"),
+        (["--preset", "fashion32", "--data", "x", "--peak-tflops", "0"], "peak_tflops must be above 0, got 0.0"),
+        (["--preset", "fashion32", "--data", "x", "--ema-rampup", "nan"], "ema_rampup must be float, got 'nan'"),
+        (
+            ["--preset", "fashion32", "--data", "set.npz", "--eval-images", "128", "--eval-data", "nowhere"],
+            "no data at nowhere",
+        ),
         (["--preset", "fashion32", "--data", "x", "--network", "wide"], "--network must be NAME=VALUE"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective", "ddmp"], "Did you mean 'ddpm'"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier"], "this trainer builds denoisers"),

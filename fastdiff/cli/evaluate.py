@@ -54,13 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable_file(arguments.json)
     model = fd.load(arguments.model, device=arguments.device)
-    train, test, resized = _sets(arguments, model)
+    train, test, resized, scale = _sets(arguments, model)
     plan = fd.plan(arguments.solver, model.schedule, arguments.steps, arguments.grid)
     if isinstance(plan, fd.AdaptivePlan):
         raise ValueError(f"eval draws with a fixed table, and {arguments.solver} makes its own steps; choose another")
     report = evaluate(
         model, plan, train, test, arguments.samples, arguments.features, arguments.guidance, arguments.seed,
         arguments.batch, arguments.likelihood, arguments.fid, progress=True,
+        scale=scale,
     )  # fmt: skip
     seen = "; the model may have seen them, give --test others" if isinstance(test, Subset) else ""
     print(f"training  {train.describe()}\ntest      {test.describe()}{seen}\npictures  {resized}")
@@ -86,11 +87,12 @@ def _settings(arguments: argparse.Namespace) -> tuple[TrainConfig | None, str, s
     return None, "crop", "as runs are unless they say otherwise"
 
 
-def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, Source, str]:
-    """The training and the test pictures at the model's size, and how they came to it."""
+def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, Source, str, float]:
+    """The training and the test pictures at the model's size, how they came to it, and the scale of float values."""
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     said, resize, why = _settings(arguments)
+    scale = said.scale if said else 1.0
     data = arguments.data or (said.data if said else None)
     if not data:
         raise ValueError("--data is missing: name the folder or file the model was trained on")
@@ -99,11 +101,11 @@ def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, So
     resized = f"of {model.shape[1]}x{model.shape[2]} by resize={resize}, {why}"
     train = open_data(data, **how)
     if arguments.test:
-        return train, open_data(arguments.test, **how), resized
+        return train, open_data(arguments.test, **how), resized, scale
     try:
         test = open_data(data, **how, split="test")
     except (FileNotFoundError, ValueError):
         test = train
     if len(test) != len(train) or not torch.equal(test.fetch(np.arange(1))[0], train.fetch(np.arange(1))[0]):
-        return train, test, resized
-    return Subset(train, np.arange(0, len(train), 2)), Subset(train, np.arange(1, len(train), 2)), resized
+        return train, test, resized, scale
+    return Subset(train, np.arange(0, len(train), 2)), Subset(train, np.arange(1, len(train), 2)), resized, scale

@@ -17,6 +17,8 @@ from fastdiff import images
 from fastdiff.cli.commands import add_command, add_table_options, read_options
 from fastdiff.engine.guidance import Reduction, Rule
 from fastdiff.errors import unknown_name
+from fastdiff.models.shipped import file_of
+from fastdiff.models.weight_files import read_metadata
 
 RULES: dict[str, type[Rule]] = {
     "rescale": fd.guidance.Rescale,
@@ -78,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--count and --batch must be >= 1, got {arguments.count} and {arguments.batch}")
     images.check_writable(arguments.out)
     model = fd.load(arguments.model, device=_device(arguments.device))
+    scale = _latent_scale(arguments)
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     labels = [label for label in _labels(arguments.classes, model) for _ in range(arguments.count)]
@@ -101,15 +104,31 @@ def run(arguments: argparse.Namespace) -> int:
             progress=len(batches) == 1,
             **_conditions(model, [labels[i] for i in batch], arguments.guidance),
         )
-        drawn.append(images.to_pixels(x))
+        drawn.append(images.to_pixels(x) if scale is None else (x.float() / scale).cpu().numpy())
         assert sampler.last_run is not None
         nfe = max(nfe, sampler.last_run.nfe)
         seconds += sampler.last_run.seconds
         model_seconds += sampler.last_run.model_seconds or 0.0
     names = [model.class_names[label] if label is not None else "" for label in labels]
-    images.save(arguments.out, np.concatenate(drawn), names, columns=arguments.count)
+    if scale is None:
+        images.save(arguments.out, np.concatenate(drawn), names, columns=arguments.count)
+    else:
+        images.save_array(arguments.out, np.concatenate(drawn))
     _report(arguments, sampler, nfe, len(labels), seconds, model_seconds)
     return 0
+
+
+def _latent_scale(arguments: argparse.Namespace) -> float | None:
+    """What the latents of the model's training set were multiplied by; None of a model that draws pictures."""
+    said = read_metadata(file_of(arguments.model)).get("latent_scale")
+    if said is None:
+        return None
+    if arguments.out.suffix != ".npy" or arguments.init is not None:
+        raise ValueError(
+            "this model draws latents, not pictures: give --out latents.npy, and no --init. They are float32 "
+            "[batch, channels, height, width] in the units of its training set, for the decoder of that set"
+        )
+    return float(said)
 
 
 def _start(arguments: argparse.Namespace, shape: tuple[int, ...]) -> Tensor | None:

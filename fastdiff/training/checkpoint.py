@@ -36,7 +36,7 @@ class Progress:
 
     updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
     times: that of a distribution of times that follows the loss; loss_sum, loss_count: over the steps since the last
-    line of the log, of all processes.
+    line of the log, of all processes. pictures: in the training set; 0: not said.
     """
 
     images: int = 0
@@ -48,6 +48,7 @@ class Progress:
     times: dict[str, Any] = field(default_factory=dict)
     loss_sum: float = 0.0
     loss_count: int = 0
+    pictures: int = 0
 
     def add(self, loss: float) -> None:
         """Count the loss of a step in the mean of the next line of the log."""
@@ -128,8 +129,12 @@ class Checkpoints:
             dcp.load(tensors, **self._place(path))
             content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:500]
-            raise ValueError(f"{path} cannot be read into this network: {reason}") from error
+            reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[-1].split())[:500]
+            before = max((each.name for each in self._names() if each < path and _is_whole(each)), default="")
+            raise ValueError(
+                f"{path} cannot be read into this network: {reason}. If it is damaged, remove it; the one before is "
+                f"{before or 'none'}"
+            ) from error
         content.pop("files")
         return Progress(**content)
 

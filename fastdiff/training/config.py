@@ -20,6 +20,13 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("constant", "cosine", "linear", "inverse_sqrt")
 PARALLEL = ("auto", "ddp", "fsdp")
 RESIDENT = ("auto", "yes", "no")
+_POSITIVE = (
+    "size", "images", "batch", "micro_batch", "workers", "threads", "save_images", "log_images", "keep",
+    "ema_halflife", "eval_count", "sample_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "warmup_images", "clip_norm", "weight_decay", "ema_rampup", "eval_images", "sample_images", "max_skips"
+)  # fmt: skip
 
 
 def _option(default: Any, about: str, free: bool = False) -> Any:
@@ -105,27 +112,35 @@ class TrainConfig:
         _one_of("parallel", self.parallel, PARALLEL)
         _one_of("resident", self.resident, RESIDENT)
         _one_of("weights_dtype", self.weights_dtype, ("float32", "float16", "bfloat16"))
-        for name in ("size", "images", "batch", "workers", "save_images", "log_images", "keep", "ema_halflife"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_images", "clip_norm", "weight_decay", "eval_images", "sample_images", "max_skips"):
-            if getattr(self, name) < 0:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.drop_label < 1:
             raise ValueError(f"drop_label must be within [0, 1), got {self.drop_label}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("learning_rate", "scale", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if self.graph and self.precision == "fp16":
             raise ValueError(
                 "graph cannot be combined with fp16, whose loss scale the host changes; use precision=bf16"
             )
 
     def change(self, **changes: Any) -> TrainConfig:
-        """This configuration with other values; dictionaries are merged. Raises: ValueError for an unknown name."""
+        """This configuration with other values; dictionaries are merged, but another objective begins without options.
+
+        Raises: ValueError for an unknown name.
+        """
         known = {entry.name for entry in fields(self)}
         for name in changes:
             if name not in known:
                 raise unknown_name("option of a run", name, known)
+        if changes.get("objective", self.objective) != self.objective:
+            return replace(self, objective=changes["objective"], objective_options={}).change(**changes)
         merged: dict[str, Any] = {
             name: {**getattr(self, name), **value} if isinstance(value, Mapping) else value
             for name, value in changes.items()

@@ -137,10 +137,12 @@ def metadata(config: TrainConfig, objective: Objective, images: int) -> dict[str
         "schedule": json.dumps(objective.schedule.to_dict()),
         "class_names": json.dumps(config.class_names),
         "classes": str(config.classes or 0),
-        "value_range": "[-1, 1]",
+        "value_range": "[-1, 1]" if config.scale == 1.0 else "latents, times latent_scale",
         "images_seen": str(images),
         "learned_variance": str(objective.learned_variance).lower(),
     }
+    if config.scale != 1.0:
+        facts["latent_scale"] = repr(config.scale)
     if objective.sigma_data is not None:
         facts["sigma_data"] = repr(objective.sigma_data)
     if objective.null_label is not None:

@@ -56,6 +56,14 @@ class Ranks:
         dist.all_gather(found, tensor, self.group)
         return found
 
+    def share(self, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """What every process found, in the order of the processes; all get the same list."""
+        if self.group is None:
+            return found
+        everyone: list[list[tuple[str, str]]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyone, found, self.group)
+        return [each for one in everyone for each in one]
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.group is not None:

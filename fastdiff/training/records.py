@@ -6,6 +6,7 @@ May import: files.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -43,13 +44,23 @@ class Records:
         """Append one line {"kind": ..., "images": ..., ...}; numbers also go to TensorBoard."""
         if not self.active:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "images": images, **values}) + "\n")
+        self._append(json.dumps({"kind": kind, "images": images, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{kind}/{name}", value, images)
             self.board.flush()
+
+    def _append(self, line: str) -> None:
+        """Write a line whole or not at all: a disk that is full does not end a run that its checkpoints outlive."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if self.path.is_file():
+                os.truncate(self.path, size)
+            self.say(f"fastdiff: warning: a line of {self.path} is lost: {error}")
 
     def show(self, **values: str) -> None:
         """Facts beside the bar."""

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,6 +80,13 @@ class Trainer:
         if found is not None:
             self.progress = self.checkpoints.load(self.tensors(), found)
             self.step.restore(self.progress)
+            if self.progress.pictures not in (0, len(self.source)):
+                raise ValueError(
+                    f"{self.config.data} holds {len(self.source)} pictures, and the run was trained on "
+                    f"{self.progress.pictures}, in an order that depends on their number: put the data back as they "
+                    "were, or train on these with --init into another folder"
+                )
+        self.progress.pictures = len(self.source)
         if self.ranks.first:
             self.config.save(run / "config.json")
 
@@ -196,7 +204,8 @@ class Trainer:
             self.source, config.seed, config.batch, self.ranks.rank, self.ranks.world, config.scale, device
         )
         self.previews = Previews(config, self.objective, self.ema, self.ranks, self.run)
-        self._eval_source: Source | None = None
+        other = replace(config, data=config.eval_data)
+        self._eval_source = _open(other) if config.eval_images and config.eval_data else self.source
 
     def _take(self, batch: Batch, interrupts: Interrupts) -> Outcome:
         skips = self.progress.skips
@@ -213,9 +222,13 @@ class Trainer:
         out = self.run / f"not-finite-{images:012d}-{self.ranks.rank}.safetensors"
         tensors = {**batch.tensors(), "per_sample": outcome.per_sample, "level": outcome.level}
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(
-            out, lambda temporary: save_file(stored, temporary, {"step": str(step), "images": str(images)})
-        )
+        kept = f"the batch is in {out}"
+        try:
+            write_atomically(
+                out, lambda temporary: save_file(stored, temporary, {"step": str(step), "images": str(images)})
+            )
+        except (OSError, SafetensorError) as error:
+            kept = f"the batch could not be written to {out}: {error}"
         bad = ~torch.isfinite(outcome.per_sample)
         levels = ", ".join(f"{level:.6g}" for level in outcome.level[bad][:5].tolist())
         where = f"at model times {levels}"
@@ -224,7 +237,7 @@ class Trainer:
             where = "with finite losses: the gradient overflowed" if finite else "here: another process has them"
         text = (
             f"loss {outcome.loss} and gradient norm {outcome.norm} in step {step} (after {images} images), "
-            f"{int(bad.sum())} samples {where}; the batch is in {out}"
+            f"{int(bad.sum())} samples {where}; {kept}"
         )
         if self.progress.skips > self.config.max_skips:
             raise NotFinite(
@@ -233,6 +246,13 @@ class Trainer:
             )
         self.records.say(f"fastdiff: warning: left out a step: {text}")
         self.records.write("skipped", images, step=step, loss=str(outcome.loss))
+
+    def _sample(self, images: int) -> None:
+        """Draw the grid; a disk that is full does not end the run."""
+        try:
+            self.previews.sample(images)
+        except OSError as error:
+            self.records.say(f"fastdiff: warning: could not write the samples after {images} images: {error}")
 
     def _failed_to_save(self, error: OSError) -> None:
         self.records.say(f"fastdiff: warning: {error}")
@@ -250,10 +270,10 @@ class Trainer:
         if self._due(config.log_images) or images >= config.images:
             self._log(outcome)
         if self._due(config.eval_images):
-            loss = self.previews.evaluate(self._evaluation_set())
+            loss = self.previews.evaluate(self._eval_source)
             self.records.write("eval", images, loss=loss)
         if self._due(config.sample_images):
-            self.previews.sample(images)
+            self._sample(images)
         if self._due(config.save_images) and images < config.images:
             self.save()
 
@@ -262,6 +282,11 @@ class Trainer:
         rate = (self.progress.images - images) / max(self._shown[0] - began, 1e-9)
         loss = self.progress.mean_loss()
         used = self.ranks.largest(records.memory(self.ranks.device))
+        # a file is read by the process whose share it is in, and each of them must stop at the same one too many
+        unreadable = self.ranks.share(self.source.faults.take())
+        for name, why in dict(unreadable).items():
+            self.records.say(f"fastdiff: warning: skipped {name}: {why}")
+        self.source.faults.learn(unreadable)
         mfu = rate * self.flops / (self._peak * self.ranks.world)
         self.records.write(
             "train", self.progress.images, step=self.progress.step, loss=loss, gradient_norm=outcome.norm,
@@ -269,8 +294,6 @@ class Trainer:
             skips=self.progress.skips, unreadable_files=len(self.source.faults.reasons),
             seconds=self.progress.seconds,
         )  # fmt: skip
-        for name, why in self.source.faults.take():
-            self.records.say(f"fastdiff: warning: skipped {name}: {why}")
         self.records.show(
             loss=f"{loss:.4f}", images_s=f"{rate:.0f}", memory=f"{used / 2**30:.2f} GiB", mfu=f"{100 * mfu:.0f}%"
         )
@@ -279,12 +302,6 @@ class Trainer:
         """Whether the step just taken passed a multiple of `every`."""
         images = self.progress.images
         return every > 0 and images // every > (images - self.config.batch) // every
-
-    def _evaluation_set(self) -> Source:
-        if self._eval_source is None:
-            other = replace(self.config, data=self.config.eval_data)
-            self._eval_source = _open(other) if self.config.eval_data else self.source
-        return self._eval_source
 
     def _found(self, resume: str) -> Path | None:
         """The checkpoint to go on from. Raises: ValueError where there is one and nobody said so."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Faults:
     def __init__(self, size: int) -> None:
         self.size = size
         self.reasons: dict[str, str] = {}
-        self._told = 0
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     def record(self, name: str, error: Exception) -> None:
@@ -42,9 +42,16 @@ class Faults:
 
     def take(self) -> list[tuple[str, str]]:
         """Names and reasons since the last call."""
-        found = list(self.reasons.items())[self._told :]
-        self._told += len(found)
+        with self._lock:
+            found = [(name, reason) for name, reason in self.reasons.items() if name not in self._told]
+            self._told.update(name for name, _ in found)
         return found
+
+    def learn(self, found: Iterable[tuple[str, str]]) -> None:
+        """Count what other processes took, so that the limit is that of the run. Raises: as `record`."""
+        for name, reason in found:
+            self._told.add(name)
+            self.record(name, UnreadableFile(reason))
 
 
 class Source(ABC):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from fastdiff.engine.sampler import Sampler
 from fastdiff.models.denoiser import Denoiser
 
 from ..data import Source
+from ..data.source import scaled
 from . import features as features_of
 from .distances import nearest, precision_recall, sliced_wasserstein
 from .fid import fid as inception_fid
@@ -98,11 +100,14 @@ def evaluate(
     likelihood: int = 500,
     fid: bool = False,
     progress: bool = False,
+    scale: float = 1.0,
 ) -> Report:
     """Measure samples and, beside them, training pictures; both against the test pictures.
 
     samples: equally many of each class, sample i with seed `seed` + i. likelihood: pictures of each set for the errors
-    by level, 0 leaves them out. Raises: ValueError where model and data do not fit each other.
+    by level, 0 leaves them out. scale: what float values were multiplied by in training; where a set has such values,
+    all are compared in the units of the network, and samples are not rounded to pixels.
+    Raises: ValueError where model and data do not fit each other.
     """
     shape = model.shape
     if shape is None or tuple(train.shape) != shape or tuple(test.shape) != shape:
@@ -116,13 +121,23 @@ def evaluate(
             )
     features = features_of.resolve(features, shape, model.class_names)
     measure = features_of.get(features, shape)
-    known, known_labels = _all(train, samples)
-    real, real_labels = _all(test, len(test))
+    known, known_labels = _all(train, samples, scale)
+    real, real_labels = _all(test, len(test), scale)
+    every = _all(train, len(train), scale)[0] if len(train) <= 100_000 else known
+    pixels = known.dtype == real.dtype == torch.uint8
+    if not pixels:
+        if fid or features == "fashion":
+            raise ValueError("FID and features 'fashion' are of pixels, and these sets hold float values; use pixels")
+        known, real, every = scaled(known), scaled(real), scaled(every)
+    if likelihood and model.class_names and (known_labels is None or real_labels is None):
+        raise ValueError(
+            f"the model has {len(model.class_names)} classes, and its errors by level need the labels of the training "
+            "and the test pictures: give sets that have them, or likelihood 0"
+        )
     asked = _asked(model, samples)
-    drawn = draw(model, plan, samples if asked is None else len(asked), asked, guidance, seed, batch, progress)
+    drawn = draw(model, plan, samples if asked is None else len(asked), asked, guidance, seed, batch, progress, pixels)
     _, reference = measure(real)
     rows = []
-    every = _all(train, len(train))[0] if len(train) <= 100_000 else known
     for name, pictures, labels in (
         ("test pictures", real, real_labels),
         ("training pictures", known, known_labels),
@@ -136,10 +151,10 @@ def evaluate(
         if name != "test pictures":
             row["distance"] = frechet_distance(fit_gaussian(found.numpy()), fit_gaussian(reference.numpy()))
             row["precision"], row["recall"] = precision_recall(found, reference)
-            row["wasserstein"] = sliced_wasserstein(pictures / 127.5 - 1, real / 127.5 - 1)
+            row["wasserstein"] = sliced_wasserstein(scaled(pictures), scaled(real))
             row["fid"] = inception_fid(pictures, real) if fid else math.nan
         if name != "training pictures":
-            gaps = nearest(pictures[_spread(len(pictures), MEMORY_PROBE)], every)[0]
+            gaps = nearest(pictures[_spread(len(pictures), MEMORY_PROBE)], every)[0] * (1.0 if pixels else 127.5)
             row["nearest"], row["nearest_least"] = float(gaps.median()), float(gaps.min())
         rows.append(Row(name, len(pictures), **row))
     return Report(features, rows, *_likelihood(model, likelihood, (known, known_labels), (real, real_labels)))
@@ -154,8 +169,9 @@ def draw(
     seed: int = 0,
     batch: int = 200,
     progress: bool = False,
+    pixels: bool = True,
 ) -> Tensor:
-    """uint8 samples [N, C, H, W] of the classes asked for; sample i has seed `seed` + i."""
+    """Samples [N, C, H, W] of the classes asked for, uint8 or (pixels False) fp32; sample i has seed `seed` + i."""
     sampler, drawn = Sampler(plan, model), []
     for start in tqdm(range(0, count, batch), disable=not progress, desc="samples", unit="batch"):
         part = None if asked is None else asked[start : start + batch].to(model.device)
@@ -166,7 +182,7 @@ def draw(
         if part is not None and guidance != 1.0 and model.null_label is not None:
             conditions |= {"uncond": {"class_labels": torch.full_like(part, model.null_label)}, "guidance": guidance}
         x = sampler.sample((size, *(model.shape or ())), seed=range(seed + start, seed + start + size), **conditions)
-        drawn.append(torch.from_numpy(pictures_of.to_pixels(x)).permute(0, 3, 1, 2))
+        drawn.append(torch.from_numpy(pictures_of.to_pixels(x)).permute(0, 3, 1, 2) if pixels else x.float().cpu())
     return torch.cat(drawn).contiguous()
 
 
@@ -183,15 +199,20 @@ def _likelihood(
     return list(rows), found[1].bits
 
 
-def _all(source: Source, most: int) -> tuple[Tensor, Tensor | None]:
+def _all(source: Source, most: int, scale: float) -> tuple[Tensor, Tensor | None]:
     """Up to `most` pictures in the order of the set, of a labelled set equally many of each class."""
+    pictures, labels = source.fetch(_chosen(source, most))
+    return pictures * scale if pictures.is_floating_point() else pictures, labels
+
+
+def _chosen(source: Source, most: int) -> NDArray[np.int64]:
     if not source.num_classes or most >= len(source):
-        return source.fetch(np.arange(min(most, len(source))))
+        return np.arange(min(most, len(source)))
     labels = source.fetch(np.arange(len(source)))[1]
     assert labels is not None
     each = max(1, most // source.num_classes)
     chosen = torch.cat([(labels == c).nonzero()[:each, 0] for c in range(source.num_classes)])
-    return source.fetch(chosen.numpy())
+    return chosen.numpy()
 
 
 def _asked(model: Denoiser, samples: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What pictures are compared by: the shipped classifier, pooled pixels, or a function of the user's.
 
-May import: models, data.idx.
+May import: models, data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional
 from fastdiff.models.classifier import classify, load_classifier
 
 from ..data.idx import FASHION_CLASSES
+from ..data.source import scaled
 
 # uint8 [N, C, H, W] -> (predicted classes [N] or None, features [N, F])
 Features = Callable[[Tensor], tuple[Tensor | None, Tensor]]
@@ -34,7 +35,8 @@ def get(name: str, shape: tuple[int, ...]) -> Features:
 
     "fashion": 128 features and the class, by the classifier that comes with the package, for its 1x32x32 pictures;
     "pixels": the picture pooled to 8x8, a crude measure that needs no network; "package.module:function": a function
-    that takes uint8 [N, C, H, W] and returns features [N, F], or a pair of predicted classes [N] and features.
+    that takes uint8 [N, C, H, W] (fp32 of sets of float values) and returns features [N, F], or a pair of predicted
+    classes [N] and features.
     Raises: ValueError for pictures of another shape or a function that is not there.
     """
     if name == "fashion":
@@ -48,7 +50,7 @@ def get(name: str, shape: tuple[int, ...]) -> Features:
 
 
 def _pooled(pictures: Tensor) -> tuple[None, Tensor]:
-    return None, functional.adaptive_avg_pool2d(pictures.float() / 127.5 - 1.0, POOLED).flatten(1)
+    return None, functional.adaptive_avg_pool2d(scaled(pictures), POOLED).flatten(1)
 
 
 def _own(name: str) -> Features:
