@@ -105,9 +105,11 @@ Error run(const TrainArgs& args, bool loss) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_noise_images_cpu(const TrainArgs* args) {
-  return args ? cpu::run(*args, false) : kNullPointer;
+  return cpu::answer([](const TrainArgs& own) { return cpu::run(own, false); }, args);
 }
 
-FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) { return args ? cpu::run(*args, true) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) {
+  return cpu::answer([](const TrainArgs& own) { return cpu::run(own, true); }, args);
+}
 
 FASTDIFF_EXPORT int64_t fastdiff_train_args_size() { return sizeof(TrainArgs); }
