@@ -62,6 +62,7 @@ enum Error : int {
   kBadNoise = 5,
   kThreads = 6,
   kBadRule = 7,
+  kOutOfMemory = 8,
   kCuda = 100,  // plus the cudaError_t
 };
 

@@ -7,15 +7,17 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "../export.h"
+#include "guard.h"
 
 using namespace fastdiff;
 
 namespace {
 
-PyObject *data_ptr, *cdata;  // the method's name and the attribute's
+PyObject *data_ptr, *is_neg, *cdata;  // the methods' names and the attribute's
 constexpr int64_t kMostDims = 8;
 constexpr int kBranchCount = 3;  // model_out, unguided, perturbed
 
@@ -88,6 +90,15 @@ bool locate(PyObject* tensor, void*& at) {
   return !PyErr_Occurred();
 }
 
+// Whether torch has still to turn a tensor's sign, of which the elements where it lies say nothing; so too where it
+// cannot be asked.
+bool negated(PyObject* tensor) {
+  PyObject* found = PyObject_CallMethodObjArgs(tensor, is_neg, nullptr);
+  Py_XDECREF(found);
+  if (!found) PyErr_Clear();
+  return found != Py_False;
+}
+
 // A step that was bound. like: of the branches that are given; stacked: in bytes from Fc on, where a branch follows it
 // in its stack, 0: it does not. unlike: what runs or refuses all else; failed: what raises an error code.
 // gathered: where Fc, which does not lie as a row reads it, is copied to; empty: it is read where it is.
@@ -155,7 +166,7 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObj
     }
     View view;
     if (!bound->given[i] || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != bound->type || !view.of(tensor) ||
-        !view.locate(bound->like[i], at[i]))
+        !view.locate(bound->like[i], at[i]) || negated(tensor))
       return otherwise(*bound, args, count, names);
     if (i == 0 && !bound->gathered.empty()) {
       char* to = bound->gathered.data();
@@ -192,7 +203,8 @@ PyObject* bind_step(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OOOOnOO", &address, &type, &tensors, &stacked, &gathered, &unlike, &failed))
     return nullptr;
   for (PyObject* kept : {type, unlike, failed}) Py_INCREF(kept);
-  auto* bound = new Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
+  auto* bound = new (std::nothrow) Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
+  if (!bound) return PyErr_NoMemory();
   PyObject* capsule = PyCapsule_New(bound, kCapsule, release);
   if (!capsule) return nullptr;
   bound->block = static_cast<AffineArgs*>(PyLong_AsVoidPtr(address));
@@ -207,7 +219,8 @@ PyObject* bind_step(PyObject*, PyObject* args) {
     if (!locate(tensor, at)) break;
     known = known && view.of(tensor) && view.form(bound->like[i]) && view.locate(bound->like[i], shown) && at == shown;
   }
-  if (!PyErr_Occurred()) bound->gathered.resize(static_cast<size_t>(gathered));
+  const auto take = [&] { return bound->gathered.resize(static_cast<size_t>(gathered)), kOk; };
+  if (!PyErr_Occurred() && cpu::guarded(take) != kOk) PyErr_NoMemory();
   PyObject* result = nullptr;
   if (!PyErr_Occurred()) result = known ? PyCFunction_NewEx(&step_method, capsule, nullptr) : Py_NewRef(Py_None);
   Py_DECREF(capsule);
@@ -275,6 +288,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 
 PyMODINIT_FUNC PyInit__C() {
   if (!data_ptr) data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
   if (!cdata) cdata = PyUnicode_InternFromString("_cdata");
-  return data_ptr && cdata ? PyModule_Create(&module) : nullptr;
+  return data_ptr && is_neg && cdata ? PyModule_Create(&module) : nullptr;
 }

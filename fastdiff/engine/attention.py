@@ -82,4 +82,4 @@ def _launch(heads: int, **tensors: Tensor) -> None:
     )  # fmt: skip
     library = native.load()
     if code := library.fastdiff_attention_cpu(ctypes.addressof(args)):
-        raise RuntimeError(f"attention on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed("attention on cpp", code)

@@ -34,6 +34,7 @@ _FIX = (
     "pip install -e . --no-build-isolation"
 )
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_OUT_OF_MEMORY = 8  # kOutOfMemory in csrc/affine.h
 _BRANCHES = ("model_out", "unguided", "perturbed")
 _POINTERS = (
     "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
@@ -242,14 +243,14 @@ def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | N
     None where torch keeps its tensors in another way than that function knows.
     """
 
-    def failed(code: int) -> None:
-        raise _failed("affine_step on cpp", code)
+    def fail(code: int) -> None:
+        raise failed("affine_step on cpp", code)
 
     model_out = tensors.model_out if whole is None else whole
     given = model_out, tensors.unguided, tensors.perturbed
     gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
     stacked = 0, *_stacked(args, model_out)
-    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, gathered, step, failed)
+    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, gathered, step, fail)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
@@ -279,17 +280,19 @@ def _bind(
             or not model_out.is_contiguous(memory_format=memory_format)
         ):
             raise _unlike(op, "model output", model_out, like, memory_format)
+        model_out = model_out.resolve_neg()
         start = args.model_out = model_out.data_ptr()
         if second:
             args.unguided = start + second
         if third:
             args.perturbed = start + third
         if apart or unguided is not None or perturbed is not None:
+            unguided, perturbed = (None if given is None else given.resolve_neg() for given in (unguided, perturbed))
             place("unguided", unguided)
             place("perturbed", perturbed)
         code = run(address)
         if code:
-            raise _failed(f"{op} on {executor}", code)
+            raise failed(f"{op} on {executor}", code)
 
     def place(name: str, given: Tensor | None) -> None:
         bound = getattr(tensors, name)
@@ -324,7 +327,7 @@ def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: floa
     def find() -> None:
         if code := run(ctypes.addressof(args)):
             # tensors is named so that the bound call keeps what the block points to
-            raise _failed(f"measure on {executor}, values {tuple(tensors.value.shape)}", code)
+            raise failed(f"measure on {executor}, values {tuple(tensors.value.shape)}", code)
 
     return find
 
@@ -342,7 +345,7 @@ def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
         *(DTYPES[images.dtype], DTYPES[model.dtype], factor),
     )
     if code := _function(op, executor, tensors.images.device)(ctypes.addressof(args)):
-        raise _failed(f"{op} on {executor}", code)
+        raise failed(f"{op} on {executor}", code)
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:
@@ -356,10 +359,10 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
         return _apart_on_cuda(library, args, tensors)
     assert tensors.model_in is not None
 
-    def failed(code: int) -> None:
-        raise _failed(_named(executor, args, tensors), code)
+    def fail(code: int) -> None:
+        raise failed(_named(executor, args, tensors), code)
 
-    return python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
+    return python().bind_apart(address, tensors.model_in.dtype == torch.float32, fail)
 
 
 def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:
@@ -372,13 +375,15 @@ def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors)
         args.denoised = None if denoised is None else denoised.data_ptr()
         code = run(address)
         if code:
-            raise _failed(_named("cuda", args, tensors), code)
+            raise failed(_named("cuda", args, tensors), code)
 
     return step
 
 
-def _failed(where: str, code: int) -> RuntimeError:
-    return RuntimeError(f"{where}: {load().fastdiff_error(code).decode()} (code {code})")
+def failed(where: str, code: int) -> RuntimeError | MemoryError:
+    """The error for what a function of the extension returned."""
+    message = f"{where}: {load().fastdiff_error(code).decode()} (code {code})"
+    return MemoryError(message) if code == _OUT_OF_MEMORY else RuntimeError(message)
 
 
 def _named(executor: str, args: AffineArgs, tensors: StepTensors) -> str:

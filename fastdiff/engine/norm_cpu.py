@@ -183,4 +183,4 @@ def _launch(args: NormArgs, op: str) -> None:
 
 
 def _raise(op: str, code: int) -> NoReturn:
-    raise RuntimeError(f"{op} on cpp: {native.load().fastdiff_error(code).decode()} (code {code})")
+    raise native.failed(f"{op} on cpp", code)

@@ -145,7 +145,7 @@ def _launch(which: str, args: WinogradArgs) -> None:
     library = native.load()
     code = getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args))
     if code:
-        raise RuntimeError(f"winograd_conv on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed("winograd_conv on cpp", code)
 
 
 def _points() -> Tensor:

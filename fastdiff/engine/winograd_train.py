@@ -130,4 +130,4 @@ def _arguments(x: Tensor, y: Tensor, weight: Tensor) -> WinogradTrainArgs:
 def _launch(which: str, args: WinogradTrainArgs) -> None:
     library = native.load()
     if code := getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args)):
-        raise RuntimeError(f"winograd {which} on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed(f"winograd {which} on cpp", code)
