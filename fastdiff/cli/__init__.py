@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     print(f"fastdiff: warning: {message}", file=sys.stderr)
 
 
