@@ -44,4 +44,4 @@ def test_a_bound_step_reads_what_torch_would(bound_tensors: ops.StepTensors) -> 
 
 @pytest.fixture
 def bound_tensors() -> ops.StepTensors:
-    return Case(shape=(70,), batch=2, rows=1, registers=3, terms=0).tensors()
+    return Case(shape=(70,), batch=2, rows=1, registers=3, terms=0, seed=1).tensors()  # a row that reads F
