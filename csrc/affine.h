@@ -20,7 +20,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_args_size() lets native.py compare the two.
 struct AffineArgs {
   float* state;             // [K, B, N] registers
   const void* model_out;    // [B, N]: Fc

@@ -1,7 +1,8 @@
-"""The compiled extension: finding it, its argument block, and the hot path of executors "cpp" and "cuda".
+"""The compiled extension: finding it, filling its argument blocks, and the hot path of executors "cpp" and "cuda".
 
-May import: checks, errors. The extension is a shared object of C functions called through ctypes: a step is one call
-with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
+May import: checks, native_blocks, errors. The extension is a shared object of C functions called through ctypes: a
+step is one call with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation
+stand in between.
 On a CPU a row is a function of Python's own interface instead, which looks at the tensors it is given through torch's
 stable C functions: after milliseconds of network what a step costs is how much it touches, and ctypes touches the most.
 The norm op, of which a network runs a hundred between two steps, is one too.
@@ -21,6 +22,19 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine.checks import channels_of
+from fastdiff.engine.native_blocks import (
+    AFFINE_POINTERS,
+    GUIDE_POINTERS,
+    MEASURE_POINTERS,
+    AffineArgs,
+    AttentionArgs,
+    GuideArgs,
+    MeasureArgs,
+    NormArgs,
+    TrainArgs,
+    WinogradArgs,
+    WinogradTrainArgs,
+)
 from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -35,108 +49,9 @@ _FIX = (
 )
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _OUT_OF_MEMORY = 8  # kOutOfMemory in csrc/affine.h
-_BRANCHES = ("model_out", "unguided", "perturbed")
-_POINTERS = (
-    "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
-    "seed", "guidance", "noise", "denoised", "status", "ticket",
-)  # fmt: skip
-_GUIDE_POINTERS = (
-    "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
-)  # fmt: skip
-_MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "ticket")
-_NORM_POINTERS = (
-    "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
-    "grad", "sums",
-)  # fmt: skip
-_ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
-
 
 Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
-
-
-class AffineArgs(ctypes.Structure):
-    """Mirror of struct AffineArgs in csrc/affine.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R")]
-        + [(name, ctypes.c_int64) for name in ("coef_width", "ids_width", "channels", "noise_count")]
-        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "model_in_dtype")]
-        + [(name, ctypes.c_int32) for name in ("model_in_batch", "model_time_batch")]
-    )
-
-
-class GuideArgs(ctypes.Structure):
-    """Mirror of struct GuideArgs in csrc/guide.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _GUIDE_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R", "coef_width", "ids_width")]
-        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "rule", "threshold", "reserved")]
-    )
-
-
-class MeasureArgs(ctypes.Structure):
-    """Mirror of struct MeasureArgs in csrc/measure.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _MEASURE_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N")]
-        + [(name, ctypes.c_float) for name in ("rtol", "atol")]
-        + [(name, ctypes.c_int32) for name in ("quantity", "reserved")]
-    )
-
-
-class TrainArgs(ctypes.Structure):
-    """Mirror of struct TrainArgs in csrc/train.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("images", "table", "key", "model_out", "weight", "partial", "out")]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "width", "channels")]
-        + [(name, ctypes.c_int32) for name in ("image_dtype", "model_dtype")]
-        + [("factor", ctypes.c_float)]
-        + [("reserved", ctypes.c_int32)]
-    )
-
-
-class NormArgs(ctypes.Structure):
-    """Mirror of struct NormArgs in csrc/norm.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _NORM_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "C", "C1", "P", "groups")]
-        + [(f"{name}_stride", ctypes.c_int64) for name in ("residual", "before", "scale", "shift")]
-        + [("eps", ctypes.c_float)]
-        + [(name, ctypes.c_int32) for name in ("act", "dtype", "channels_last")]
-    )
-
-
-class AttentionArgs(ctypes.Structure):
-    """Mirror of struct AttentionArgs in csrc/attention.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _ATTENTION_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "T", "H", "d")]
-        + [("scale", ctypes.c_float)]
-        + [("reserved", ctypes.c_int32)]
-    )
-
-
-class WinogradArgs(ctypes.Structure):
-    """Mirror of struct WinogradArgs in csrc/winograd.h, which says what each field is."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "v", "products", "bias", "y")] + [
-        (name, ctypes.c_int64) for name in ("B", "C", "H", "W", "first", "count", "size")
-    ]
-
-
-class WinogradTrainArgs(ctypes.Structure):
-    """Mirror of struct WinogradTrainArgs in csrc/winograd.h, which says what each field is."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "weight", "bias")] + [
-        (name, ctypes.c_int64) for name in ("B", "C", "N", "H", "W", "row", "column", "tap", "block")
-    ]
 
 
 @functools.cache
@@ -194,7 +109,7 @@ def cpu_instruction_set() -> str:
 def arguments(tensors: StepTensors) -> AffineArgs:
     """The C argument block of checked tensors; it holds addresses, so the tensors must outlive it."""
     args = AffineArgs()
-    _fill(args, tensors, _POINTERS)
+    _fill(args, tensors, AFFINE_POINTERS)
     args.channels = tensors.channels
     args.noise_count = 0 if tensors.noise is None else tensors.noise.shape[0]
     args.model_in_dtype = 0 if tensors.model_in is None else DTYPES[tensors.model_in.dtype]
@@ -256,7 +171,7 @@ def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | N
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
     """`find(model_out, unguided, perturbed)`, finding each sample's scalars on checked tensors: otherwise as `bind`."""
     args = GuideArgs(rule=rule, threshold=threshold)
-    _fill(args, tensors, _GUIDE_POINTERS)
+    _fill(args, tensors, GUIDE_POINTERS)
     return _bind(args, tensors, executor, "guide")
 
 
@@ -320,7 +235,7 @@ def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
 def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: float, executor: str) -> Callable[[], None]:
     """`find()`, writing each sample's number on checked tensors: deterministic, capturable on "cuda"."""
     args = MeasureArgs(rtol=rtol, atol=atol, quantity=quantity)
-    _point(args, tensors, _MEASURE_POINTERS)
+    _point(args, tensors, MEASURE_POINTERS)
     args.B, args.N = len(tensors.value), tensors.value[0].numel()
     run = _function("measure", executor, tensors.value.device)
 
