@@ -297,6 +297,27 @@ def test_mixed_sizes_are_named_before_the_first_step(tmp_path: Path) -> None:
         open_data(tmp_path / "objects.npy")
 
 
+def shard_with_one_odd(path: Path, odd: int) -> Path:
+    """Forty 2 x 2 pictures and one of 2 x 3."""
+    with tarfile.open(path / "a.tar", "w") as tar:
+        for i in range(41):
+            add(tar, f"{i:02d}.png", png(np.full((1, 2, 3 if i == odd else 2), i, np.uint8)))
+    return path / "a.tar"
+
+
+@pytest.mark.parametrize("odd", [0, 40])
+def test_mixed_sizes_in_shards_are_named_at_the_opening(tmp_path: Path, odd: int) -> None:
+    with pytest.raises(ValueError, match=r"a.tar:\d\d.png is 2x\d, expected 2x\d as the others: .* mixed sizes"):
+        open_data(shard_with_one_odd(tmp_path, odd), resize="none")
+
+
+def test_mixed_sizes_that_the_opening_does_not_meet_are_named_with_their_file(tmp_path: Path) -> None:
+    """The opening reads a few samples of a shard, not all, and 1 is not among them."""
+    source = open_data(shard_with_one_odd(tmp_path, 1), resize="none")
+    with pytest.raises(ValueError, match=r"a.tar:01.png is 2x3, expected 2x2 as the others: .* mixed sizes"):
+        Loader(source, seed=0, batch=41).read(0)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 1000])
 def test_every_epoch_is_a_permutation_of_its_own(size: int) -> None:
     epochs = image_indices(size, 5, 0, 4 * size).reshape(4, size)

@@ -44,6 +44,7 @@ class Hub(Files):
             names = getattr(table.features[label], "names", None) or ()
             self.class_names = tuple(names) if len(names) == self.num_classes else ()
         self.shape = self.first_shape()
+        self.read_some()
 
     def __len__(self) -> int:
         return len(self.table)
