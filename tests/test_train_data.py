@@ -210,6 +210,25 @@ def test_a_table_of_the_datasets_package(tmp_path: Path, monkeypatch: pytest.Mon
         open_data(tmp_path, size=8, split="validation")
 
 
+def test_a_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's sets are downloaded; the package finds the splits by the names of the files."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="this set needs the package datasets, .* pip install datasets"):
+        open_data(tmp_path, size=8)
+    rows = [{"image": {"bytes": png(PIXELS[i]), "path": None}, "label": int(LABELS[i])} for i in range(12)]
+    package = types.SimpleNamespace(
+        load_dataset=lambda path: {"train": FakeTable(rows), path: FakeTable(rows[:2])}, Image=lambda decode: "undecoded"
+    )
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    np.testing.assert_array_equal(fetched(open_data(tmp_path, size=8))[0], PIXELS)
+    assert len(open_data(tmp_path, size=8, split=str(tmp_path))) == 2
+    folder(tmp_path / "pictures")
+    (tmp_path / "pictures" / "metadata.parquet").touch()
+    assert len(open_data(tmp_path / "pictures", size=8)) == 12
+
+
 def many(tmp_path: Path, count: int, bad: dict[int, bytes]) -> Path:
     """A folder of `count` pictures, some with other bytes."""
     tmp_path.joinpath("many").mkdir()
@@ -259,7 +278,7 @@ def test_a_damaged_shard_keeps_what_comes_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda p: p, {}, "holds no pictures: expected pictures, IDX files or tar shards"),
+        (lambda p: p, {}, "holds no pictures: expected pictures, IDX files, tar shards or parquet files"),
         (lambda p: (p / "notes.txt").write_text("x") and p, {}, "holds no pictures: expected files ending in .png"),
         (lambda p: npy_of(p, PIXELS[:0]), {}, "N at least 1"),
         (lambda p: npy_of(p, PIXELS[0]), {"size": 9, "resize": "none"}, "has 8x8, expected 9x9"),
