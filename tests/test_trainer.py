@@ -212,6 +212,23 @@ def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
         Trainer(config.change(images=48), tmp_path / "run", resume="auto")
 
 
+def test_a_set_may_move_but_not_become_another(data: Path, tmp_path: Path) -> None:
+    """The objective is one that takes no sigma_data from the pictures, which would differ too."""
+    config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"})
+    Trainer(config, tmp_path / "run").train()
+    moved = data.rename(tmp_path / "moved.npz")
+    resumed = Trainer(config.change(data=str(moved)), tmp_path / "run", resume="auto")
+    assert resumed.progress.images == 24
+    assert TrainConfig.load(tmp_path / "run" / "config.json").data == str(moved)
+    archive = dict(np.load(moved))
+    for name, values in archive.items():  # as many, the last picture or the last label another
+        changed = values.copy()
+        changed[-1] = (changed[-1] + 1) % 3
+        np.savez(data, **archive | {name: changed})
+        with pytest.raises(ValueError, match=r"set.npz holds other pictures than .*moved.npz, which the run was"):
+            Trainer(config, tmp_path / "run", resume="auto")
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: Path) -> None:
     whole = Trainer(tiny(data), tmp_path / "run")
     whole.train()

@@ -45,7 +45,7 @@ class TrainConfig:
     """
 
     preset: str = _option("", "the preset this started from")
-    data: str = _option("", "folder or file of the training set")
+    data: str = _option("", "folder or file of the training set", free=True)
     size: int = _option(32, "height and width to train at")
     resize: str = _option("crop", "crop, pad or none: how pictures come to that size")
     channels: int | None = _option(None, "of the pictures; None: what the first one has")
