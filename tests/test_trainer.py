@@ -203,6 +203,17 @@ def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) ->
     assert Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").progress.images == 24
 
 
+def test_micro_batches_may_change_where_no_noise_is_dealt_out_within_them(data: Path, tmp_path: Path) -> None:
+    one, other = (
+        tiny(data, images=8, objective=name, objective_options={"times": "uniform"}) for name in ("cfm", "transport_cfm")
+    )
+    for config in (one, other):
+        Trainer(config, tmp_path / config.objective).train()
+    assert Trainer(one.change(micro_batch=4), tmp_path / "cfm", resume="auto").progress.images == 8
+    with pytest.raises(ValueError, match="micro_batch: None in the run, 4 now"):
+        Trainer(other.change(micro_batch=4), tmp_path / "transport_cfm", resume="auto")
+
+
 def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
     """The objective is one that takes no sigma_data from the pictures, which would differ too."""
     config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"}, classes=0)

@@ -173,12 +173,15 @@ class TrainConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def check_resume(saved: TrainConfig, given: TrainConfig) -> None:
-    """Raises: ValueError listing each difference that would make the resumed run another run."""
+def check_resume(saved: TrainConfig, given: TrainConfig, fixed: tuple[str, ...] = ()) -> None:
+    """Raises: ValueError listing each difference that would make the resumed run another run.
+
+    fixed: options that are free in other runs, and not with what this one trains.
+    """
     wrong = []
     for entry in fields(saved):
         was, now = getattr(saved, entry.name), getattr(given, entry.name)
-        if not entry.metadata["free"] and was != now:
+        if was != now and (entry.name in fixed or not entry.metadata["free"]):
             wrong.append(f"  {entry.name}: {was!r} in the run, {now!r} now")
     if wrong:
         raise ValueError(

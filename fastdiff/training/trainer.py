@@ -74,8 +74,10 @@ class Trainer:
         saved = None if found is None else TrainConfig.load(run / "config.json")
         given = load(config.init) if config.init and found is None else None
         self.config = fill(config, self.source, _sigma_data(saved, given))
+        self.objective = build_objective(self.config)
         if saved is not None:
-            check_resume(saved, self.config)
+            dealt = getattr(self.objective, "pairing", "independent") == "transport"
+            check_resume(saved, self.config, ("micro_batch",) if dealt else ())
         self._build(given)
         self.progress = Progress()
         mark = fingerprint(self.source)
@@ -179,7 +181,6 @@ class Trainer:
     def _build(self, given: Denoiser | None) -> None:
         """Network, optimizer, averages and what feeds them. given: whose weights a run with `init` begins with."""
         config, device = self.config, self.ranks.device
-        self.objective = build_objective(config)
         net = with_head(build_network(config, self.objective), self.objective, config.seed).train()
         if given is not None:
             start_from(given, config, self.objective, without_head(net))
