@@ -447,7 +447,10 @@ def test_what_is_trained_is_what_is_loaded(
 
 def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "latents.npy", 5 * np.random.default_rng(0).standard_normal((16, 4, 8, 8)).astype(np.float32))
-    config = tiny(tmp_path / "latents.npy", channels=4, scale=0.2, images=16, weights_dtype="float32", resize="none")
+    config = tiny(
+        tmp_path / "latents.npy", channels=4, scale=0.2, images=16, weights_dtype="float32", resize="none",
+        sample_images=16, sample_steps=2,
+    )  # fmt: skip
     Trainer(config, tmp_path / "run").train()
     command = ["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out"]
     assert cli.main([*command, str(tmp_path / "x.png")]) == 2
@@ -457,6 +460,11 @@ def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pyt
     drawn = np.load(tmp_path / "x.npy")
     assert drawn.dtype == np.float32 and drawn.std() > 1.5
     np.testing.assert_allclose(drawn, x.numpy() / 0.2, rtol=1e-6)
+    grid = np.load(tmp_path / "run" / "samples" / f"{16:012d}.npy")
+    assert grid.shape == (16, 4, 8, 8) and grid.dtype == np.float32
+    model = fd.load(tmp_path / "run")
+    x = fd.Sampler(fd.plan("dpmpp_2m", model.schedule, 2, "karras"), model).sample((16, 4, 8, 8), seed=0)
+    np.testing.assert_allclose(grid, x.numpy() / 0.2, rtol=1e-5, atol=1e-5)
 
 
 def test_one_command_trains_on_a_folder_and_the_next_samples(

@@ -97,7 +97,7 @@ class TrainConfig:
     eval_images: int = _option(0, "between two evaluations of the loss; 0: never", free=True)
     eval_data: str = _option("", "set to evaluate on; default: the training set", free=True)
     eval_count: int = _option(512, "images of one evaluation", free=True)
-    sample_images: int = _option(0, "between two sample grids; 0: never", free=True)
+    sample_images: int = _option(0, "between two grids of samples, of latents .npy; 0: never", free=True)
     sample_steps: int = _option(12, "of a sample grid", free=True)
     guidance: float = _option(1.5, "of a sample grid, where there are classes", free=True)
     tensorboard: bool = _option(False, "write TensorBoard files too", free=True)
