@@ -219,7 +219,8 @@ def test_a_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_data(tmp_path, size=8)
     rows = [{"image": {"bytes": png(PIXELS[i]), "path": None}, "label": int(LABELS[i])} for i in range(12)]
     package = types.SimpleNamespace(
-        load_dataset=lambda path: {"train": FakeTable(rows), path: FakeTable(rows[:2])}, Image=lambda decode: "undecoded"
+        load_dataset=lambda path: {"train": FakeTable(rows), path: FakeTable(rows[:2])},
+        Image=lambda decode: "undecoded",
     )
     monkeypatch.setitem(sys.modules, "datasets", package)
     np.testing.assert_array_equal(fetched(open_data(tmp_path, size=8))[0], PIXELS)

@@ -205,7 +205,8 @@ def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) ->
 
 def test_micro_batches_may_change_where_no_noise_is_dealt_out_within_them(data: Path, tmp_path: Path) -> None:
     one, other = (
-        tiny(data, images=8, objective=name, objective_options={"times": "uniform"}) for name in ("cfm", "transport_cfm")
+        tiny(data, images=8, objective=name, objective_options={"times": "uniform"})
+        for name in ("cfm", "transport_cfm")
     )
     for config in (one, other):
         Trainer(config, tmp_path / config.objective).train()
