@@ -36,7 +36,7 @@ class Progress:
 
     updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
     times: that of a distribution of times that follows the loss; loss_sum, loss_count: over the steps since the last
-    line of the log, of all processes. pictures, fingerprint: of the training set (see data.identity); 0 and "": not said.
+    line of the log, of all processes. pictures, fingerprint: of the training set (data.identity); 0, "": not said.
     """
 
     images: int = 0
