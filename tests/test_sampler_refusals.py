@@ -154,7 +154,7 @@ def test_an_image_of_bytes_is_pointed_out(model: fd.Denoiser) -> None:
 
 
 def test_bad_models() -> None:
-    with pytest.raises(ValueError, match="Did you mean 'eps'"):
+    with pytest.raises(ValueError, match="Did you mean prediction='eps'"):
         fd.Denoiser(bumpy, "linear", "epsilon")
     with pytest.raises(ValueError, match="Unknown schedule 'linaer'.*'linear'"):
         fd.Denoiser(bumpy, "linaer")
