@@ -20,7 +20,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_args_size() lets native.py compare the two.
 struct AffineArgs {
   float* state;             // [K, B, N] registers
   const void* model_out;    // [B, N]: Fc
@@ -62,6 +62,7 @@ enum Error : int {
   kBadNoise = 5,
   kThreads = 6,
   kBadRule = 7,
+  kOutOfMemory = 8,
   kCuda = 100,  // plus the cudaError_t
 };
 

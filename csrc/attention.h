@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_attention_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_attention_args_size() lets native.py compare the two.
 struct AttentionArgs {
   const float* q;        // [B, T, H, d], as k, v, grad, dq, dk, dv
   const float* k;

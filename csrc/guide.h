@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_guide_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_guide_args_size() lets native.py compare the two.
 struct GuideArgs {
   const float* state;       // [K, B, N] registers
   const void* model_out;    // [B, N]: Fc

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_measure_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_measure_args_size() lets native.py compare the two.
 struct MeasureArgs {
   const float* value;       // [B, N]
   float* before;            // [B, N]; kChange replaces it by value

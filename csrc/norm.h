@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_norm_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_norm_args_size() lets native.py compare the two.
 // An image is [B, channels, P], its channels last or first; strides count elements from one sample to the next.
 struct NormArgs {
   const void* x;          // [B, C1, P]

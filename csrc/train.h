@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_train_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_train_args_size() lets native.py compare the two.
 struct TrainArgs {
   const void* images;      // [B, N]
   const float* table;      // [B, kTrainColumns]

@@ -8,7 +8,7 @@ constexpr int64_t kWinogradPanel = 16;
 
 extern "C" {
 
-// Mirrored by fastdiff/engine/native.py; fastdiff_winograd_args_size() lets it check that both sides agree.
+// Mirrored by fastdiff/engine/native_blocks.py; fastdiff_winograd_args_size() lets native.py compare the two.
 // An image is [B, C, H, W] with its channels last, cut into tiles of size x size outputs, row by row, image by image.
 struct WinogradArgs {
   const float* x;        // [B, C, H, W]: read by the input transform

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_accelerate import LATENT, SD, apart, call, quiet, tiny
+from accelerate_cases import LATENT, SD, apart, call, quiet, tiny
 
 import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accelerate import LATENT, SD, apart, call, quiet, tiny
+from accelerate_cases import LATENT, SD, apart, call, quiet, tiny
 
 from fastdiff.integrations.diffusers import accelerate, restore
 from fastdiff.integrations.diffusers import desk as desk_module

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peers import k_diffusion_sampling
 from solver_cases import CASES, FLOW_ONLY
-from test_solvers import CASES as FIRST
+from table_cases import CASES as FIRST
 
 import fastdiff as fd
 from fastdiff.compiler import brownian, run, solvers

@@ -226,6 +226,20 @@ def test_labels() -> None:
         model(torch.zeros(2, 4, 8, 8), sigma, {"class_labels": rows})
 
 
+class Plain(nn.Module):
+    """The least that is called as theirs are."""
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+class Inner(nn.Module):
+    """Called as the network that their preconditioning holds."""
+
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+        return x
+
+
 class Trap:
     """A pickle that leaves a file behind when it is read."""
 
@@ -289,6 +303,19 @@ def test_files_of_weights(tmp_path: Path) -> None:
     ("call", "error", "words"),
     [
         (lambda: edm.wrap("net.pkl"), TypeError, "a file is for edm.load"),  # type: ignore[arg-type]
+        (lambda: edm.wrap(torch.nn.Linear(2, 2)), TypeError, r"net\(x, sigma, .* got Linear: too many positional arg"),
+        (lambda: edm.wrap(Inner()), TypeError, "got Inner: it has 'noise_labels' for sigma. The raw network inside"),
+        (lambda: edm.wrap(torch.nn.ModuleList()), TypeError, "got ModuleList: it has no forward"),
+        (
+            lambda: edm.wrap(fd.load("fashion").net),
+            TypeError,
+            r"UNet: its output is raw\. .*fd.Denoiser\(net, schedule",
+        ),
+        (
+            lambda: edm.wrap(Plain(), force_fp32=True),
+            TypeError,
+            "Plain: got an unexpected keyword argument 'force_fp32'",
+        ),
         (lambda: edm.wrap(Precond(sigma_max=1.0), sigma_min=2.0), ValueError, "must be 0 < low < high"),
         (lambda: edm.wrap(Precond(), sigma_max=math.inf), ValueError, "must be 0 < low < high"),
         (lambda: edm.levels(fd.load("fashion")), TypeError, "needs what edm.wrap"),

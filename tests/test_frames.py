@@ -92,6 +92,7 @@ def model() -> fd.Denoiser:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["ddpm", "sa_solver", "edm", "ddim"])
+@pytest.mark.filterwarnings("ignore:noise='brownian'")
 def test_nothing_shared_is_white_noise(model: fd.Denoiser, solver: str, backend: str) -> None:
     run = {"solver": solver, "steps": 5, "seed": 3, "backend": backend}
     shape = (2, 5, 3, 7, 4)

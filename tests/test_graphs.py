@@ -63,6 +63,7 @@ def test_one_capture_serves_samplers_steps_seeds_labels_and_guidance(stand_in: t
     assert stand_in.records == (1 if graph is True else 2)
 
 
+@pytest.mark.filterwarnings("ignore:noise='brownian' is of samplers")
 def test_what_needs_another_capture(stand_in: type[StandIn]) -> None:  # noqa: F811
     model, guided = denoiser(), {"guidance": 2.0, "cond": labels(1.0), "uncond": labels(0.0)}
     counts = []

@@ -168,12 +168,12 @@ def test_a_sample_does_not_depend_on_its_batch(settings: dict[str, Any], backend
     seeds, guidance = [11, 5, 2**40, 7, 3], [3.0, 7.0, 1.0, 0.5, 2.0]
     shape = (5, 2, 5, 7)
     every = conditions("cond", "uncond", "perturbed_cond", batch=5)
-    scales = settings.get("perturbed_scale")
+    scales = settings.get("perturbed_scale", [0.0] * 5)
     sampler = fd.Sampler(plan, model, backend)
-    together = sampler.sample(shape, seeds, **every, guidance=guidance, **settings)
+    together = sampler.sample(shape, seeds, **every, guidance=guidance, **{**settings, "perturbed_scale": scales})
     for b in range(5):
         one = {name: {"label": given["label"][b : b + 1]} for name, given in every.items()}
-        own = {**settings, "perturbed_scale": scales[b]} if scales else settings
+        own = {**settings, "perturbed_scale": scales[b]}
         alone = sampler.sample((1, *shape[1:]), [seeds[b]], **one, guidance=guidance[b], **own)
         assert torch.equal(alone[0], together[b])
 
@@ -182,10 +182,10 @@ def test_a_sample_does_not_depend_on_its_batch(settings: dict[str, Any], backend
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_memory_format_does_not_change_the_sample(settings: dict[str, Any], backend: str) -> None:
     model = wrapped("linear", "eps")
-    every = conditions("cond", "uncond", "perturbed_cond", batch=5)
+    every = {**conditions("cond", "uncond", "perturbed_cond", batch=5), "guidance": 4.0, "perturbed_scale": 0.0}
     plan = fd.plan("dpmpp_2m", "linear", 5)
     plain, last = (
-        fd.Sampler(plan, model, backend, memory_format=layout).sample((5, 2, 6, 4), **every, guidance=4.0, **settings)
+        fd.Sampler(plan, model, backend, memory_format=layout).sample((5, 2, 6, 4), **{**every, **settings})
         for layout in (torch.contiguous_format, torch.channels_last)
     )
     assert error(last, plain.double()) < 2e-6
@@ -200,7 +200,7 @@ def test_a_run_leaves_nothing_for_the_next(backend: str) -> None:
     every = conditions("cond", "uncond", "perturbed_cond", batch=5)
     plain: dict[str, Any] = {}
     for settings in [s for given in SETTINGS for s in (given, given, plain)]:
-        draw = {**every, "guidance": [3.0, 7.0, 1.0, 0.5, 2.0], **settings}
+        draw = {**every, "guidance": [3.0, 7.0, 1.0, 0.5, 2.0], "perturbed_scale": 0.0, **settings}
         fresh = fd.Sampler(plan, model, backend).sample((5, 2, 5, 7), **draw)
         assert torch.equal(used.sample((5, 2, 5, 7), **draw), fresh)
 

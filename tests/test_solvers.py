@@ -1,121 +1,29 @@
-"""Each sampler's table against its formula written out by hand, and against the samplers it must coincide with."""
+"""Each sampler's table against its formula written out by hand."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from table_cases import ZERO_SNR, everywhere, rows_of, scaled
 
-from fastdiff.compiler import layout
-from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
-from fastdiff.compiler.verify import execute, propagate
-from fastdiff.models.exact import Mixture
+from fastdiff.compiler.verify import execute
 from fastdiff.process import schedules
-from fastdiff.process.schedules import CLEAN, Level, Schedule
+from fastdiff.process.schedules import Level, Schedule
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
-
-ZERO_SNR = schedules.rescale_zero_terminal_snr(schedules.scaled_linear())
-PROCESSES = {
-    "linear-trailing": (schedules.linear(), "trailing"),
-    "cosine-leading": (schedules.cosine(), "leading"),
-    "quadratic-linspace": (schedules.quadratic(), "linspace"),
-    "zero-snr-trailing": (ZERO_SNR, "trailing"),
-    "ou-trailing": (schedules.ou(), "trailing"),
-    "vp-logsnr": (schedules.vp(), "logsnr"),
-    "ve-exponential": (schedules.ve(), "exponential"),
-    "edm-karras": (schedules.edm(), "karras"),
-    "flow-trailing": (schedules.rectified_flow(), "trailing"),
-    "flow-karras": (schedules.rectified_flow(), "karras"),
-}
-everywhere = pytest.mark.parametrize(("schedule", "grid"), PROCESSES.values(), ids=PROCESSES)
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("ddpm", {}),
-    ("ddpm", {"variance": "fixed_large"}),
-    ("ddim", {}),
-    ("ddim", {"eta": 0.5}),
-    ("ddim", {"eta": 1.0}),
-    ("euler", {}),
-    ("euler", {"s_churn": 5.0}),
-    ("euler_ancestral", {}),
-    ("euler_ancestral", {"eta": 0.5}),
-    ("heun", {}),
-    ("heun", {"s_churn": 5.0}),
-    ("dpmpp_2m", {}),
-    ("dpmpp_2m_sde", {}),
-    ("dpmpp_2m_sde", {"correction": "heun", "eta": 0.5}),
-    ("euler_maruyama", {}),
-    ("euler_maruyama", {"eta": 0.0}),
-    ("flow_euler", {}),
-    ("annealed_langevin", {}),
-    ("annealed_langevin", {"denoise": False}),
-    ("random_walk", {}),
-    ("random_walk", {"point": "ddpm_large"}),
-    ("random_walk", {"point": "ddpm_small"}),
-    ("random_walk", {"point": "sde", "denoise": False}),
-]
-
-
-def applies(solver: str, schedule: Schedule, grid: str) -> bool:
-    """Whether a solver is defined on a process: the exceptions are tested to refuse."""
-    if solver == "flow_euler":
-        return schedule.kind == "flow"
-    if solver == "euler_maruyama" and schedule.steps is not None:
-        return False
-    if solver in ("euler_maruyama", "random_walk", "annealed_langevin"):
-        return math.isfinite(schedule.rho_max)
-    return True
-
-
-with_signal = pytest.mark.parametrize(
-    ("schedule", "grid"), [p for p in PROCESSES.values() if math.isfinite(p[0].rho_max)]
-)
-every_solver = pytest.mark.parametrize(
-    ("solver", "options", "schedule", "grid"),
-    [
-        pytest.param(name, options, *process, id=f"{name}-{'-'.join(map(str, options.values()))}-{label}")
-        for name, options in CASES
-        for label, process in PROCESSES.items()
-        if applies(name, *process)
-    ],
-)
-
-
-def rows_of(plan: Plan) -> list[tuple[Level, Level, dict[str, float]]]:
-    """(s, t, coefficients of the next state) per row: A on x, B on D, C on a fresh normal, R on a register."""
-    found = []
-    for i, row in enumerate(plan.rows[1:], start=1):
-        following = plan.rows[i + 1].x if i < plan.nfe else plan.result
-        output = next(o for o in row.outputs if o.dest == following)
-        assert row.level is not None
-        after = plan.rows[i + 1].level if i < plan.nfe else plan.levels[-1]
-        assert after is not None
-        found.append(
-            (
-                row.level,
-                after,
-                {"A": output.x, "B": output.denoised, "C": sum(output.noise), "R": sum(output.slots)},
-            )
-        )
-    return found
 
 
 def one_step(plan: Plan, formula: Callable[[Level, Level], tuple[float, float, float]]) -> None:
     for s, t, got in rows_of(plan):
         assert got["R"] == 0.0
         np.testing.assert_allclose([got["A"], got["B"], got["C"]], formula(s, t), **TIGHT)
-
-
-def scaled(s: Level, t: Level, a: float, b: float, c: float) -> tuple[float, float, float]:
-    """Coefficients in x / alpha as coefficients in x; a is sigma'-proportional, so alpha = 0 has a limit."""
-    return (t.alpha * a if a == 0.0 else t.alpha / s.alpha * a), t.alpha * b, t.alpha * c
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -326,190 +234,3 @@ def test_random_walk() -> None:
         heat = 0.85 + 0.15 * i / 5
         expected = (0.94, 0.06, s.sigma * math.sqrt(0.12 * heat)) if t.sigma else (0.0, 1.0, 0.0)
         np.testing.assert_allclose([got[k] for k in "ABC"], expected, **TIGHT)
-
-
-def same_tables(left: Plan, right: Plan, tolerance: float = 1e-10) -> None:
-    assert left.nfe == right.nfe
-    for a, b in zip(left.rows, right.rows, strict=True):
-        assert (a.level, a.x, a.slots, a.noise) == (b.level, b.x, b.slots, b.noise)
-        for p, q in zip(a.outputs, b.outputs, strict=True):
-            assert p.dest == q.dest
-            for one, two in zip(dataclasses.astuple(p)[1:], dataclasses.astuple(q)[1:], strict=True):
-                np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
-
-
-@everywhere
-def test_ddim_without_noise_is_euler_is_the_first_order_dpmpp(schedule: Schedule, grid: str) -> None:
-    ddim = build("ddim", schedule, 12, grid)
-    same_tables(ddim, build("euler", schedule, 12, grid))
-    if schedule.kind == "flow":
-        same_tables(ddim, build("flow_euler", schedule, 12, grid))
-    if grid != "leading":
-        same_tables(build("ddim", schedule, 1, grid), build("dpmpp_2m", schedule, 1, grid))
-
-
-@everywhere
-def test_full_eta_is_the_posterior_is_ancestral(schedule: Schedule, grid: str) -> None:
-    ddpm = build("ddpm", schedule, 12, grid)
-    same_tables(ddpm, build("ddim", schedule, 12, grid, eta=1.0))
-    if schedule.kind != "flow":
-        same_tables(ddpm, build("euler_ancestral", schedule, 12, grid))
-
-
-@everywhere
-def test_the_sde_solver_without_noise_is_the_ode_solver(schedule: Schedule, grid: str) -> None:
-    same_tables(build("dpmpp_2m", schedule, 12, grid), build("dpmpp_2m_sde", schedule, 12, grid, eta=0.0))
-
-
-@pytest.mark.parametrize("point", ["large", "small"])
-@with_signal
-def test_ddpm_is_a_point_of_the_random_walk(schedule: Schedule, grid: str, point: str) -> None:
-    walk = build("random_walk", schedule, 12, grid, point=f"ddpm_{point}")
-    same_tables(build("ddpm", schedule, 12, grid, variance=f"fixed_{point}"), walk)
-
-
-@with_signal
-def test_reverse_diffusion_is_a_point_of_the_random_walk(schedule: Schedule, grid: str) -> None:
-    """x_VE + (sigma_k^2 - sigma_{k+1}^2) score + sqrt(sigma_k^2 - sigma_{k+1}^2) z (Song et al. 2021b, appendix E)."""
-
-    def formula(s: Level, t: Level) -> tuple[float, float, float]:
-        drop = s.rho**2 - t.rho**2
-        noise = math.sqrt(drop) if t.sigma else 0.0
-        return scaled(s, t, 1.0 - drop / s.rho**2, drop / s.rho**2, noise)
-
-    for s, t, got in rows_of(build("random_walk", schedule, 12, grid, point="sde")):
-        np.testing.assert_allclose([got[k] for k in "ABC"], formula(s, t), rtol=1e-10, atol=1e-10)
-
-
-@with_signal
-def test_ncsn_is_a_point_of_the_random_walk(schedule: Schedule, grid: str) -> None:
-    """Annealed Langevin is tau = a_i/2, T = 1, with every level visited `inner` times."""
-    ncsn = build("annealed_langevin", schedule, 5, grid, epsilon=0.1, inner=3)
-    levels = [level for level in ncsn.levels[:-1] for _ in range(3)] + [ncsn.levels[-2], CLEAN]
-    same_tables(ncsn, compile_levels("random_walk", levels, schedule, "repeated", {"epsilon": 0.05}))
-
-
-# beta, the larger variance of DDPM, is itself a number of the coordinates; and a churned level has no partner
-OWN_COORDINATES = ("euler_maruyama", "flow_euler"), ("fixed_large", "ddpm_large", 5.0)
-
-
-@pytest.mark.parametrize(
-    ("solver", "options"),
-    [
-        (name, options)
-        for name, options in CASES
-        if name not in OWN_COORDINATES[0] and not any(value in OWN_COORDINATES[1] for value in options.values())
-    ],
-)
-def test_vp_and_ve_coordinates_draw_the_same_sample(solver: str, options: dict[str, Any]) -> None:
-    """x_VE = x_VP / alpha: one run in either coordinates, on the same normals, ends in the same x0."""
-    rhos = np.geomspace(80.0, 0.05, 12)
-    rng = np.random.default_rng(1)
-    data = Mixture([1.0, 2.0], rng.standard_normal((2, 3)), [0.1, 0.3])
-    latent, normals = rng.standard_normal((4, 3)), rng.standard_normal((400, 4, 3))
-    ends = []
-    for schedule in (schedules.vp(), schedules.edm()):
-        plan = build(solver, schedule, grid=rhos, grid_options={"unit": "rho"}, **options)
-        ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i]))
-    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-9, atol=1e-9)
-
-
-@every_solver
-def test_one_step_and_two(solver: str, options: dict[str, Any], schedule: Schedule, grid: str) -> None:
-    """Every table at steps = 1 and 2 is finite, and its last row is x' = D unless the options say otherwise."""
-    for steps in (1, 2):
-        plan = build(solver, schedule, steps, grid, **options)
-        numbers = [c for row in plan.rows for o in row.outputs for c in (o.x, o.denoised, *o.slots, *o.noise)]
-        assert np.isfinite(numbers).all()
-        if options.get("denoise", True):
-            *_, (_, _, last) = rows_of(plan)
-            assert (last["A"], last["R"], last["C"]) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
-            assert last["B"] == pytest.approx(1.0, rel=1e-12)
-
-
-@every_solver
-def test_evaluations_and_registers(solver: str, options: dict[str, Any], schedule: Schedule, grid: str) -> None:
-    """NFE, at most three registers, and rows the kernel has room for."""
-    steps = 7
-    plan = build(solver, schedule, steps, grid, **options)
-    single = plan.levels[0].alpha == 0.0
-    expected = {"heun": 2 * steps - 1 - single, "annealed_langevin": 20 * steps + (options.get("denoise") is not False)}
-    assert plan.nfe == expected.get(solver, steps)
-    assert plan.registers <= 3
-    for row in plan.rows:
-        assert len(row.outputs) <= layout.MAX_OUTPUTS
-        assert len(row.slots) + 1 <= layout.MAX_SLOTS
-
-
-@every_solver
-def test_every_plan_obeys_the_laws(solver: str, options: dict[str, Any], schedule: Schedule, grid: str) -> None:
-    report = build(solver, schedule, 6, grid, **options).verify()
-    assert report.ok, str(report)
-
-
-@pytest.mark.parametrize("solver", ["random_walk", "annealed_langevin", "euler_maruyama"])
-def test_a_start_without_signal_is_refused_where_it_has_no_limit(solver: str) -> None:
-    with pytest.raises(ValueError, match="alpha = 0"):
-        build(solver, "rectified_flow", 5, "trailing")
-
-
-def test_a_wrong_table_fails_its_checks() -> None:
-    """A plan with one coefficient changed by a part in a thousand does not verify."""
-    plan = build("dpmpp_2m", "vp", 10, "logsnr")
-    row = plan.rows[4]
-    wrong = dataclasses.replace(row.outputs[0], denoised=row.outputs[0].denoised * 1.001)
-    rows = (*plan.rows[:4], dataclasses.replace(row, outputs=(wrong, *row.outputs[1:])), *plan.rows[5:])
-    report = dataclasses.replace(plan, rows=rows).verify()
-    assert not report.ok
-    assert "FAIL point mass" in str(report)
-
-
-def test_the_variance_of_ddpm_is_beta_not_beta_squared_over_alpha() -> None:
-    """E1, data N(0, 1), 1000 steps: beta .9999, posterior .991, beta/alpha 1.0055, beta^2/alpha .0057."""
-
-    def variance(plan: Plan) -> float:
-        return float(propagate(plan, 0.0, 1.0, start="noise").variance[-1, 0])
-
-    large = build("ddpm", "linear", 1000, "trailing", variance="fixed_large")
-    assert variance(large) == pytest.approx(0.9999, abs=6e-5)
-    assert variance(build("ddpm", "linear", 1000, "trailing")) == pytest.approx(0.991, abs=6e-4)
-    assert variance(build("random_walk", "linear", 1000, "trailing", point="sde")) == pytest.approx(1.0055, abs=6e-5)
-
-    def literal(row: Any) -> Any:
-        if not row.noise:
-            return row
-        beta = row.outputs[0].noise[0] ** 2
-        noise = (math.sqrt(beta**2 / (1.0 - beta)),)
-        return dataclasses.replace(row, outputs=(dataclasses.replace(row.outputs[0], noise=noise),))
-
-    wrong = dataclasses.replace(large, rows=tuple(literal(row) for row in large.rows))
-    assert variance(wrong) == pytest.approx(0.0057, abs=1e-4)
-
-
-def test_time_reversal_has_a_plus_sign() -> None:
-    """E2: dZ = +[Z + 2 score] dt + sqrt(2) dB from T = 3 gives the data's .25; with a minus it explodes."""
-    plan = build("euler_maruyama", schedules.ou(3.0), 1500, "trailing")
-    assert propagate(plan, 0.0, 0.25, start="noise").variance[-1, 0] == pytest.approx(0.25, abs=3e-3)
-
-    def flipped(row: Any) -> Any:
-        output = row.outputs[0]
-        if row.level is None or not row.noise:
-            return row
-        return dataclasses.replace(
-            row, outputs=(dataclasses.replace(output, x=2.0 - output.x, denoised=-output.denoised),)
-        )
-
-    wrong = dataclasses.replace(plan, rows=tuple(flipped(row) for row in plan.rows))
-    assert propagate(wrong, 0.0, 0.25, start="noise").variance[-2, 0] > 1e4
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_langevin_has_its_stationary_variance(temperature: float) -> None:
-    """x + tau s + sqrt(2 tau T) z on N(0, v) settles at v T / (1 - tau/(2 v)), v the noised data's variance."""
-    level = schedules.edm().level(1.5)
-    data, tau, count = 0.4, 0.7, 200
-    v = data + level.sigma**2
-    options = {"tau": [tau] * count, "temperatures": [temperature] * count, "denoise": False}
-    plan = compile_levels("random_walk", [level] * count + [level], schedules.edm(), "one level", options)
-    got = propagate(plan, 0.0, data).variance[-2, 0]
-    assert got == pytest.approx(v * temperature / (1.0 - tau / (2.0 * v)), rel=1e-10)

@@ -47,7 +47,7 @@ def asks(count: int, **more: Any) -> list[dict[str, Any]]:
             "guidance": (1.0, 2.5, 0.0, -1.0)[i % 4],
             "cond": {"label": torch.tensor([float(i)])},
             "uncond": {"label": torch.tensor([-float(i % 3)])},
-            "noise": ("white", "brownian")[(i % 5) == 4],
+            "noise": ("white", "brownian")[i % 10 == 4],
             **more,
         }
         for i in range(count)

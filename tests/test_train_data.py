@@ -210,6 +210,26 @@ def test_a_table_of_the_datasets_package(tmp_path: Path, monkeypatch: pytest.Mon
         open_data(tmp_path, size=8, split="validation")
 
 
+def test_a_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's sets are downloaded; the package finds the splits by the names of the files."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="this set needs the package datasets, .* pip install datasets"):
+        open_data(tmp_path, size=8)
+    rows = [{"image": {"bytes": png(PIXELS[i]), "path": None}, "label": int(LABELS[i])} for i in range(12)]
+    package = types.SimpleNamespace(
+        load_dataset=lambda path: {"train": FakeTable(rows), path: FakeTable(rows[:2])},
+        Image=lambda decode: "undecoded",
+    )
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    np.testing.assert_array_equal(fetched(open_data(tmp_path, size=8))[0], PIXELS)
+    assert len(open_data(tmp_path, size=8, split=str(tmp_path))) == 2
+    folder(tmp_path / "pictures")
+    (tmp_path / "pictures" / "metadata.parquet").touch()
+    assert len(open_data(tmp_path / "pictures", size=8)) == 12
+
+
 def many(tmp_path: Path, count: int, bad: dict[int, bytes]) -> Path:
     """A folder of `count` pictures, some with other bytes."""
     tmp_path.joinpath("many").mkdir()
@@ -259,7 +279,7 @@ def test_a_damaged_shard_keeps_what_comes_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda p: p, {}, "holds no pictures: expected pictures, IDX files or tar shards"),
+        (lambda p: p, {}, "holds no pictures: expected pictures, IDX files, tar shards or parquet files"),
         (lambda p: (p / "notes.txt").write_text("x") and p, {}, "holds no pictures: expected files ending in .png"),
         (lambda p: npy_of(p, PIXELS[:0]), {}, "N at least 1"),
         (lambda p: npy_of(p, PIXELS[0]), {"size": 9, "resize": "none"}, "has 8x8, expected 9x9"),
@@ -295,6 +315,27 @@ def test_mixed_sizes_are_named_before_the_first_step(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
     with pytest.raises(ValueError, match="such as pictures of mixed sizes"):
         open_data(tmp_path / "objects.npy")
+
+
+def shard_with_one_odd(path: Path, odd: int) -> Path:
+    """Forty 2 x 2 pictures and one of 2 x 3."""
+    with tarfile.open(path / "a.tar", "w") as tar:
+        for i in range(41):
+            add(tar, f"{i:02d}.png", png(np.full((1, 2, 3 if i == odd else 2), i, np.uint8)))
+    return path / "a.tar"
+
+
+@pytest.mark.parametrize("odd", [0, 40])
+def test_mixed_sizes_in_shards_are_named_at_the_opening(tmp_path: Path, odd: int) -> None:
+    with pytest.raises(ValueError, match=r"a.tar:\d\d.png is 2x\d, expected 2x\d as the others: .* mixed sizes"):
+        open_data(shard_with_one_odd(tmp_path, odd), resize="none")
+
+
+def test_mixed_sizes_that_the_opening_does_not_meet_are_named_with_their_file(tmp_path: Path) -> None:
+    """The opening reads a few samples of a shard, not all, and 1 is not among them."""
+    source = open_data(shard_with_one_odd(tmp_path, 1), resize="none")
+    with pytest.raises(ValueError, match=r"a.tar:01.png is 2x3, expected 2x2 as the others: .* mixed sizes"):
+        Loader(source, seed=0, batch=41).read(0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 1000])

@@ -203,6 +203,18 @@ def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) ->
     assert Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").progress.images == 24
 
 
+def test_micro_batches_may_change_where_no_noise_is_dealt_out_within_them(data: Path, tmp_path: Path) -> None:
+    one, other = (
+        tiny(data, images=8, objective=name, objective_options={"times": "uniform"})
+        for name in ("cfm", "transport_cfm")
+    )
+    for config in (one, other):
+        Trainer(config, tmp_path / config.objective).train()
+    assert Trainer(one.change(micro_batch=4), tmp_path / "cfm", resume="auto").progress.images == 8
+    with pytest.raises(ValueError, match="micro_batch: None in the run, 4 now"):
+        Trainer(other.change(micro_batch=4), tmp_path / "transport_cfm", resume="auto")
+
+
 def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
     """The objective is one that takes no sigma_data from the pictures, which would differ too."""
     config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"}, classes=0)
@@ -210,6 +222,23 @@ def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
     np.savez(data, images=np.zeros((COUNT + 3, 8, 8), np.uint8))
     with pytest.raises(ValueError, match=r"set.npz holds 25 pictures, and the run was trained on 22, in an order"):
         Trainer(config.change(images=48), tmp_path / "run", resume="auto")
+
+
+def test_a_set_may_move_but_not_become_another(data: Path, tmp_path: Path) -> None:
+    """The objective is one that takes no sigma_data from the pictures, which would differ too."""
+    config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"})
+    Trainer(config, tmp_path / "run").train()
+    moved = data.rename(tmp_path / "moved.npz")
+    resumed = Trainer(config.change(data=str(moved)), tmp_path / "run", resume="auto")
+    assert resumed.progress.images == 24
+    assert TrainConfig.load(tmp_path / "run" / "config.json").data == str(moved)
+    archive = dict(np.load(moved))
+    for name, values in archive.items():  # as many, the last picture or the last label another
+        changed = values.copy()
+        changed[-1] = (changed[-1] + 1) % 3
+        np.savez(data, **archive | {name: changed})
+        with pytest.raises(ValueError, match=r"set.npz holds other pictures than .*moved.npz, which the run was"):
+            Trainer(config, tmp_path / "run", resume="auto")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: Path) -> None:
@@ -419,7 +448,10 @@ def test_what_is_trained_is_what_is_loaded(
 
 def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "latents.npy", 5 * np.random.default_rng(0).standard_normal((16, 4, 8, 8)).astype(np.float32))
-    config = tiny(tmp_path / "latents.npy", channels=4, scale=0.2, images=16, weights_dtype="float32", resize="none")
+    config = tiny(
+        tmp_path / "latents.npy", channels=4, scale=0.2, images=16, weights_dtype="float32", resize="none",
+        sample_images=16, sample_steps=2,
+    )  # fmt: skip
     Trainer(config, tmp_path / "run").train()
     command = ["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out"]
     assert cli.main([*command, str(tmp_path / "x.png")]) == 2
@@ -429,6 +461,11 @@ def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pyt
     drawn = np.load(tmp_path / "x.npy")
     assert drawn.dtype == np.float32 and drawn.std() > 1.5
     np.testing.assert_allclose(drawn, x.numpy() / 0.2, rtol=1e-6)
+    grid = np.load(tmp_path / "run" / "samples" / f"{16:012d}.npy")
+    assert grid.shape == (16, 4, 8, 8) and grid.dtype == np.float32
+    model = fd.load(tmp_path / "run")
+    x = fd.Sampler(fd.plan("dpmpp_2m", model.schedule, 2, "karras"), model).sample((16, 4, 8, 8), seed=0)
+    np.testing.assert_allclose(grid, x.numpy() / 0.2, rtol=1e-5, atol=1e-5)
 
 
 def test_one_command_trains_on_a_folder_and_the_next_samples(

@@ -13,7 +13,7 @@ from test_unet import CONFIGS, random_inputs, random_peer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastdiff.engine import native, onednn, winograd
+from fastdiff.engine import native, native_blocks, onednn, winograd
 from fastdiff.models.packed_conv import PackedConv
 from fastdiff.models.unet import UNet
 
@@ -148,7 +148,7 @@ def test_the_c_functions_refuse_what_they_cannot_read() -> None:
     for change, code in (
         ({}, 0), ({"x": None, "y": None}, 1), ({"size": 3}, 2), ({"count": 2}, 2), ({"first": 1}, 2), ({"C": 0}, 2),
     ):  # fmt: skip
-        args = native.WinogradArgs(**(addresses | fields | change))
+        args = native_blocks.WinogradArgs(**(addresses | fields | change))
         for which in ("into", "out"):
             assert getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args)) == code
 

@@ -11,7 +11,7 @@ from instruction_sets import INSTRUCTION_SETS, every_instruction_set  # noqa: F4
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdiff.engine import backends, eager, native
+from fastdiff.engine import backends, eager, native, native_blocks
 from fastdiff.engine import winograd_train as module
 from fastdiff.engine.winograd_train import conv3x3
 from fastdiff.models.unet import UNet
@@ -210,7 +210,7 @@ def test_the_c_functions_refuse_what_they_cannot_read() -> None:
         ({}, 0), ({"x": None}, 1), ({"y": None}, 1), ({"weight": None}, 1), ({"C": 24}, 2), ({"N": 8}, 2),
         ({"B": 0}, 2), ({"block": 0}, 2),
     ):  # fmt: skip
-        args = native.WinogradTrainArgs(**(addresses | fields | change))
+        args = native_blocks.WinogradTrainArgs(**(addresses | fields | change))
         for which in ("convolution", "gradient"):
             assert getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args)) == code
 

@@ -149,6 +149,6 @@ def train_together(
     if not wait:
         return processes
     for process in processes:
-        process.join(120)
+        process.join(600)  # each one starts in seconds, unless the machine is busy
     assert [process.exitcode for process in processes] == [0] * world
     return processes

@@ -1,8 +1,5 @@
-// affine_step on the CPU: checks, blocks, threads.
-// Threads are torch's own pool: a second pool would fight it for the cores. The only symbol wanted of torch is a C
-// function of its stable interface, so one binary serves every torch from 2.11 on and every Python.
-#include <torch/csrc/stable/c/shim.h>
-
+// affine_step on the CPU: checks, blocks, threads. The only symbol wanted of torch is a C function of its stable
+// interface, so one binary serves every torch from 2.11 on and every Python.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,6 +9,7 @@
 #include "../export.h"
 #include "../scalar.h"
 #include "blocks.h"
+#include "parallel.h"
 #include "plan_row.h"
 
 namespace fastdiff::cpu {
@@ -189,16 +187,9 @@ Error affine_step(const AffineArgs& args, const Apart& apart = {}) {
   if (work > 0) {
     const Call call{args, apart, executor(), Cut(args.N, args.channels)};
     const int64_t blocks = args.B * call.cut.blocks;
-    if (work < 2 * kGrain) {
-      run_blocks(call, 0, blocks, decoded);
-    } else {
-      const int64_t grain = blocks * kGrain / work;
-      const auto body = [](int64_t begin, int64_t end, void* context) {
-        run_blocks(*static_cast<const Call*>(context), begin, end, -1);
-      };
-      if (torch_parallel_for(0, blocks, grain > 0 ? grain : 1, body, const_cast<Call*>(&call)) != AOTI_TORCH_SUCCESS)
-        return kThreads;
-    }
+    const int64_t known = work < 2 * kGrain ? decoded : -1;  // to this thread alone
+    const auto body = [&](int64_t begin, int64_t end) { run_blocks(call, begin, end, known); };
+    if (const Error error = in_parallel(blocks, work, body); error != kOk) return error;
   }
   finish(args);
   return kOk;
@@ -210,7 +201,7 @@ Error affine_step(const AffineArgs& args, const Apart& apart = {}) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args) {
-  return args ? cpu::affine_step(*args) : kNullPointer;
+  return cpu::answer([](const AffineArgs& own) { return cpu::affine_step(own); }, args);
 }
 
 // Row i of a batch of one on tensors that are other ones each time. x, next: instead of a register where they are given,
@@ -225,7 +216,7 @@ int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void
   own.model_in = model_in;
   own.model_in_batch = model_in ? 1 : 0;
   own.denoised = denoised;
-  return cpu::affine_step(own, {x, next});
+  return cpu::guarded([&] { return cpu::affine_step(own, {x, next}); });
 }
 
 FASTDIFF_EXPORT int64_t fastdiff_args_size() { return sizeof(AffineArgs); }
@@ -240,6 +231,7 @@ FASTDIFF_EXPORT const char* fastdiff_error(int code) {
     case kBadRegister: return "a row names a register the state does not hold, or has no output";
     case kBadNoise: return "a row names more noise terms, or another noise id, than it was given";
     case kBadRule: return "the guide op has no such rule";
+    case kOutOfMemory: return "memory ran out for a buffer of the op";
     case kThreads: return "torch's thread pool reported a failure";
     default: return "unknown error";
   }

@@ -34,7 +34,7 @@ Error attention(const AttentionArgs& args) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_attention_cpu(const AttentionArgs* args) {
-  return args ? cpu::attention(*args) : kNullPointer;
+  return cpu::answer(cpu::attention, args);
 }
 
 FASTDIFF_EXPORT int64_t fastdiff_attention_args_size() { return sizeof(AttentionArgs); }

@@ -113,6 +113,6 @@ Error guide(const GuideArgs& args) {
 
 using namespace fastdiff;
 
-FASTDIFF_EXPORT int fastdiff_guide_cpu(const GuideArgs* args) { return args ? cpu::guide(*args) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_guide_cpu(const GuideArgs* args) { return cpu::answer(cpu::guide, args); }
 
 FASTDIFF_EXPORT int64_t fastdiff_guide_args_size() { return sizeof(GuideArgs); }

@@ -33,6 +33,6 @@ Error measure(const MeasureArgs& args) {
 
 using namespace fastdiff;
 
-FASTDIFF_EXPORT int fastdiff_measure_cpu(const MeasureArgs* args) { return args ? cpu::measure(*args) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_measure_cpu(const MeasureArgs* args) { return cpu::answer(cpu::measure, args); }
 
 FASTDIFF_EXPORT int64_t fastdiff_measure_args_size() { return sizeof(MeasureArgs); }

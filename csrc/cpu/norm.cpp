@@ -117,6 +117,6 @@ Error norm(const NormArgs& args) {
 
 using namespace fastdiff;
 
-FASTDIFF_EXPORT int fastdiff_norm_cpu(const NormArgs* args) { return args ? cpu::norm(*args) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_norm_cpu(const NormArgs* args) { return cpu::answer(cpu::norm, args); }
 
 FASTDIFF_EXPORT int64_t fastdiff_norm_args_size() { return sizeof(NormArgs); }

@@ -103,5 +103,5 @@ Error norm_backward(const NormArgs& args) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_norm_backward_cpu(const NormArgs* args) {
-  return args ? cpu::norm_backward(*args) : kNullPointer;
+  return cpu::answer(cpu::norm_backward, args);
 }

@@ -3,11 +3,9 @@
 // pixels. Both, and so sums, depend on a sample's size alone: not on the batch, not on the number of threads.
 #pragma once
 
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
 
-#include "executor.h"
+#include "parallel.h"
 
 namespace fastdiff::cpu {
 namespace {
@@ -50,16 +48,13 @@ struct Cutting {
 };
 
 template <class Body>
-Error in_parallel(int64_t tasks, bool alone, const Body& body) {
-  if (alone) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-    return kOk;
-  }
-  const auto run = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t task = begin; task < end; ++task) (*static_cast<const Body*>(context))(task);
+Error each(int64_t tasks, bool alone, const Body& body) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(task);
   };
-  const auto code = torch_parallel_for(0, tasks, 1, run, const_cast<Body*>(&body));
-  return code == AOTI_TORCH_SUCCESS ? kOk : kThreads;
+  if (!alone) return on_pool(tasks, 1, run);
+  run(0, tasks);
+  return kOk;
 }
 
 // sum(b, column, which) of every patch where `sums`, settle(b, column), map(b, column, which) of every patch.
@@ -72,7 +67,7 @@ Error run_passes(const NormArgs& args, const Cutting& cut, bool sums, const Sum&
   const int64_t columns = args.B * cut.columns;
   // Where every thread has whole columns, the second pass over one finds it in the cache.
   if (alone || columns % threads == 0 || columns >= 4 * static_cast<int64_t>(threads))
-    return in_parallel(columns, alone, [&](int64_t task) {
+    return each(columns, alone, [&](int64_t task) {
       const int64_t b = task / cut.columns, column = task % cut.columns;
       for (int64_t which = 0; sums && which < cut.patches; ++which) sum(b, column, which);
       settle(b, column);
@@ -80,7 +75,7 @@ Error run_passes(const NormArgs& args, const Cutting& cut, bool sums, const Sum&
     });
 
   const auto each_patch = [&](const auto& pass) {
-    return in_parallel(columns * cut.patches, false, [&](int64_t task) {
+    return each(columns * cut.patches, false, [&](int64_t task) {
       const int64_t column = task / cut.patches;
       pass(column / cut.columns, column % cut.columns, task % cut.patches);
     });

@@ -4,89 +4,19 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <cstring>
+#include <new>
 #include <vector>
 
 #include "../export.h"
+#include "guard.h"
+#include "tensor_view.h"
 
 using namespace fastdiff;
+using namespace fastdiff::cpu;
 
 namespace {
 
-PyObject *data_ptr, *cdata;  // the method's name and the attribute's
-constexpr int64_t kMostDims = 8;
 constexpr int kBranchCount = 3;  // model_out, unguided, perturbed
-
-// What the row needs to know of a tensor.
-struct Form {
-  int64_t dims, sizes[kMostDims], strides[kMostDims];
-  int32_t dtype, device;
-
-  // Of a dimension of one element the stride says nothing.
-  bool lies_as(const int64_t* given_sizes, const int64_t* given_strides) const {
-    for (int64_t i = 0; i < dims; ++i)
-      if (given_sizes[i] != sizes[i] || (sizes[i] != 1 && given_strides[i] != strides[i])) return false;
-    return true;
-  }
-};
-
-// A tensor through torch's stable functions, whose handle is a pointer to its one member, the implementation.
-class View {
- public:
-  // False, without an exception, where this is no tensor or there is no such attribute.
-  bool of(PyObject* tensor) {
-    PyObject* address = PyObject_GetAttr(tensor, cdata);
-    if (address) {
-      implementation_ = PyLong_AsVoidPtr(address);
-      Py_DECREF(address);
-    }
-    if (!PyErr_Occurred()) return implementation_ != nullptr;
-    PyErr_Clear();
-    return false;
-  }
-
-  // False for a tensor that has no memory of its own.
-  bool form(Form& form) {
-    int64_t *sizes, *strides;
-    int32_t layout;
-    if (aoti_torch_get_layout(handle(), &layout) || layout != aoti_torch_layout_strided() ||
-        aoti_torch_get_dim(handle(), &form.dims) || form.dims > kMostDims ||
-        aoti_torch_get_dtype(handle(), &form.dtype) || aoti_torch_get_device_type(handle(), &form.device) ||
-        aoti_torch_get_sizes(handle(), &sizes) || aoti_torch_get_strides(handle(), &strides))
-      return false;
-    std::memcpy(form.sizes, sizes, static_cast<size_t>(form.dims) * sizeof *sizes);
-    std::memcpy(form.strides, strides, static_cast<size_t>(form.dims) * sizeof *strides);
-    return true;
-  }
-
-  // Where its elements lie, if it is of this form.
-  bool locate(const Form& form, void*& at) {
-    int64_t dims, *sizes, *strides;
-    int32_t dtype, device;
-    return !aoti_torch_get_dim(handle(), &dims) && dims == form.dims && !aoti_torch_get_dtype(handle(), &dtype) &&
-           dtype == form.dtype && !aoti_torch_get_device_type(handle(), &device) && device == form.device &&
-           !aoti_torch_get_sizes(handle(), &sizes) && !aoti_torch_get_strides(handle(), &strides) &&
-           form.lies_as(sizes, strides) && !aoti_torch_get_data_ptr(handle(), &at);
-  }
-
- private:
-  AtenTensorHandle handle() { return reinterpret_cast<AtenTensorHandle>(&implementation_); }
-
-  void* implementation_ = nullptr;
-};
-
-// Where a tensor's elements lie, null for None; false with an exception.
-bool locate(PyObject* tensor, void*& at) {
-  at = nullptr;
-  if (tensor == Py_None) return true;
-  PyObject* address = PyObject_CallMethodObjArgs(tensor, data_ptr, nullptr);
-  if (!address) return false;
-  at = PyLong_AsVoidPtr(address);
-  Py_DECREF(address);
-  return !PyErr_Occurred();
-}
 
 // A step that was bound. like: of the branches that are given; stacked: in bytes from Fc on, where a branch follows it
 // in its stack, 0: it does not. unlike: what runs or refuses all else; failed: what raises an error code.
@@ -99,22 +29,6 @@ struct Bound {
   Form like[kBranchCount];
   std::vector<char> gathered;
 };
-
-// The elements of a tensor of this form one after the other, the last dimension first.
-template <class T>
-void gather(const Form& form, const T* from, T* to) {
-  int64_t at[kMostDims] = {}, count = 1, offset = 0;
-  for (int64_t i = 0; i < form.dims; ++i) count *= form.sizes[i];
-  while (count-- > 0) {
-    *to++ = from[offset];
-    for (int64_t i = form.dims - 1; i >= 0; --i) {
-      offset += form.strides[i];
-      if (++at[i] < form.sizes[i]) break;
-      offset -= form.strides[i] * form.sizes[i];
-      at[i] = 0;
-    }
-  }
-}
 
 constexpr const char* kCapsule = "fastdiff.step";
 
@@ -155,7 +69,7 @@ PyObject* step(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObj
     }
     View view;
     if (!bound->given[i] || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != bound->type || !view.of(tensor) ||
-        !view.locate(bound->like[i], at[i]))
+        !view.locate(bound->like[i], at[i]) || negated(tensor))
       return otherwise(*bound, args, count, names);
     if (i == 0 && !bound->gathered.empty()) {
       char* to = bound->gathered.data();
@@ -192,7 +106,8 @@ PyObject* bind_step(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OOOOnOO", &address, &type, &tensors, &stacked, &gathered, &unlike, &failed))
     return nullptr;
   for (PyObject* kept : {type, unlike, failed}) Py_INCREF(kept);
-  auto* bound = new Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
+  auto* bound = new (std::nothrow) Bound{nullptr, type, unlike, failed, {}, {}, {}, {}};
+  if (!bound) return PyErr_NoMemory();
   PyObject* capsule = PyCapsule_New(bound, kCapsule, release);
   if (!capsule) return nullptr;
   bound->block = static_cast<AffineArgs*>(PyLong_AsVoidPtr(address));
@@ -207,7 +122,8 @@ PyObject* bind_step(PyObject*, PyObject* args) {
     if (!locate(tensor, at)) break;
     known = known && view.of(tensor) && view.form(bound->like[i]) && view.locate(bound->like[i], shown) && at == shown;
   }
-  if (!PyErr_Occurred()) bound->gathered.resize(static_cast<size_t>(gathered));
+  const auto take = [&] { return bound->gathered.resize(static_cast<size_t>(gathered)), kOk; };
+  if (!PyErr_Occurred() && cpu::guarded(take) != kOk) PyErr_NoMemory();
   PyObject* result = nullptr;
   if (!PyErr_Occurred()) result = known ? PyCFunction_NewEx(&step_method, capsule, nullptr) : Py_NewRef(Py_None);
   Py_DECREF(capsule);
@@ -275,6 +191,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 
 PyMODINIT_FUNC PyInit__C() {
   if (!data_ptr) data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
   if (!cdata) cdata = PyUnicode_InternFromString("_cdata");
-  return data_ptr && cdata ? PyModule_Create(&module) : nullptr;
+  return data_ptr && is_neg && cdata ? PyModule_Create(&module) : nullptr;
 }

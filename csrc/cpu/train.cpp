@@ -107,10 +107,12 @@ Error run(const TrainArgs& args, bool loss) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_noise_images_cpu(const TrainArgs* args) {
-  return args ? cpu::run(*args, false) : kNullPointer;
+  return cpu::answer([](const TrainArgs& own) { return cpu::run(own, false); }, args);
 }
 
-FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) { return args ? cpu::run(*args, true) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) {
+  return cpu::answer([](const TrainArgs& own) { return cpu::run(own, true); }, args);
+}
 
 // Of the sums [B, kParts] that the loss wrote: each sample's mean over its elements, and the mean of weight * error.
 FASTDIFF_EXPORT void fastdiff_loss_means(int64_t B, int64_t elements, const float* partial, const float* weight,

@@ -51,10 +51,8 @@ Error out(const WinogradArgs& args) {
 
 using namespace fastdiff;
 
-FASTDIFF_EXPORT int fastdiff_winograd_into_cpu(const WinogradArgs* args) {
-  return args ? cpu::into(*args) : kNullPointer;
-}
+FASTDIFF_EXPORT int fastdiff_winograd_into_cpu(const WinogradArgs* args) { return cpu::answer(cpu::into, args); }
 
-FASTDIFF_EXPORT int fastdiff_winograd_out_cpu(const WinogradArgs* args) { return args ? cpu::out(*args) : kNullPointer; }
+FASTDIFF_EXPORT int fastdiff_winograd_out_cpu(const WinogradArgs* args) { return cpu::answer(cpu::out, args); }
 
 FASTDIFF_EXPORT int64_t fastdiff_winograd_args_size() { return sizeof(WinogradArgs); }

@@ -172,11 +172,11 @@ Error gradient(const WinogradTrainArgs& args) {
 using namespace fastdiff;
 
 FASTDIFF_EXPORT int fastdiff_winograd_convolution_cpu(const WinogradTrainArgs* args) {
-  return args ? cpu::convolution(*args) : kNullPointer;
+  return cpu::answer(cpu::convolution, args);
 }
 
 FASTDIFF_EXPORT int fastdiff_winograd_gradient_cpu(const WinogradTrainArgs* args) {
-  return args ? cpu::gradient(*args) : kNullPointer;
+  return cpu::answer(cpu::gradient, args);
 }
 
 FASTDIFF_EXPORT int64_t fastdiff_winograd_train_args_size() { return sizeof(WinogradTrainArgs); }

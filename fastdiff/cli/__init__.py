@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,24 @@ _FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, Im
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors are one line, not a traceback."""
+    """Run one command; returns the exit status. Errors and warnings are one line, without a traceback or the code."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(arguments.run(arguments))
     except _FAILURES as error:
         print(f"fastdiff: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastdiff: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    print(f"fastdiff: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +67,7 @@ def _add_plan(commands: Any) -> None:
         commands, "plan", "print a sampler's table, its NFE and its checks", "fastdiff plan dpmpp_2m --steps 20"
     )
     parser.add_argument("solver", help=f"one of {', '.join(fd.solvers.names())}")
-    add_table_options(parser, 20)
+    add_table_options(parser)
     parser.add_argument("--schedule", default="linear", help=f"one of {', '.join(_plain_schedules())} (default linear)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.set_defaults(run=_plan)
@@ -104,8 +113,9 @@ def _add_info(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     plan = fd.plan(
-        arguments.solver, arguments.schedule, arguments.steps, arguments.grid, **read_options(arguments.option)
-    )
+        arguments.solver, arguments.schedule, arguments.steps, arguments.grid,
+        grid_options=read_options(arguments.grid_option, "--grid-option"), **read_options(arguments.option),
+    )  # fmt: skip
     if arguments.json:
         print(plan.to_json())
         return 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastdiff as fd
+from fastdiff.compiler.build import STEPS
 
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -22,10 +23,17 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
     return parser
 
 
-def add_table_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """The options of a plan: --steps, --grid and --option."""
-    parser.add_argument("--steps", type=int, default=steps, help=f"levels of the grid (default {steps})")
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a plan: --steps, --grid, --grid-option and --option."""
+    parser.add_argument("--steps", type=int, help=f"levels of the grid (default {STEPS})")
     parser.add_argument("--grid", default="karras", help=f"one of {', '.join(fd.grids.names())} (default karras)")
+    parser.add_argument(
+        "--grid-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the grid, e.g. rho=5; gits needs cache=FILE, custom levels=[10,3,1]",
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the solver, e.g. eta=0.5"
     )

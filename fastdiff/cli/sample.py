@@ -40,7 +40,7 @@ def add_sample(commands: Any) -> None:
         "--model", default="fashion", help="'fashion', the folder of a run or a .safetensors file (default fashion)"
     )
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
-    add_table_options(parser, 20)
+    add_table_options(parser)
     parser.add_argument(
         "--guidance", type=float, default=1.5, help="classifier-free guidance scale; 1 is off (default 1.5)"
     )
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_rule_acts(arguments, model, rule)
     plan = fd.plan(
         arguments.solver, model.schedule, arguments.steps, arguments.grid, strength=arguments.strength,
-        **read_options(arguments.option),
+        grid_options=read_options(arguments.grid_option, "--grid-option"), **read_options(arguments.option),
     )  # fmt: skip
     sampler = fd.Sampler(plan, model, arguments.backend, memory_format=torch.channels_last)
     batches = [range(i, min(i + arguments.batch, len(labels))) for i in range(0, len(labels), arguments.batch)]
@@ -196,7 +196,7 @@ def _report(
     plan = sampler.plan
     adaptive = isinstance(plan, fd.AdaptivePlan)
     start = f", from {arguments.init} at strength {arguments.strength:g}" if arguments.init else ""
-    steps = "its own steps" if adaptive else f"{arguments.steps} steps on grid {plan.grid}"
+    steps = "its own steps" if adaptive else f"{len(plan.levels) - 1} steps on grid {plan.grid}"
     print(f"sampler   {plan.solver}, {steps}{start}")
     asked = [f"each of two branches with guidance {arguments.guidance}"] if guided else []
     asked += [f"rule {arguments.rule}"] if arguments.rule else []

@@ -5,6 +5,7 @@ May import: process, solvers, run, assemble, plan.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from fastdiff.compiler.run import Run, record
 from fastdiff.process import grids, schedules
 from fastdiff.process.schedules import CLEAN, Level, Schedule
 
+STEPS = 20  # of a grid that is named, where the caller says nothing
+
 
 def plan(
     solver: str,
     schedule: Schedule | str = "linear",
-    steps: int = 20,
+    steps: int | None = None,
     grid: str | Sequence[float] | NDArray[np.float64] = "karras",
     *,
     strength: float = 1.0,
@@ -40,28 +43,37 @@ def plan(
     """Compile a sampler to a table.
 
     solver: a name of `fd.solvers.names()`; options go to it. schedule: what the noise does, or its name.
-    steps: how many levels the grid has. grid: a name of `fd.grids.names()`, or the levels themselves (descending
-    times on the schedule's clock, without the final clean one). grid_options: options of that grid.
+    steps: how many levels the grid has, 20 where nothing is said. grid: a name of `fd.grids.names()`, or the levels
+    themselves (descending times on the schedule's clock, without the final clean one). grid_options: of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
     step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`.
     skipping: the arguments of `Plan.skipping`, {"every": 2} say: an approximation, some rows do not ask the network. An
     adaptive solver (dpm_adaptive, rk45) goes from the grid's first level to its last, whatever lies between, and makes
-    its own steps; its plan is an `AdaptivePlan`, which `Sampler` runs like any other. Raises ValueError or TypeError,
-    naming what is wrong, and never a half-built plan.
+    its own steps; its plan is an `AdaptivePlan`, which `Sampler` runs like any other. Warns of steps without an effect.
+    Raises ValueError or TypeError, naming what is wrong, and never a half-built plan.
     """
     chosen = solvers.get(solver)
     chosen.check_options(options)
     process = schedules.get(schedule) if isinstance(schedule, str) else schedule
     if not isinstance(process, Schedule):
         raise TypeError(f"plan needs a schedule or its name second, got {schedule!r}; steps= is the third argument")
-    if isinstance(grid, str):
-        name, times = grid, grids.make(grid, process, steps, **dict(grid_options or {}))
-    else:
-        name, times = "custom", grids.make("custom", process, None, levels=grid, **dict(grid_options or {}))
-    times = _truncated(times, process, strength, start_step)
+    name, named = (grid, {}) if isinstance(grid, str) else ("custom", {"levels": grid})
+    named |= grid_options or {}
+
+    def cut(count: int | None) -> NDArray[np.float64]:
+        return _truncated(grids.make(name, process, count, **named), process, strength, start_step)
+
+    counted = STEPS if steps is None else steps
+    times = cut(counted if name != "custom" else None if chosen.adaptive else steps)
     if chosen.adaptive:
         _check_ends(solver, name, times)
+        if steps is not None and (name == "custom" or _same_ends(times, cut, steps)):
+            warnings.warn(
+                f"{solver} makes its own steps between the ends of the grid, so steps={steps} has no effect: leave it "
+                "out; the options rtol and atol say how many it takes",
+                stacklevel=2,
+            )
         top, bottom = (process.level(float(time)) for time in (times[0], times[-1]))
         plain = {key: _plain(value) for key, value in options.items()}
         compiled: Plan = adaptive_plan(chosen, plain, process, name, top, bottom)
@@ -134,6 +146,15 @@ def _check_ends(solver: str, grid: str, times: NDArray[np.float64]) -> None:
             f"{solver} chooses its own levels: give the first and the last noisy one, grid=[first, last], "
             f"got {len(times)} levels"
         )
+
+
+def _same_ends(times: NDArray[np.float64], cut: Callable[[int], NDArray[np.float64]], steps: int) -> bool:
+    """Whether the grid of another number of steps has these ends; False where there is no such grid."""
+    try:
+        others = cut(steps - 1 if steps > 2 else steps + 1)
+    except ValueError:
+        return False
+    return bool(np.allclose(times[[0, -1]], others[[0, -1]], rtol=1e-9, atol=0.0))
 
 
 def _plain(value: Any) -> Any:

@@ -164,7 +164,7 @@ def measure(name: str) -> Measurement | AdaptiveMeasurement:
 
 
 def _measure_adaptive(chosen: Solver) -> AdaptiveMeasurement:
-    plan = build(chosen.name, "edm", 2, GRID, grid_options=ENDS)
+    plan = build(chosen.name, "edm", grid=GRID, grid_options=ENDS)
     assert isinstance(plan, AdaptivePlan)
     return AdaptiveMeasurement(
         solver=chosen,

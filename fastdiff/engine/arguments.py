@@ -67,17 +67,43 @@ def check_channels(model: Denoiser, shape: Sequence[int], batched: bool) -> None
 
 
 def settle_guidance(
-    guidance: float | Sequence[float] | Tensor | None, uncond: Condition, reads_unguided: bool
+    guidance: float | Sequence[float] | Tensor | None,
+    uncond: Condition,
+    reads_unguided: bool,
+    guide: Denoiser | None = None,
 ) -> float | Sequence[float] | Tensor:
-    """`guidance`, 1.0 where it was not given; then ValueError for the condition of a branch that nobody asks for."""
+    """`guidance`, 1.0 where it was not given; then ValueError for what only a branch that nobody asks for has.
+
+    uncond, guide: its condition, and its network where one run asks for it alone.
+    """
     if guidance is not None:
         return guidance
-    if uncond is not None and not reads_unguided:
-        raise ValueError(
-            "uncond= is the condition of the unguided branch, which is evaluated with guidance only: give guidance= "
-            "too, 2.0 say (1.0 says that it is off), or leave uncond= out"
-        )
+    if not reads_unguided:
+        _refuse_unasked("unguided", "guidance", "2.0 say (1.0 says that it is off)", uncond=uncond, guide=guide)
     return 1.0
+
+
+def settle_perturbation(
+    scale: float | Sequence[float] | Tensor | None, perturbed_cond: Condition, perturbed: Denoiser | None = None
+) -> float | Sequence[float] | Tensor:
+    """`scale`, 0.0 where it was not given; then ValueError as `settle_guidance`."""
+    if scale is not None:
+        return scale
+    _refuse_unasked(
+        "perturbed", "perturbed_scale", "1.0 say (0.0 says that it is off)", perturbed_cond=perturbed_cond,
+        perturbed=perturbed,
+    )  # fmt: skip
+    return 0.0
+
+
+def _refuse_unasked(branch: str, amount: str, values: str, **given: Condition | Denoiser) -> None:
+    for name, value in given.items():
+        if value is not None:
+            what = "network" if isinstance(value, Denoiser) else "condition"
+            raise ValueError(
+                f"{name}= is the {what} of the {branch} branch, which is evaluated with {amount} only: give {amount}= "
+                f"too, {values}, or leave {name}= out"
+            )
 
 
 def check_alike(name: str, other: Denoiser, model: Denoiser) -> None:

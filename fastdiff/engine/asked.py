@@ -86,6 +86,16 @@ class Asked:
         )  # fmt: skip
 
     @property
+    def guided(self) -> bool:
+        """Whether a sample has a guidance other than 1."""
+        return any(w != 1.0 for w in self.guidance)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether a sample has a perturbed_scale other than 0."""
+        return any(self.perturbed_scale)
+
+    @property
     def path(self) -> bool:
         """Whether noise is increments of one Brownian path per seed."""
         return isinstance(self.noise, str) and self.noise == "brownian"

@@ -1,4 +1,6 @@
-"""Self-attention for training on a CPU, where torch's own kernel is slow for small heads. May import: native, eager.
+"""Self-attention for training on a CPU, where torch's own kernel is slow for small heads.
+
+May import: native, native_blocks, eager.
 
 out_i = sum_j softmax_j(q_i k_j / sqrt(d)) v_j over the tokens of a sample, head by head (Vaswani et al. 2017).
 """
@@ -15,7 +17,7 @@ from torch._C import _has_storage
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.engine import eager, native
-from fastdiff.engine.native import AttentionArgs
+from fastdiff.engine.native_blocks import AttentionArgs
 
 SMALL_HEAD = 64  # elements, up to which the extension is faster than torch
 
@@ -82,4 +84,4 @@ def _launch(heads: int, **tensors: Tensor) -> None:
     )  # fmt: skip
     library = native.load()
     if code := library.fastdiff_attention_cpu(ctypes.addressof(args)):
-        raise RuntimeError(f"attention on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed("attention on cpp", code)

@@ -1,7 +1,7 @@
 """Where a request to a stream is checked and made ready: its plan packed, its numbers, images and conditions.
 
-May import: request, arguments, branches, guidance, seeds, compiler, models.denoiser. Nothing here runs on a device that
-a batch is running on, and any thread may come.
+May import: request, arguments, idle, branches, guidance, seeds, compiler, models.denoiser. Nothing here runs on a
+device that a batch is running on, and any thread may come.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
-from fastdiff.engine.arguments import check_fits, number_per_sample, settle_guidance
+from fastdiff.engine import idle
+from fastdiff.engine.arguments import check_fits, number_per_sample, settle_guidance, settle_perturbation
 from fastdiff.engine.branches import arrange
 from fastdiff.engine.guidance import APG, Reduction
 from fastdiff.engine.request import Work, needed_by
@@ -62,7 +63,7 @@ class Desk:
         opening: str | None,
         noise: str,
         perturbed_cond: Condition,
-        perturbed_scale: float,
+        perturbed_scale: float | None,
         given: Mapping[str, Tensor],
     ) -> Work:
         """The arguments of `Stream.submit` made ready. Raises ValueError or TypeError for what does not fit."""
@@ -71,9 +72,10 @@ class Desk:
         self._check(plan, noise)
         (value,) = seeds_of(seed if isinstance(seed, Sequence) else [seed], 1).tolist()
         (weight,) = number_per_sample("guidance", settle_guidance(guidance, uncond, plan.reads_unguided), 1)
-        (scale,) = number_per_sample("perturbed_scale", perturbed_scale, 1)
+        (scale,) = number_per_sample("perturbed_scale", settle_perturbation(perturbed_scale, perturbed_cond), 1)
         if isinstance(self._reduces and self._reduces.rule, APG) and scale:
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
+        idle.warn(plan, noise == "brownian", weight != 1.0, scale != 0.0, stacklevel=3)
         branches = arrange(
             self._model, 1, cond, uncond, perturbed_cond, guided=weight != 1.0, perturbed=scale != 0.0,
             guide=self._guide, perturbed_net=self._perturbed, reads_unguided=plan.reads_unguided,

@@ -1,7 +1,8 @@
-"""The compiled extension: finding it, its argument block, and the hot path of executors "cpp" and "cuda".
+"""The compiled extension: finding it, filling its argument blocks, and the hot path of executors "cpp" and "cuda".
 
-May import: checks, errors. The extension is a shared object of C functions called through ctypes: a step is one call
-with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation stand in between.
+May import: checks, native_blocks, errors. The extension is a shared object of C functions called through ctypes: a
+step is one call with a pointer to a block that is filled in when the plan is bound, so no dispatcher and no allocation
+stand in between.
 On a CPU a row is a function of Python's own interface instead, which looks at the tensors it is given through torch's
 stable C functions: after milliseconds of network what a step costs is how much it touches, and ctypes touches the most.
 The norm op, of which a network runs a hundred between two steps, is one too.
@@ -21,6 +22,19 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine.checks import channels_of
+from fastdiff.engine.native_blocks import (
+    AFFINE_POINTERS,
+    GUIDE_POINTERS,
+    MEASURE_POINTERS,
+    AffineArgs,
+    AttentionArgs,
+    GuideArgs,
+    MeasureArgs,
+    NormArgs,
+    TrainArgs,
+    WinogradArgs,
+    WinogradTrainArgs,
+)
 from fastdiff.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -34,108 +48,10 @@ _FIX = (
     "pip install -e . --no-build-isolation"
 )
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_BRANCHES = ("model_out", "unguided", "perturbed")
-_POINTERS = (
-    "state", *_BRANCHES, "variance", "mix", "momentum", "model_in", "model_time", "coef", "ids", "row",
-    "seed", "guidance", "noise", "denoised", "status", "ticket",
-)  # fmt: skip
-_GUIDE_POINTERS = (
-    "state", *_BRANCHES, "coef", "ids", "row", "guidance", "settings", "mix", "partial", "momentum", "ticket",
-)  # fmt: skip
-_MEASURE_POINTERS = ("value", "before", "after", "status", "found", "partial", "ticket")
-_NORM_POINTERS = (
-    "x", "residual", "skip", "before", "scale", "shift", "weight", "bias", "y", "total", "stats",
-    "grad", "sums",
-)  # fmt: skip
-_ATTENTION_POINTERS = ("q", "k", "v", "out", "stats", "grad", "dq", "dk", "dv")
-
+_OUT_OF_MEMORY = 8  # kOutOfMemory in csrc/affine.h
 
 Step = Callable[..., "bool | None"]
 Apart = Callable[[int, Tensor, "Tensor | None", Tensor, "Tensor | None"], None]
-
-
-class AffineArgs(ctypes.Structure):
-    """Mirror of struct AffineArgs in csrc/affine.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R")]
-        + [(name, ctypes.c_int64) for name in ("coef_width", "ids_width", "channels", "noise_count")]
-        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "model_in_dtype")]
-        + [(name, ctypes.c_int32) for name in ("model_in_batch", "model_time_batch")]
-    )
-
-
-class GuideArgs(ctypes.Structure):
-    """Mirror of struct GuideArgs in csrc/guide.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _GUIDE_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "K", "R", "coef_width", "ids_width")]
-        + [(name, ctypes.c_int32) for name in ("model_out_dtype", "rule", "threshold", "reserved")]
-    )
-
-
-class MeasureArgs(ctypes.Structure):
-    """Mirror of struct MeasureArgs in csrc/measure.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _MEASURE_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "N")]
-        + [(name, ctypes.c_float) for name in ("rtol", "atol")]
-        + [(name, ctypes.c_int32) for name in ("quantity", "reserved")]
-    )
-
-
-class TrainArgs(ctypes.Structure):
-    """Mirror of struct TrainArgs in csrc/train.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("images", "table", "key", "model_out", "weight", "partial", "out")]
-        + [(name, ctypes.c_int64) for name in ("B", "N", "width", "channels")]
-        + [(name, ctypes.c_int32) for name in ("image_dtype", "model_dtype")]
-        + [("factor", ctypes.c_float)]
-        + [("reserved", ctypes.c_int32)]
-    )
-
-
-class NormArgs(ctypes.Structure):
-    """Mirror of struct NormArgs in csrc/norm.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _NORM_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "C", "C1", "P", "groups")]
-        + [(f"{name}_stride", ctypes.c_int64) for name in ("residual", "before", "scale", "shift")]
-        + [("eps", ctypes.c_float)]
-        + [(name, ctypes.c_int32) for name in ("act", "dtype", "channels_last")]
-    )
-
-
-class AttentionArgs(ctypes.Structure):
-    """Mirror of struct AttentionArgs in csrc/attention.h, which says what each field is."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _ATTENTION_POINTERS]
-        + [(name, ctypes.c_int64) for name in ("B", "T", "H", "d")]
-        + [("scale", ctypes.c_float)]
-        + [("reserved", ctypes.c_int32)]
-    )
-
-
-class WinogradArgs(ctypes.Structure):
-    """Mirror of struct WinogradArgs in csrc/winograd.h, which says what each field is."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "v", "products", "bias", "y")] + [
-        (name, ctypes.c_int64) for name in ("B", "C", "H", "W", "first", "count", "size")
-    ]
-
-
-class WinogradTrainArgs(ctypes.Structure):
-    """Mirror of struct WinogradTrainArgs in csrc/winograd.h, which says what each field is."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "weight", "bias")] + [
-        (name, ctypes.c_int64) for name in ("B", "C", "N", "H", "W", "row", "column", "tap", "block")
-    ]
 
 
 @functools.cache
@@ -193,7 +109,7 @@ def cpu_instruction_set() -> str:
 def arguments(tensors: StepTensors) -> AffineArgs:
     """The C argument block of checked tensors; it holds addresses, so the tensors must outlive it."""
     args = AffineArgs()
-    _fill(args, tensors, _POINTERS)
+    _fill(args, tensors, AFFINE_POINTERS)
     args.channels = tensors.channels
     args.noise_count = 0 if tensors.noise is None else tensors.noise.shape[0]
     args.model_in_dtype = 0 if tensors.model_in is None else DTYPES[tensors.model_in.dtype]
@@ -242,20 +158,20 @@ def _quick(args: AffineArgs, tensors: StepTensors, step: Step, whole: Tensor | N
     None where torch keeps its tensors in another way than that function knows.
     """
 
-    def failed(code: int) -> None:
-        raise _failed("affine_step on cpp", code)
+    def fail(code: int) -> None:
+        raise failed("affine_step on cpp", code)
 
     model_out = tensors.model_out if whole is None else whole
     given = model_out, tensors.unguided, tensors.perturbed
     gathered = 0 if whole is None or whole.is_contiguous() else whole.numel() * whole.element_size()
     stacked = 0, *_stacked(args, model_out)
-    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, gathered, step, failed)
+    return python().bind_step(ctypes.addressof(args), Tensor, given, stacked, gathered, step, fail)
 
 
 def bind_guide(tensors: GuideTensors, rule: int, threshold: bool, executor: str) -> Callable[..., None]:
     """`find(model_out, unguided, perturbed)`, finding each sample's scalars on checked tensors: otherwise as `bind`."""
     args = GuideArgs(rule=rule, threshold=threshold)
-    _fill(args, tensors, _GUIDE_POINTERS)
+    _fill(args, tensors, GUIDE_POINTERS)
     return _bind(args, tensors, executor, "guide")
 
 
@@ -279,17 +195,19 @@ def _bind(
             or not model_out.is_contiguous(memory_format=memory_format)
         ):
             raise _unlike(op, "model output", model_out, like, memory_format)
+        model_out = model_out.resolve_neg()
         start = args.model_out = model_out.data_ptr()
         if second:
             args.unguided = start + second
         if third:
             args.perturbed = start + third
         if apart or unguided is not None or perturbed is not None:
+            unguided, perturbed = (None if given is None else given.resolve_neg() for given in (unguided, perturbed))
             place("unguided", unguided)
             place("perturbed", perturbed)
         code = run(address)
         if code:
-            raise _failed(f"{op} on {executor}", code)
+            raise failed(f"{op} on {executor}", code)
 
     def place(name: str, given: Tensor | None) -> None:
         bound = getattr(tensors, name)
@@ -317,14 +235,14 @@ def _stacked(args: AffineArgs | GuideArgs, like: Tensor) -> tuple[int, int]:
 def bind_measure(tensors: MeasureTensors, quantity: int, rtol: float, atol: float, executor: str) -> Callable[[], None]:
     """`find()`, writing each sample's number on checked tensors: deterministic, capturable on "cuda"."""
     args = MeasureArgs(rtol=rtol, atol=atol, quantity=quantity)
-    _point(args, tensors, _MEASURE_POINTERS)
+    _point(args, tensors, MEASURE_POINTERS)
     args.B, args.N = len(tensors.value), tensors.value[0].numel()
     run = _function("measure", executor, tensors.value.device)
 
     def find() -> None:
         if code := run(ctypes.addressof(args)):
             # tensors is named so that the bound call keeps what the block points to
-            raise _failed(f"measure on {executor}, values {tuple(tensors.value.shape)}", code)
+            raise failed(f"measure on {executor}, values {tuple(tensors.value.shape)}", code)
 
     return find
 
@@ -342,7 +260,7 @@ def train(op: str, tensors: TrainTensors, factor: float, executor: str) -> None:
         *(DTYPES[images.dtype], DTYPES[model.dtype], factor),
     )
     if code := _function(op, executor, tensors.images.device)(ctypes.addressof(args)):
-        raise _failed(f"{op} on {executor}", code)
+        raise failed(f"{op} on {executor}", code)
 
 
 def bind_apart(tensors: StepTensors, executor: str) -> Apart:
@@ -356,10 +274,10 @@ def bind_apart(tensors: StepTensors, executor: str) -> Apart:
         return _apart_on_cuda(library, args, tensors)
     assert tensors.model_in is not None
 
-    def failed(code: int) -> None:
-        raise _failed(_named(executor, args, tensors), code)
+    def fail(code: int) -> None:
+        raise failed(_named(executor, args, tensors), code)
 
-    return python().bind_apart(address, tensors.model_in.dtype == torch.float32, failed)
+    return python().bind_apart(address, tensors.model_in.dtype == torch.float32, fail)
 
 
 def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors) -> Apart:
@@ -372,13 +290,15 @@ def _apart_on_cuda(library: ctypes.CDLL, args: AffineArgs, tensors: StepTensors)
         args.denoised = None if denoised is None else denoised.data_ptr()
         code = run(address)
         if code:
-            raise _failed(_named("cuda", args, tensors), code)
+            raise failed(_named("cuda", args, tensors), code)
 
     return step
 
 
-def _failed(where: str, code: int) -> RuntimeError:
-    return RuntimeError(f"{where}: {load().fastdiff_error(code).decode()} (code {code})")
+def failed(where: str, code: int) -> RuntimeError | MemoryError:
+    """The error for what a function of the extension returned."""
+    message = f"{where}: {load().fastdiff_error(code).decode()} (code {code})"
+    return MemoryError(message) if code == _OUT_OF_MEMORY else RuntimeError(message)
 
 
 def _named(executor: str, args: AffineArgs, tensors: StepTensors) -> str:

@@ -1,6 +1,7 @@
 """The norm op on a CPU: checked and its argument block filled in once for each layout of tensors, then only addresses.
 
-May import: native, norm_checks. A small image takes less time than Python needs to look at its tensors twice.
+May import: native, native_blocks, norm_checks. A small image takes less time than Python needs to look at its tensors
+twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine import native
-from fastdiff.engine.native import NormArgs
+from fastdiff.engine.native_blocks import NormArgs
 from fastdiff.engine.norm_checks import DTYPES, Inputs, check, check_add, in_rows, lies_last, row
 
 KEPT = 4096  # layouts; more than that come from sizes that do not come again
@@ -183,4 +184,4 @@ def _launch(args: NormArgs, op: str) -> None:
 
 
 def _raise(op: str, code: int) -> NoReturn:
-    raise RuntimeError(f"{op} on cpp: {native.load().fastdiff_error(code).decode()} (code {code})")
+    raise native.failed(f"{op} on cpp", code)

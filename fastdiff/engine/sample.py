@@ -26,7 +26,7 @@ def sample(
     model: Denoiser,
     shape: Sequence[int],
     solver: str = "dpmpp_2m",
-    steps: int = 20,
+    steps: int | None = None,
     grid: str | Sequence[float] = "karras",
     *,
     seed: int | Sequence[int] | Tensor = 0,
@@ -48,7 +48,7 @@ def sample(
     guide: Denoiser | None = None,
     perturbed: Denoiser | None = None,
     perturbed_cond: Condition = None,
-    perturbed_scale: float | Sequence[float] | Tensor = 0.0,
+    perturbed_scale: float | Sequence[float] | Tensor | None = None,
     given: Mapping[str, Tensor] | None = None,
     skip: AdaptiveSkip | None = None,
     max_batch: int | str | None = None,
@@ -87,11 +87,23 @@ def sample(
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
+    if guidance is None and not plan.reads_unguided:
+        _refuse_idle(options, "guidance", ("guidance_interval", "guidance_schedule"))
+    if perturbed_scale is None:
+        _refuse_idle(options, "perturbed_scale", ("perturbed_interval",))
     _warn_of_bytes(init)
     return Sampler(plan, model, backend, graph, memory_format, guide, perturbed).sample(
         shape, seed, init, noise, cond, uncond, guidance, callback, progress, "image",
         rule, threshold, perturbed_cond, perturbed_scale, given, skip, max_batch,
     )  # fmt: skip
+
+
+def _refuse_idle(options: Mapping[str, Any], amount: str, names: Sequence[str]) -> None:
+    for name in names:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name}= says where {amount} applies, and there is none: give {amount}= too, or leave {name}= out"
+            )
 
 
 def _warn_of_bytes(init: Tensor | None) -> None:

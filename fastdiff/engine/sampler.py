@@ -1,7 +1,7 @@
 """Binds a plan to a model and a device: checks what is asked, finds buffers and graphs for it, and runs the loop.
 
-May import: asked, arguments, chunks, loop, held, kept, room, branches, guidance, graphs, backends, memory, skipping,
-stream, compiler, models.denoiser.
+May import: asked, arguments, idle, chunks, loop, held, kept, room, branches, guidance, graphs, backends, memory,
+skipping, stream, compiler, models.denoiser.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from fastdiff.compiler.brownian import on_path
 from fastdiff.compiler.guided import muted
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.skipping import twins
-from fastdiff.engine import backends, chunks, graphs, held, memory, skipping
+from fastdiff.engine import backends, chunks, graphs, held, idle, memory, skipping
 from fastdiff.engine.arguments import (
     batch_shape,
     check_alike,
     check_channels,
     check_fits,
     settle_guidance,
+    settle_perturbation,
 )
 from fastdiff.engine.asked import Asked
 from fastdiff.engine.branches import PERTURBED, Branches, arrange, claimed, refuse_modes
@@ -113,7 +114,7 @@ class Sampler:
         rule: Rule | None = None,
         threshold: DynamicThreshold | None = None,
         perturbed_cond: Condition = None,
-        perturbed_scale: float | Sequence[float] | Tensor = 0.0,
+        perturbed_scale: float | Sequence[float] | Tensor | None = None,
         given: Mapping[str, Tensor] | None = None,
         skip: AdaptiveSkip | None = None,
         max_batch: int | str | None = None,
@@ -127,7 +128,8 @@ class Sampler:
         f(id, shape) giving one draw [B, *S]. cond, uncond: conditions of the network, batch first; a negative prompt is
         an uncond. guidance: w of Fu + w (Fc - Fu), a number or one per sample; 1 or None evaluate cond only. rule:
         `fd.guidance.Rescale`, `APG` or `CFGZero`. threshold: a `fd.guidance.DynamicThreshold`. perturbed_scale: s of
-        s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond.
+        s (Fc - Fp), a number or one per sample, Fp from the perturbed network, or from this one on perturbed_cond; 0 or
+        None evaluate neither.
         given: the tensors [B, *S] the solver asks for by name (mean_reverting: {"mu": the degraded images}). skip: an
         approximation, `fd.AdaptiveSkip()`: samples skip evaluations where their path is smooth. max_batch: draw in
         batches of at most so many, the same samples; "auto": as many as fit in memory, by estimate. callback: called
@@ -137,11 +139,13 @@ class Sampler:
         """
         shape = batch_shape(shape)
         check_channels(self.model, shape, batched=True)
-        weights = settle_guidance(guidance, uncond, self.plan.reads_unguided)
+        weights = settle_guidance(guidance, uncond, self.plan.reads_unguided, self.guide)
+        scales = settle_perturbation(perturbed_scale, perturbed_cond, self.perturbed)
         asked = Asked.checked(
             shape, seed, init, noise, cond, uncond, weights, callback, progress, opening, rule, threshold,
-            perturbed_cond, perturbed_scale, given or {}, skip,
+            perturbed_cond, scales, given or {}, skip,
         )  # fmt: skip
+        idle.warn(self.plan, asked.path, asked.guided, asked.perturbed, stacklevel=3)
         if not self._idle.acquire(blocking=False):
             raise RuntimeError(
                 "this Sampler is drawing in another thread and has one set of buffers; use one per thread"
@@ -236,8 +240,8 @@ class Sampler:
     def _branches(self, batch: int, asked: Asked) -> Branches:
         return arrange(
             self.model, batch, asked.cond, asked.uncond, asked.perturbed_cond,
-            guided=any(w != 1.0 for w in asked.guidance), perturbed=any(asked.perturbed_scale), guide=self.guide,
-            perturbed_net=self.perturbed, reads_unguided=self.plan.reads_unguided,
+            guided=asked.guided, perturbed=asked.perturbed, guide=self.guide, perturbed_net=self.perturbed,
+            reads_unguided=self.plan.reads_unguided,
         )  # fmt: skip
 
     def _room(self, plan: Plan, shape: torch.Size, asked: Asked, branches: Branches) -> Room:

@@ -144,7 +144,7 @@ class Stream:
         opening: str | None = None,
         noise: str = "white",
         perturbed_cond: Condition = None,
-        perturbed_scale: float = 0.0,
+        perturbed_scale: float | None = None,
         given: Mapping[str, Tensor] | None = None,
         **names: Any,
     ) -> Request:

@@ -84,7 +84,7 @@ def _draw(out: Tensor, source: torch.Generator, keep: bool = True) -> None:
             before = state.data_ptr()
             code = library.fastdiff_torch_normal(before, state.numel(), count, to, after.data_ptr())
             if code:
-                raise RuntimeError(f"torch_normals: {library.fastdiff_error(code).decode()} (code {code})")
+                raise native.failed("torch_normals", code)
             # a thread that draws with torch may have come in between: its numbers are not to be drawn twice
             now = source.get_state()
             if library.fastdiff_torch_generator_unmoved(before, now.data_ptr()):

@@ -1,7 +1,7 @@
 """A 3x3 convolution by Winograd's minimal filtering on a CPU: a quarter of the multiplications, for transforms.
 
-May import: the compiled extension (through native), backends, onednn. Executors are "cpp" (fp32 on a CPU) and
-"reference" (torch's own convolution): on a GPU the library's convolution stays.
+May import: the compiled extension (through native, native_blocks), backends, onednn. Executors are "cpp" (fp32 on a
+CPU) and "reference" (torch's own convolution): on a GPU the library's convolution stays.
 
 Lavin & Gray 2015, F(m x m, 3x3), m = 4 or 2, the image cut into tiles of m x m outputs:
     Y = A^T [(G w G^T) . (B^T d B)] A        d: the (m + 2) x (m + 2) pixels a tile sees
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.engine import backends, native, onednn
-from fastdiff.engine.native import WinogradArgs
+from fastdiff.engine.native_blocks import WinogradArgs
 
 TAPS = {2: 16, 4: 36}  # matrices of each tile size
 # The points of F(4x4) as csrc/cpu/winograd.h has them: 0, +-A, +-B and infinity.
@@ -145,7 +145,7 @@ def _launch(which: str, args: WinogradArgs) -> None:
     library = native.load()
     code = getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args))
     if code:
-        raise RuntimeError(f"winograd_conv on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed("winograd_conv on cpp", code)
 
 
 def _points() -> Tensor:

@@ -1,4 +1,6 @@
-"""A 3x3 convolution, trained on a CPU by Winograd's minimal filtering, with its gradients. May import: native, eager.
+"""A 3x3 convolution, trained on a CPU by Winograd's minimal filtering, with its gradients.
+
+May import: native, native_blocks, eager.
 
 F(4x4, 3x3) of Lavin & Gray 2015, the weights transformed anew in every call (engine.winograd has the equation and, for
 inference, weights that are kept). The gradient of the image is the same with weights turned and channels exchanged;
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch._C import _has_storage
 
 from fastdiff.engine import eager, native
-from fastdiff.engine.native import WinogradTrainArgs
+from fastdiff.engine.native_blocks import WinogradTrainArgs
 
 SIDE = 4  # of a tile
 FEWEST, FEWEST_OF_GRADIENT = 16, 4  # tiles, below which the library is as fast
@@ -130,4 +132,4 @@ def _arguments(x: Tensor, y: Tensor, weight: Tensor) -> WinogradTrainArgs:
 def _launch(which: str, args: WinogradTrainArgs) -> None:
     library = native.load()
     if code := getattr(library, f"fastdiff_winograd_{which}_cpu")(ctypes.addressof(args)):
-        raise RuntimeError(f"winograd {which} on cpp: {library.fastdiff_error(code).decode()} (code {code})")
+        raise native.failed(f"winograd {which} on cpp", code)

@@ -6,6 +6,7 @@ and what differs: docs/edm.md.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from fastdiff.models.weight_files import read_tensors, unpickle
 from fastdiff.process import schedules
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # their sampler's
+_OTHER_CLOCKS = {"timestep", "timesteps", "noise_labels"}  # diffusers', guided-diffusion's, EDM's inner networks'
 _NEEDS = (
     "a snapshot rebuilds its network with torch_utils and dnnlib of the repository that made it; put that on PYTHONPATH"
 )
@@ -82,8 +84,8 @@ def wrap(
     Read from the network where it has them: img_channels, img_resolution, label_dim, sigma_min, sigma_max and
     round_sigma; what it does with use_fp16 is its own business, x is float32. sigma_min, sigma_max: ends of the
     levels, within the network's own. force_fp32: asked of the network with every call. The Denoiser's null_label is
-    the integer that stands for no class, zeros to the network. Raises TypeError for what is no module and for networks
-    of diffusers, ValueError for ends that leave nothing.
+    the integer that stands for no class, zeros to the network. Raises TypeError for what is no module, for networks of
+    diffusers and of fastdiff and for those that cannot be called so, ValueError for ends that leave nothing.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(
@@ -95,6 +97,7 @@ def wrap(
             f"edm.wrap needs a network that returns D, as EDM's do, got diffusers' {type(net).__name__}, whose output "
             "its scheduler says: fd.Denoiser.from_diffusers(network, scheduler)"
         )
+    _check_call(net, force_fp32)
     low, high = (_rounded(net, [end])[0] for end in _ends(net, sigma_min, sigma_max))
     size, channels = getattr(net, "img_resolution", None), getattr(net, "img_channels", None)
     return Denoiser(
@@ -105,6 +108,38 @@ def wrap(
         shape=(channels, size, size) if size and channels else None,
         null_label=getattr(net, "label_dim", None) or None,
     )
+
+
+def _check_call(net: nn.Module, force_fp32: bool) -> None:
+    """TypeError for a module that is plainly no net(x, sigma, class_labels): by its signature, clock or origin."""
+    try:
+        signature = inspect.signature(net.forward)
+    except ValueError:  # none to look at
+        return
+    if type(net).forward is nn.Module.forward:
+        why = "it has no forward"
+    elif type(net).__module__.startswith("fastdiff.models."):
+        why = "its output is raw"
+    else:
+        why = _misfit(signature, bool(getattr(net, "label_dim", None)), force_fp32)
+    if why:
+        raise TypeError(
+            "edm.wrap needs a network that is called as net(x, sigma, class_labels) and returns D, as EDM's EDMPrecond "
+            f"and VPPrecond do, got {type(net).__name__}: {why}. The raw network inside of an EDMPrecond is "
+            "fd.Denoiser(net, fd.schedules.edm(), 'edm'), one of another kind fd.Denoiser(net, schedule, prediction)"
+        )
+
+
+def _misfit(signature: inspect.Signature, labelled: bool, force_fp32: bool) -> str:
+    """What of a forward does not fit the call; "" where all does."""
+    for name in list(signature.parameters)[1:2]:
+        if name in _OTHER_CLOCKS:
+            return f"it has {name!r} for sigma"
+    try:
+        signature.bind(*[None] * (3 if labelled else 2), **({"force_fp32": True} if force_fp32 else {}))
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def load(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.errors import unknown_name
 from fastdiff.models.from_diffusers import describe, image_channels
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
@@ -90,7 +89,7 @@ class Denoiser:
         if not callable(net):
             raise TypeError(f"Denoiser: net must be a module or function net(x, t, **cond), got {type(net).__name__}")
         if prediction not in predictions.names():
-            raise unknown_name("prediction", prediction, predictions.names())
+            raise predictions.unknown(prediction)
         if sigma_data is not None and prediction != "edm":
             raise ValueError(f"sigma_data belongs to prediction 'edm', got it with {prediction!r}; leave it out")
         self.net = net
@@ -130,7 +129,7 @@ class Denoiser:
             raise TypeError(
                 f"the network returned {type(output).__name__}, expected a tensor, a tuple or an output.sample"
             )
-        return output
+        return output.resolve_neg() if output.is_neg() else output
 
     @property
     def channels(self) -> int | None:

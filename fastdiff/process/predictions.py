@@ -7,6 +7,7 @@ score = (0, -1/sigma), flow = (-1, 1); and so is the state, x = (alpha, sigma). 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import unknown_name
+from . import elsewhere
 from .clocks import Level, Schedule
 
 SIGMA_DATA = 0.5  # Karras et al. 2022, section 5: images scaled to [-1, 1]
@@ -39,6 +41,11 @@ def names() -> list[str]:
     return [*_KINDS, "edm"]
 
 
+def unknown(kind: object, known: Iterable[str] | None = None) -> ValueError:
+    """The error for a name that is none of ours, or of those `known`; it says what another library's stands for."""
+    return unknown_name("prediction", kind, names() if known is None else known, elsewhere.prediction(kind))
+
+
 def coefficients(kind: str, level: Level, schedule: Schedule | None, sigma_data: float | None = None) -> Prediction:
     """P, Q, c_in and the model time of one level.
 
@@ -61,7 +68,7 @@ def coefficients(kind: str, level: Level, schedule: Schedule | None, sigma_data:
             )
         return _edm(level, SIGMA_DATA if sigma_data is None else sigma_data)
     if kind not in _KINDS:
-        raise unknown_name("prediction", kind, names())
+        raise unknown(kind)
     if sigma_data is not None:
         raise ValueError(f"sigma_data belongs to prediction 'edm', got it with {kind!r}. Leave it out.")
     own, c_in = (level, 1.0) if schedule is None else _own_level(level, schedule)
@@ -77,7 +84,7 @@ def convert(value: Any, x: Any, level: Level, source: str, target: str) -> Any:
     """
     for kind in (source, target):
         if kind not in _KINDS:
-            raise unknown_name("prediction", kind, _KINDS)
+            raise unknown(kind, _KINDS)
     p, q = _combination(level, source, target)
     return p * x + q * value
 
@@ -92,7 +99,7 @@ def targets(
     """
     alpha, sigma = np.asarray(alpha, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
     if kind not in names():
-        raise unknown_name("prediction", kind, names())
+        raise unknown(kind)
     if (kind == "edm" and not (alpha * sigma > 0).all()) or (kind == "score" and not (sigma > 0).all()):
         raise ValueError(
             f"A {kind!r} network has no finite target at {'sigma = 0' if (sigma <= 0).any() else 'alpha = 0'}. "

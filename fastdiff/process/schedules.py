@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import unknown_name
+from . import elsewhere
 from .clocks import (
     CLEAN,
     Array,
@@ -203,7 +204,7 @@ def get(name: str, /, **options: Any) -> Schedule:
     """The schedule of this name. Raises ValueError for an unknown name or option."""
     make = _CONSTRUCTORS.get(name) if isinstance(name, str) else None
     if make is None:
-        raise unknown_name("schedule", name, names())
+        raise unknown_name("schedule", name, names(), elsewhere.schedule(name))
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:

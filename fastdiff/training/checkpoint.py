@@ -36,7 +36,7 @@ class Progress:
 
     updates: of the weights, kept for the optimizer; seconds: of training; scaler: the state of the fp16 loss scale;
     times: that of a distribution of times that follows the loss; loss_sum, loss_count: over the steps since the last
-    line of the log, of all processes. pictures: in the training set; 0: not said.
+    line of the log, of all processes. pictures, fingerprint: of the training set (data.identity); 0, "": not said.
     """
 
     images: int = 0
@@ -49,6 +49,7 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: int = 0
     pictures: int = 0
+    fingerprint: str = ""
 
     def add(self, loss: float) -> None:
         """Count the loss of a step in the mean of the next line of the log."""

@@ -45,7 +45,7 @@ class TrainConfig:
     """
 
     preset: str = _option("", "the preset this started from")
-    data: str = _option("", "folder or file of the training set")
+    data: str = _option("", "folder or file of the training set", free=True)
     size: int = _option(32, "height and width to train at")
     resize: str = _option("crop", "crop, pad or none: how pictures come to that size")
     channels: int | None = _option(None, "of the pictures; None: what the first one has")
@@ -97,7 +97,7 @@ class TrainConfig:
     eval_images: int = _option(0, "between two evaluations of the loss; 0: never", free=True)
     eval_data: str = _option("", "set to evaluate on; default: the training set", free=True)
     eval_count: int = _option(512, "images of one evaluation", free=True)
-    sample_images: int = _option(0, "between two sample grids; 0: never", free=True)
+    sample_images: int = _option(0, "between two grids of samples, of latents .npy; 0: never", free=True)
     sample_steps: int = _option(12, "of a sample grid", free=True)
     guidance: float = _option(1.5, "of a sample grid, where there are classes", free=True)
     tensorboard: bool = _option(False, "write TensorBoard files too", free=True)
@@ -173,12 +173,15 @@ class TrainConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def check_resume(saved: TrainConfig, given: TrainConfig) -> None:
-    """Raises: ValueError listing each difference that would make the resumed run another run."""
+def check_resume(saved: TrainConfig, given: TrainConfig, fixed: tuple[str, ...] = ()) -> None:
+    """Raises: ValueError listing each difference that would make the resumed run another run.
+
+    fixed: options that are free in other runs, and not with what this one trains.
+    """
     wrong = []
     for entry in fields(saved):
         was, now = getattr(saved, entry.name), getattr(given, entry.name)
-        if not entry.metadata["free"] and was != now:
+        if was != now and (entry.name in fixed or not entry.metadata["free"]):
             wrong.append(f"  {entry.name}: {was!r} in the run, {now!r} now")
     if wrong:
         raise ValueError(

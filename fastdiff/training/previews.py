@@ -76,9 +76,12 @@ class Previews:
         return {name: total / count for name, total in sums.items()}
 
     def sample(self, images: int) -> Path | None:
-        """Draw a grid with fixed seeds into samples/: a row for each of the first ten classes, or two rows."""
+        """Draw a grid with fixed seeds into samples/: a row for each of the first ten classes, or two rows.
+
+        Of what is no picture, as latents, an .npy: fp32 [B, C, H, W] in the units of the set, for its decoder.
+        """
         net = self.network()
-        if net is None or self.config.channels not in (1, 3):
+        if net is None:
             return None
         model = denoiser(self.config, self.objective, without_head(net))
         classes = min(10, self.config.classes or 0)
@@ -96,8 +99,12 @@ class Previews:
         names = [self.config.class_names[i] if self.config.class_names else str(i) for i in labels] if classes else []
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        out = folder / f"{images:012d}.png"
-        pictures.save(out, pictures.to_pixels(x), names, _GRID)
+        if self.config.channels in (1, 3):
+            out = folder / f"{images:012d}.png"
+            pictures.save(out, pictures.to_pixels(x), names, _GRID)
+        else:
+            out = folder / f"{images:012d}.npy"
+            pictures.save_array(out, (x.float() / self.config.scale).cpu().numpy())
         return out
 
     def save_weights(self, images: int) -> None:

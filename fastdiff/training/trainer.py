@@ -27,6 +27,7 @@ from . import flops, optimizer, records
 from .checkpoint import Checkpoints, Progress, tensors_of
 from .config import TrainConfig, check_resume
 from .data import Resident, Source, open_data
+from .data.identity import fingerprint
 from .data.loader import Batch, Loader
 from .ema import Ema
 from .graphed import GraphedStep
@@ -73,20 +74,18 @@ class Trainer:
         saved = None if found is None else TrainConfig.load(run / "config.json")
         given = load(config.init) if config.init and found is None else None
         self.config = fill(config, self.source, _sigma_data(saved, given))
+        self.objective = build_objective(self.config)
         if saved is not None:
-            check_resume(saved, self.config)
+            dealt = getattr(self.objective, "pairing", "independent") == "transport"
+            check_resume(saved, self.config, ("micro_batch",) if dealt else ())
         self._build(given)
         self.progress = Progress()
-        if found is not None:
+        mark = fingerprint(self.source)
+        if found is not None and saved is not None:
             self.progress = self.checkpoints.load(self.tensors(), found)
             self.step.restore(self.progress)
-            if self.progress.pictures not in (0, len(self.source)):
-                raise ValueError(
-                    f"{self.config.data} holds {len(self.source)} pictures, and the run was trained on "
-                    f"{self.progress.pictures}, in an order that depends on their number: put the data back as they "
-                    "were, or train on these with --init into another folder"
-                )
-        self.progress.pictures = len(self.source)
+            self._check_set(saved.data, mark)
+        self.progress.pictures, self.progress.fingerprint = len(self.source), mark
         if self.ranks.first:
             self.config.save(run / "config.json")
 
@@ -182,7 +181,6 @@ class Trainer:
     def _build(self, given: Denoiser | None) -> None:
         """Network, optimizer, averages and what feeds them. given: whose weights a run with `init` begins with."""
         config, device = self.config, self.ranks.device
-        self.objective = build_objective(config)
         net = with_head(build_network(config, self.objective), self.objective, config.seed).train()
         if given is not None:
             start_from(given, config, self.objective, without_head(net))
@@ -311,6 +309,21 @@ class Trainer:
                 "another folder"
             )
         return latest
+
+    def _check_set(self, was: str, mark: str) -> None:
+        """Raises: ValueError where this is not the set of the run, whose path alone may have changed."""
+        trained, now = self.progress, self.config.data
+        if trained.pictures not in (0, len(self.source)):
+            raise ValueError(
+                f"{now} holds {len(self.source)} pictures, and the run was trained on {trained.pictures}, in an order "
+                "that depends on their number: put the data back as they were, or train on these with --init into "
+                "another folder"
+            )
+        if now != was and trained.fingerprint != mark:
+            raise ValueError(
+                f"{now} holds other pictures than {was}, which the run was trained on, or in another order: give "
+                "--data the set of the run, or train on these with --init into another folder"
+            )
 
     def _check_batch(self, config: TrainConfig) -> None:
         world = self.ranks.world

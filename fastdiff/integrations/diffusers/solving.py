@@ -150,7 +150,7 @@ def check_call(solver: str, name: str, arguments: Arguments) -> None:
 def _plan(
     solver: str, schedule: Schedule, times: tuple[float, ...], clamp: tuple[float, float] | None, begin: int
 ) -> Plan:
-    plan = build_plan(solver, schedule, len(times), times, start_step=begin, clamp=clamp)
+    plan = build_plan(solver, schedule, grid=times, start_step=begin, clamp=clamp)
     if plan.given:
         raise ValueError(
             f"accelerate: {solver} needs tensors of the caller's ({', '.join(plan.given)}), which a pipeline does not "

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .pictures import Fit, decode, shape_of
-from .source import Source, UnreadableFile
+from .source import Source, UnreadableFile, evenly
 
 
 class Files(Source):
@@ -48,6 +48,17 @@ class Files(Source):
             except UnreadableFile as error:
                 self.faults.record(self.name_of(index), error)
         raise ValueError(f"no file of {self.describe()} can be read")
+
+    def read_some(self, most: int = 16) -> None:
+        """Read the first, the last and some between: where sizes are mixed, that mostly shows now, not in mid-epoch.
+
+        Raises: ValueError naming the first whose size does not fit.
+        """
+        for index in evenly(len(self), most).tolist():
+            try:
+                self.read(index)
+            except UnreadableFile as error:
+                self.faults.record(self.name_of(index), error)
 
     def fetch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         if not hasattr(self, "_pool"):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from .arrays import read_idx_folder, read_numpy
 from .folder import Folder
-from .hub import Hub
+from .hub import Hub, is_saved
 from .pictures import Fit
 from .shards import Shards, expand
 from .source import Source, check_not_empty
 
-_HUB_FILES = ("state.json", "dataset_dict.json")
+_TABLES = ("*.parquet", "*/*.parquet")  # a set as the hub has it: data/train-00000-of-00002.parquet
 
 
 def open_data(
@@ -26,8 +26,9 @@ def open_data(
 ) -> Source:
     """The data set at `path`, its kind found by looking.
 
-    path: a folder of pictures (subfolders are classes), of IDX files, of tar shards, or saved by the `datasets`
-    package; a .npy, .npz, .parquet or .arrow file; one .tar, or several by `name-{000..127}.tar` or `*.tar`.
+    path: a folder of pictures (subfolders are classes), of IDX files, of tar shards, of parquet files (a set of the
+    hub, downloaded), or saved by the `datasets` package; a .npy, .npz, .parquet or .arrow file; one .tar, or several
+    by `name-{000..127}.tar` or `*.tar`.
     size, resize, channels: see `Fit`. classes: of the labels, None for what they ask for, 0 to leave them out.
     split: "train" or "test", of kinds that have it.
     Raises: FileNotFoundError, or ValueError for a set that is empty, damaged, of mixed sizes or wrongly labelled.
@@ -42,13 +43,18 @@ def open_data(
             f"no data at {place}: give a folder of pictures, or a .npy, .npz, .tar or .parquet file"
         )
     names = os.listdir(place)
-    check_not_empty(len(names), str(place), "pictures, IDX files or tar shards")
+    check_not_empty(len(names), str(place), "pictures, IDX files, tar shards or parquet files")
     if any("-idx3-ubyte" in name for name in names):
         return read_idx_folder(place, fit, classes, split)
-    if any(name in _HUB_FILES for name in names):
+    if is_saved(place) or _has_tables(place):
         return Hub(place, fit, classes, split)
     tars = sorted(place / name for name in names if name.endswith(".tar"))
     return Shards(tars, fit, classes) if tars else Folder(place, fit, classes)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether parquet files hold the set; `metadata.parquet` is what the hub lays beside files of pictures."""
+    return any(path.stem != "metadata" for pattern in _TABLES for path in folder.glob(pattern))
 
 
 def _open_file(path: Path, fit: Fit, classes: int | None, split: str) -> Source:

@@ -16,13 +16,16 @@ _LABELS = ("label", "labels", "fine_label", "class")
 
 
 class Hub(Files):
-    """What `datasets.load_from_disk` (a folder), or a .parquet or .arrow file holds: an image and a label column."""
+    """An image and a label column of a saved set (a folder), of parquet files in one, or of a .parquet or .arrow file.
+
+    `datasets` finds the splits of parquet files by their names and keeps a copy of them in its cache.
+    """
 
     def __init__(self, path: Path, fit: Fit, classes: int | None = None, split: str = "train") -> None:
         datasets = _package()
         self.path, self.fit = path, fit
         if path.is_dir():
-            table = datasets.load_from_disk(str(path))
+            table = (datasets.load_from_disk if is_saved(path) else datasets.load_dataset)(str(path))
         else:
             read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_file
             table = read(str(path))
@@ -44,6 +47,7 @@ class Hub(Files):
             names = getattr(table.features[label], "names", None) or ()
             self.class_names = tuple(names) if len(names) == self.num_classes else ()
         self.shape = self.first_shape()
+        self.read_some()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -62,6 +66,11 @@ class Hub(Files):
         if cell is None or (not cell.get("bytes") and not cell.get("path")):
             raise UnreadableFile("the row holds no picture")
         return cell["bytes"] or Path(cell["path"])
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the package wrote this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _package() -> Any:

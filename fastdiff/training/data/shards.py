@@ -57,6 +57,7 @@ class Shards(Files):
             self.num_classes = check_labels(labels, classes, f"{shards[0]} and others")
         first = members[0]
         self.shape = _array(self.encoded(0)).shape if first.suffix == ".npy" else self.first_shape()
+        self.read_some()
 
     def __len__(self) -> int:
         return len(self.members)

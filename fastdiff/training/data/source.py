@@ -131,13 +131,18 @@ def root_mean_square(source: Source, most: int = 10_000) -> float:
 
     About zero and not the mean, because it is what makes input and target of the network unit.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
+    indices = evenly(len(source), most)
     total, count = 0.0, 0
     for start in range(0, len(indices), _AT_ONCE):
         pictures = scaled(source.fetch(indices[start : start + _AT_ONCE])[0])
         total += float(pictures.double().square().sum())
         count += pictures.numel()
     return float((total / count) ** 0.5)
+
+
+def evenly(size: int, most: int) -> NDArray[np.int64]:
+    """Up to `most` places in a set of this size, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, size - 1, min(most, size)).astype(np.int64))
 
 
 def scaled(pictures: Tensor) -> Tensor:

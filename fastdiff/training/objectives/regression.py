@@ -29,7 +29,8 @@ class SquaredError(Objective):
     log_variance: the network returns (F, u [B]); the loss is w |F - F*|^2 exp(-u) + u, whose best u is the log of the
     error at a level (Karras et al. 2024, eq. 14). `objectives.WithLogVariance(net)` is such a network.
     pairing: "independent", or "transport": the batch's noises are dealt to its images so that the sum of squared
-    distances is least (Pooladian et al. 2023; Tong et al. 2024). Then a sample depends on the batch of its process.
+    distances is least (Pooladian et al. 2023; Tong et al. 2024). Then a sample depends on what its process computes
+    at once: its share of the batch, or `micro_batch` of it.
     """
 
     log_variance: bool = False
