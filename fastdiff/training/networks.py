@@ -97,8 +97,8 @@ def build_network(config: TrainConfig, objective: Objective) -> UNet | UNetClass
         "time_scale": clock_scale(objective),
     }
     torch.manual_seed(config.seed)
-    kind = UNetClassifier if isinstance(objective, objectives.Classifier) else UNet
-    return kind(UNetConfig.from_dict(given | config.network))
+    shape = UNetConfig.from_dict(given | config.network)
+    return UNetClassifier(shape) if isinstance(objective, objectives.Classifier) else UNet(shape)
 
 
 def with_head(net: UNetEncoder, objective: Objective, seed: int) -> nn.Module:
