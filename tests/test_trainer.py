@@ -516,7 +516,18 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
         ),
         (["--preset", "fashion32", "--data", "x", "--network", "wide"], "--network must be NAME=VALUE"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective", "ddmp"], "Did you mean 'ddpm'"),
-        (["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier"], "this trainer builds denoisers"),
+        (
+            ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--classes", "0"],
+            "objective 'classifier' learns to tell classes apart, and set.npz has none",
+        ),
+        (
+            ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--sample-images", "8"],
+            "draws no samples: set sample_images=0",
+        ),
+        (
+            ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--init", "fashion"],
+            "init=fashion is a denoiser: leave init out",
+        ),
         (["--preset", "fashion32", "--data", "set.npz", "--objective-options", "p=1"], "Unknown option of objective"),
         (["--preset", "fashion32", "--data", "set.npz", "--network", "widths=[3]"], "unknown entries ['widths']"),
         (
@@ -568,4 +579,4 @@ def test_an_evaluation_counts_each_picture_once(data: Path, tmp_path: Path) -> N
     batch = Loader(source, 0x5EED, 66).read(0)
     net = trainer.previews.network()
     loss = trainer.objective.loss(net, batch.pictures, batch.labels, batch.seeds, 0).mean
-    assert trainer.previews.evaluate(source) == pytest.approx(float(loss), rel=1e-5)
+    assert trainer.previews.evaluate(source) == {"loss": pytest.approx(float(loss), rel=1e-5)}

@@ -17,6 +17,9 @@ EXAMPLE = """fastdiff train --preset cifar32 --data my_pictures --out runs/mine 
   fastdiff sample --model runs/mine --out samples.png
 from the weights of another model instead of random ones (a run's folder, a .safetensors file, a shipped model):
   fastdiff train --preset cifar32 --data others --out runs/tuned --init runs/mine --learning-rate 1e-4
+a classifier of noised images, to guide runs/mine by (fd.models.classifier_guided):
+  fastdiff train --preset cifar32 --data my_pictures --out runs/classifier --objective classifier \
+    --objective-options prediction=edm --objective-options schedule=edm --objective-options times=lognormal
 several GPUs of one machine, or of many (see torchrun --help):
   torchrun --nproc-per-node 8 -m fastdiff.cli train --preset imagenet64 --data shards --out runs/big --resume auto"""
 
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if trainer.ranks.first and reason != "done":
         print(f"{reason}: stopped and saved after {images} images; go on with --resume auto", file=sys.stderr)
     elif trainer.ranks.first:
-        print(f"done      {images:,} images; fastdiff sample --model {arguments.out}")
+        print(f"done      {images:,} images; {_next(trainer.config.objective, arguments.out)}")
     return 0
 
 
@@ -86,6 +89,13 @@ def read_config(arguments: argparse.Namespace) -> TrainConfig:
                 _table(entry.name, given) if isinstance(given, list) else read_value(entry.name, given)
             )
     return presets.get(arguments.preset).change(**changes)
+
+
+def _next(objective: str, out: Path) -> str:
+    """What is done with the weights of a run."""
+    if objective == "classifier":
+        return f"fd.models.classifier_guided(model, fd.models.load_noisy_classifier({str(out)!r}))"
+    return f"fastdiff sample --model {out}"
 
 
 def _table(name: str, pairs: list[str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Networks that come with the package, and files of the same form. May import: unet, denoiser, process."""
+"""Networks that come with the package, and files of the same form.
+
+May import: unet, noisy_classifier, denoiser, process.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 
 from fastdiff.errors import unknown_name
 from fastdiff.models.denoiser import Denoiser, device_here
+from fastdiff.models.noisy_classifier import METADATA, NoisyClassifier, UNetClassifier
 from fastdiff.models.unet import UNet
 from fastdiff.models.weight_files import read_metadata
 from fastdiff.process import schedules
@@ -28,21 +32,52 @@ def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = 
     """
     device, path = device_here(device), file_of(name)
     metadata = read_metadata(path)
+    if METADATA in metadata:
+        raise ValueError(
+            f"{path} holds a classifier of noised images, which draws nothing itself, expected a denoiser; it guides "
+            "one: fd.models.classifier_guided(model, fd.models.load_noisy_classifier(...))"
+        )
     schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
     net = UNet.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = net.config.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
-    names = json.loads(metadata.get("class_names", "[]")) or map(str, range(int(metadata.get("classes", "0"))))
     return Denoiser(
         net,
         schedule,
         metadata["prediction"],
         sigma_data=None if sigma_data is None else float(sigma_data),
         shape=(net.config.in_channels, height, width) if height and width else None,
-        class_names=tuple(names),
+        class_names=_names(metadata),
         null_label=int(metadata["null_class"]) if "null_class" in metadata else None,
         learned_variance=metadata.get("learned_variance") == "true",
     )
+
+
+def load_noisy_classifier(name: str | os.PathLike[str], device: torch.device | str = "cpu") -> NoisyClassifier:
+    """The classifier that `fastdiff train --objective classifier` made, of a run's folder or a safetensors file.
+
+    Weights are in fp32 and want no gradient. Raises as `load` does, and ValueError for the file of a denoiser.
+    """
+    device, path = device_here(device), file_of(name)
+    metadata = read_metadata(path)
+    if METADATA not in metadata:
+        raise ValueError(
+            f"{path} holds no classifier of noised images, expected what fastdiff train --objective classifier wrote; "
+            "a denoiser is loaded with fd.load"
+        )
+    schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
+    net = UNetClassifier.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return NoisyClassifier(
+        net,
+        schedule,
+        metadata["prediction"],
+        sigma_data=None if sigma_data is None else float(sigma_data),
+        class_names=_names(metadata),
+    )
+
+
+def _names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(json.loads(metadata.get("class_names", "[]")) or map(str, range(int(metadata.get("classes", "0")))))
 
 
 def _schedule(path: Path, metadata: Mapping[str, str]) -> schedules.Schedule:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastdiff.engine import norm
-from fastdiff.models.unet import outline
+from fastdiff.models.unet import UNet
 from fastdiff.models.unet_config import UNetConfig
 
 _ALLOCATES = ("empty", "new_empty", "detach", "lift_fresh", "scalar_tensor", "_unsafe_view", "_reshape_alias")
@@ -73,7 +73,7 @@ def cost(
         raise ValueError("the configuration does not say the size of its images; give size=")
     height, width = side if isinstance(side, tuple) else (side, side)
     with torch.device("meta"), torch.no_grad():
-        plain = outline(config).eval().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain = UNet.outline(config).eval().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         found = Cost()
         net: nn.Module = plain
         if fast:

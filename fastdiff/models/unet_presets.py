@@ -42,7 +42,7 @@ def config_of(name: str) -> UNetConfig:
         return PRESETS[name]
     path = Path(name)
     if path.suffix == ".safetensors":
-        from fastdiff.models.unet import read_metadata
+        from fastdiff.models.weight_files import read_metadata
 
         metadata = read_metadata(path)
         if "unet" not in metadata:

@@ -117,6 +117,23 @@ def targets(
     return np.full_like(alpha, parts[0]), np.full_like(alpha, parts[1])
 
 
+def gradient_gain(
+    kind: str, alpha: ArrayLike, sigma: ArrayLike, sigma_data: float | None = None
+) -> NDArray[np.float64]:
+    """k with F + k g the same network's answer where x0 is moved by (sigma^2/alpha) g, at the same x.
+
+    With g = grad_x log p(y | x) that is the answer given y (Dhariwal & Nichol 2021, Algorithm 2: k = -sigma for eps).
+    Of F = a x0 + b n and n = (x - alpha x0)/sigma: k = a sigma^2/alpha - b sigma. 0 at sigma = 0, and at alpha = 0,
+    where x says nothing of y. kind, sigma_data: as in `coefficients`. alpha, sigma: one shape, which k has too.
+    """
+    alpha, sigma = np.asarray(alpha, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    noisy = alpha * sigma > 0
+    a, b = targets(kind, alpha[noisy], sigma[noisy], sigma_data)
+    gain = np.zeros_like(alpha)
+    gain[noisy] = a * sigma[noisy] ** 2 / alpha[noisy] - b * sigma[noisy]
+    return gain
+
+
 def _combination(level: Level, source: str, target: str) -> tuple[float, float]:
     """(p, q) with target = p x + q source: Cramer's rule in the basis (x0, n)."""
     if source == target:

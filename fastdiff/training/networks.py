@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.noisy_classifier import UNetClassifier
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_blocks import Attention, ResBlock
 from fastdiff.models.unet_config import UNetConfig
+from fastdiff.models.unet_encoder import UNetEncoder
 
 from . import objectives
 from .config import TrainConfig
@@ -30,12 +32,15 @@ def fill(config: TrainConfig, source: Source, sigma_data: float | None = None) -
     """The configuration with all that the data decide: channels, classes, their names, and EDM's sigma_data.
 
     sigma_data: that of the weights the run starts from, which keep their meaning with it alone.
-    Raises: ValueError where names and classes do not agree.
+    Raises: ValueError where names and classes do not agree, and where a classifier cannot be trained as asked.
     """
     options = dict(config.objective_options)
     draft = objectives.get(config.objective, **options)
     if draft.prediction == "edm" and "sigma_data" not in options:
         options["sigma_data"] = sigma_data or _scale(config, source)
+    classifies = isinstance(draft, objectives.Classifier)
+    if classifies:
+        _check_classifier(config, source)
     names = source.class_names or config.class_names
     if names and source.num_classes and len(names) != source.num_classes:
         if config.class_names and not source.class_names and not config.preset:
@@ -46,8 +51,21 @@ def fill(config: TrainConfig, source: Source, sigma_data: float | None = None) -
         classes=source.num_classes,
         class_names=names if source.num_classes else (),
         objective_options=options,
-        drop_label=config.drop_label if source.num_classes else 0.0,
+        drop_label=config.drop_label if source.num_classes and not classifies else 0.0,
     )
+
+
+def _check_classifier(config: TrainConfig, source: Source) -> None:
+    name = f"objective {config.objective!r}"
+    if (source.num_classes or 0) < 2:
+        raise ValueError(
+            f"{name} learns to tell classes apart, and {config.data or 'the data'} has {source.num_classes or 'none'}: "
+            "give pictures in a subfolder for each class, or a file with labels, and leave classes=0 out"
+        )
+    if config.sample_images:
+        raise ValueError(f"{name} trains a classifier, which draws no samples: set sample_images=0")
+    if config.init:
+        raise ValueError(f"{name} trains a classifier, and init={config.init} is a denoiser: leave init out")
 
 
 def _scale(config: TrainConfig, source: Source) -> float:
@@ -61,21 +79,15 @@ def _is_pixels(source: Source) -> bool:
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """The objective of a filled configuration. Raises: ValueError for one that trains no denoiser."""
+    """The objective of a filled configuration."""
     options = dict(config.objective_options)
     if config.classes and config.drop_label > 0:
         options |= {"drop_label": config.drop_label, "null_label": config.classes}
-    objective = objectives.get(config.objective, flip=config.flip, **options)
-    if isinstance(objective, objectives.Classifier):
-        raise ValueError(
-            f"objective {config.objective!r} trains a classifier, and this trainer builds denoisers; call its loss in "
-            "a loop of your own"
-        )
-    return objective
+    return objectives.get(config.objective, flip=config.flip, **options)
 
 
-def build_network(config: TrainConfig, objective: Objective) -> UNet:
-    """The UNet of a filled configuration, its weights drawn from the run's seed."""
+def build_network(config: TrainConfig, objective: Objective) -> UNet | UNetClassifier:
+    """The UNet of a filled configuration, or the way down of it with a head, its weights drawn from the run's seed."""
     channels, rows = config.channels or 3, config.classes or 0
     given: dict[str, Any] = {
         "sample_size": config.size,
@@ -85,10 +97,11 @@ def build_network(config: TrainConfig, objective: Objective) -> UNet:
         "time_scale": clock_scale(objective),
     }
     torch.manual_seed(config.seed)
-    return UNet(UNetConfig.from_dict(given | config.network))
+    shape = UNetConfig.from_dict(given | config.network)
+    return UNetClassifier(shape) if isinstance(objective, objectives.Classifier) else UNet(shape)
 
 
-def with_head(net: UNet, objective: Objective, seed: int) -> nn.Module:
+def with_head(net: UNetEncoder, objective: Objective, seed: int) -> nn.Module:
     """What is trained: the network, and beside it the head that learns each level's variance, if the objective asks."""
     if not getattr(objective, "log_variance", False):
         return net
@@ -96,10 +109,10 @@ def with_head(net: UNet, objective: Objective, seed: int) -> nn.Module:
     return objectives.WithLogVariance(net, scale=clock_scale(objective) / _CLOCK, seed=seed)
 
 
-def without_head(net: nn.Module) -> UNet:
-    """The network that samples are drawn with."""
+def without_head(net: nn.Module) -> UNet | UNetClassifier:
+    """The network that samples are drawn with, or guided by."""
     inner = net.net if isinstance(net, objectives.WithLogVariance) else net
-    assert isinstance(inner, UNet)
+    assert isinstance(inner, UNet | UNetClassifier)
     return inner
 
 
@@ -131,7 +144,7 @@ def denoiser(config: TrainConfig, objective: Objective, net: nn.Module) -> Denoi
 
 
 def metadata(config: TrainConfig, objective: Objective, images: int) -> dict[str, str]:
-    """What model.safetensors says of itself, for `fd.load`."""
+    """What model.safetensors says of itself, for `fd.load` and `load_noisy_classifier`."""
     facts = {
         "prediction": objective.prediction,
         "schedule": json.dumps(objective.schedule.to_dict()),

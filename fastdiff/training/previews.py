@@ -16,7 +16,6 @@ from torch import Tensor
 from fastdiff import images as pictures
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.engine.sampler import Sampler
-from fastdiff.models.unet import UNet
 
 from .config import TrainConfig
 from .data import Source
@@ -55,20 +54,26 @@ class Previews:
             self._net = net.eval().requires_grad_(False).to(self.ranks.device)
         return self.ema.copy_to(self._net, weights)
 
-    def evaluate(self, source: Source) -> float | None:
-        """Mean loss of the averaged weights over `eval_count` images with the same draws every time."""
+    def evaluate(self, source: Source) -> dict[str, float]:
+        """Mean loss of the averaged weights over `eval_count` images with the same draws every time.
+
+        Of a classifier the accuracy too: the share whose label is its first guess. Empty where this is not the first
+        process.
+        """
         net = self.network()
         if net is None:
-            return None
+            return {}
         count = min(self.config.eval_count, len(source))
         loader = Loader(source, _FIXED, min(count, 64), scale=self.config.scale, device=self.ranks.device)
-        total = 0.0
+        sums = {"loss": 0.0}
         # No torch.no_grad: the weights want no gradient, but implicit score matching takes one of the input.
         for first in range(0, count, loader.batch):
             batch = loader.read(first).split(count - first)[0]  # the last one may be smaller
             part = self.objective.loss(_plain(net), batch.pictures, batch.labels, batch.seeds, 0)
-            total += float(part.mean.detach()) * len(batch.seeds)
-        return total / count
+            sums["loss"] += float(part.mean.detach()) * len(batch.seeds)
+            if part.correct is not None:
+                sums["accuracy"] = sums.get("accuracy", 0.0) + float(part.correct.sum())
+        return {name: total / count for name, total in sums.items()}
 
     def sample(self, images: int) -> Path | None:
         """Draw a grid with fixed seeds into samples/: a row for each of the first ten classes, or two rows.
@@ -103,17 +108,19 @@ class Previews:
         return out
 
     def save_weights(self, images: int) -> None:
-        """Write every average as a file that `fd.load` reads: model.safetensors, model-power_0.1.safetensors."""
+        """Write every average as a file for `fd.load`, or of a classifier `fd.models.load_noisy_classifier`.
+
+        model.safetensors, model-power_0.1.safetensors.
+        """
         failure: OSError | None = None
         for average in self.ema.averages:
             net = self.network(average)
             if net is None:
                 continue
             name = "model.safetensors" if average == "ema" else f"model-{average}.safetensors"
-            unet: UNet = without_head(net)
             facts = metadata(self.config, self.objective, images)
             try:
-                unet.save(self.run / name, getattr(torch, self.config.weights_dtype), facts)
+                without_head(net).save(self.run / name, getattr(torch, self.config.weights_dtype), facts)
             except (OSError, SafetensorError) as error:
                 failure = OSError(f"could not write {self.run / name}: {error}")
         if failure is not None:  # only now, as the others gather every average too

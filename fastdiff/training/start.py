@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.unet import UNet
 
@@ -16,7 +18,7 @@ _MEANING = ("prediction", "schedule", "sigma_data", "null_label")
 _FREE = ("sample_size", "dropout")  # of a UNet's configuration: its weights mean the same with others
 
 
-def start_from(given: Denoiser, config: TrainConfig, objective: Objective, net: UNet) -> None:
+def start_from(given: Denoiser, config: TrainConfig, objective: Objective, net: nn.Module) -> None:
     """Copy the weights of `given`, which `config.init` names, into `net`.
 
     Raises: ValueError listing each difference that would make the weights mean something else in this run: the

@@ -170,7 +170,7 @@ class Trainer:
         shape = (self.config.channels or 3, self.config.size, self.config.size)
         with torch.random.fork_rng(devices=[]):
             net = with_head(build_network(self.config, self.objective), self.objective, self.config.seed)
-        return flops.of_one_image(net, shape, bool(self.config.classes))
+        return flops.of_one_image(net, shape, without_head(net).class_embedding is not None)
 
     @cached_property
     def _peak(self) -> float:
@@ -268,8 +268,7 @@ class Trainer:
         if self._due(config.log_images) or images >= config.images:
             self._log(outcome)
         if self._due(config.eval_images):
-            loss = self.previews.evaluate(self._eval_source)
-            self.records.write("eval", images, loss=loss)
+            self.records.write("eval", images, **self.previews.evaluate(self._eval_source))
         if self._due(config.sample_images):
             self._sample(images)
         if self._due(config.save_images) and images < config.images:

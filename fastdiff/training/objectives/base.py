@@ -55,6 +55,7 @@ class Loss:
     """mean: the scalar to differentiate. per_sample: fp32 [B], each sample's error before its weight, detached.
 
     level: fp32 [B], the model time. weight: fp32 [B]. Where nothing else is added, mean = mean(weight * per_sample).
+    correct: bool [B], of a classifier, whether the label is its first guess.
     """
 
     mean: Tensor
@@ -62,6 +63,7 @@ class Loss:
     level: Tensor
     weight: Tensor
     draw: Draw = field(repr=False)
+    correct: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

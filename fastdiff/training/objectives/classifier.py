@@ -33,4 +33,5 @@ class Classifier(Objective):
             raise ValueError(f"{self.name} needs the labels [{len(x0)}] as cond; got {cond!r}")
         logits = network(train_ops.noised(x0, draw.table, draw.key, dtype), draw.model_time, None)
         each = F.cross_entropy(logits.float(), labels, reduction="none")
-        return Loss((draw.weight * each).mean(), each.detach(), draw.model_time, draw.weight, draw)
+        correct = logits.argmax(1) == labels
+        return Loss((draw.weight * each).mean(), each.detach(), draw.model_time, draw.weight, draw, correct)
