@@ -327,6 +327,17 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], words: st
         call()
 
 
+def test_a_forward_of_the_instance_or_a_call_of_the_class_is_one() -> None:
+    class Called(torch.nn.Module):
+        def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: object = None) -> torch.Tensor:
+            return x
+
+    net, outer = Precond(), torch.nn.Identity()
+    outer.forward = net.forward  # type: ignore[method-assign]
+    for given in (outer, torch.compile(net, backend="eager"), Called()):
+        assert edm.wrap(given).prediction == "x0"
+
+
 def test_a_network_of_diffusers_is_refused() -> None:
     """Its output is eps or what else its scheduler says, and was taken for D."""
     diffusers = pytest.importorskip("diffusers")

@@ -200,6 +200,12 @@ def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_array_equal(pair[1], numbers)
 
 
+@pytest.mark.parametrize("seeds", [torch.arange(3, dtype=torch.int32), torch.arange(3.0), torch.zeros(2, 2).long()])
+def test_a_draw_of_other_seeds_is_refused(seeds: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"seeds must be int64 \[batch\], got torch"):
+        objectives.get("ddpm").draw(seeds, 0)
+
+
 def test_uniforms_are_uniform_and_apart() -> None:
     key = counters.keys(np.arange(20000, dtype=np.int64), 1)
     numbers = counters.uniforms(key)

@@ -225,9 +225,16 @@ def test_a_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", package)
     np.testing.assert_array_equal(fetched(open_data(tmp_path, size=8))[0], PIXELS)
     assert len(open_data(tmp_path, size=8, split=str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("table", ["metadata", "labels", "00000"])
+def test_tables_beside_pictures_or_tars_are_not_the_set(table: str, tmp_path: Path) -> None:
+    """img2dataset lays 00000.parquet, links and captions, beside 00000.tar."""
     folder(tmp_path / "pictures")
-    (tmp_path / "pictures" / "metadata.parquet").touch()
-    assert len(open_data(tmp_path / "pictures", size=8)) == 12
+    shards(tmp_path / "tars")
+    for name in ("pictures", "tars"):
+        (tmp_path / name / f"{table}.parquet").touch()
+        assert len(open_data(tmp_path / name, size=8)) == 12
 
 
 def many(tmp_path: Path, count: int, bad: dict[int, bytes]) -> Path:

@@ -8,7 +8,8 @@
 namespace fastdiff::cpu {
 namespace {
 
-// op(), or the error of a buffer that cannot be had: bad_alloc, or length_error for more than there can be.
+// op(), or the error of a buffer that cannot be had: bad_alloc, or length_error for more than there can be. Nothing else
+// throws here.
 template <class Op>
 Error guarded(const Op& op) {
   try {

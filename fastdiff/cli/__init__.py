@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    print(f"fastdiff: warning: {message}", file=sys.stderr)
+    if category is UserWarning:  # ours, and what is said to users like ours
+        print(f"fastdiff: warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import fastdiff as fd
 from fastdiff.cli.commands import add_command
 from fastdiff.files import check_writable_file, write_atomically
 from fastdiff.models.shipped import SHIPPED, file_of
+from fastdiff.models.weight_files import read_metadata
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Source, open_data
 from fastdiff.training.data.pictures import RESIZE
@@ -92,7 +93,7 @@ def _sets(arguments: argparse.Namespace, model: fd.Denoiser) -> tuple[Source, So
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
     said, resize, why = _settings(arguments)
-    scale = said.scale if said else 1.0
+    scale = float(read_metadata(file_of(arguments.model)).get("latent_scale", 1.0))
     data = arguments.data or (said.data if said else None)
     if not data:
         raise ValueError("--data is missing: name the folder or file the model was trained on")

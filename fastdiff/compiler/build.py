@@ -59,6 +59,8 @@ def plan(
     if not isinstance(process, Schedule):
         raise TypeError(f"plan needs a schedule or its name second, got {schedule!r}; steps= is the third argument")
     name, named = (grid, {}) if isinstance(grid, str) else ("custom", {"levels": grid})
+    if "levels" in named and "levels" in (grid_options or {}):
+        raise ValueError("the levels are given twice, as grid= and in grid_options=: leave one of them out")
     named |= grid_options or {}
 
     def cut(count: int | None) -> NDArray[np.float64]:

@@ -1,6 +1,4 @@
-"""When a CPU kernel with its own gradient may stand for torch's operators. May import: backends, native,
-dispatch.
-"""
+"""When a CPU kernel with its own gradient may stand for torch's operators. May import: backends, dispatch, native."""
 
 from __future__ import annotations
 

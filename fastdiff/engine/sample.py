@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdiff.compiler import solvers
 from fastdiff.compiler.build import plan as build_plan
 from fastdiff.compiler.plan import Plan
+from fastdiff.engine.arguments import settle_guidance, settle_perturbation
 from fastdiff.engine.external import Noise
 from fastdiff.engine.guidance import DynamicThreshold, Rule
 from fastdiff.engine.loop import RowInfo
@@ -87,6 +88,9 @@ def sample(
         raise ValueError(
             "init= needs strength= below 1 (or start_step=): from the top level nothing of it would be left"
         )
+    # a sampler may hold networks for those of its runs that ask for them; here is one run
+    settle_guidance(guidance, uncond, plan.reads_unguided, guide)
+    settle_perturbation(perturbed_scale, perturbed_cond, perturbed)
     if guidance is None and not plan.reads_unguided:
         _refuse_idle(options, "guidance", ("guidance_interval", "guidance_schedule"))
     if perturbed_scale is None:

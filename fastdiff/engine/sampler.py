@@ -139,8 +139,8 @@ class Sampler:
         """
         shape = batch_shape(shape)
         check_channels(self.model, shape, batched=True)
-        weights = settle_guidance(guidance, uncond, self.plan.reads_unguided, self.guide)
-        scales = settle_perturbation(perturbed_scale, perturbed_cond, self.perturbed)
+        weights = settle_guidance(guidance, uncond, self.plan.reads_unguided)
+        scales = settle_perturbation(perturbed_scale, perturbed_cond)
         asked = Asked.checked(
             shape, seed, init, noise, cond, uncond, weights, callback, progress, opening, rule, threshold,
             perturbed_cond, scales, given or {}, skip,

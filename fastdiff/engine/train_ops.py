@@ -77,7 +77,8 @@ def loss(tensors: TrainTensors, factor: float, executor: str) -> None:
 
 
 def _is_operator(tensors: TrainTensors) -> bool:
-    return dispatches(tensors.arguments()) or transformed()
+    like = tensors.images if tensors.model_out is None else tensors.model_out
+    return type(like) is not Tensor or dispatches(tensors.arguments()) or transformed()
 
 
 def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,7 +99,7 @@ def host_draws(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
     from fastdiff.engine import native
 
     seeds = seeds.contiguous()
-    key, uniform = torch.empty_like(seeds), torch.empty(len(seeds), 4, dtype=torch.float64)
+    key, uniform = torch.empty(len(seeds), dtype=torch.int64), torch.empty(len(seeds), 4, dtype=torch.float64)
     native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
     return key, uniform
 

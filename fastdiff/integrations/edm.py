@@ -116,7 +116,8 @@ def _check_call(net: nn.Module, force_fp32: bool) -> None:
         signature = inspect.signature(net.forward)
     except ValueError:  # none to look at
         return
-    if type(net).forward is nn.Module.forward:
+    bare = getattr(net.forward, "__func__", None) is nn.Module.forward and type(net).__call__ is nn.Module.__call__
+    if bare:
         why = "it has no forward"
     elif type(net).__module__.startswith("fastdiff.models."):
         why = "its output is raw"

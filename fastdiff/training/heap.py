@@ -10,7 +10,7 @@ import ctypes
 
 # of mallopt, in malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_heap() -> bool:

@@ -143,6 +143,11 @@ def denoiser(config: TrainConfig, objective: Objective, net: nn.Module) -> Denoi
     return objective.denoiser(net, shape=shape, class_names=config.class_names)
 
 
+def draws_latents(config: TrainConfig) -> bool:
+    """Whether samples are arrays in the units of the set, not pictures: by their scale and channels."""
+    return config.scale != 1.0 or config.channels not in (1, 3)
+
+
 def metadata(config: TrainConfig, objective: Objective, images: int) -> dict[str, str]:
     """What model.safetensors says of itself, for `fd.load` and `load_noisy_classifier`."""
     facts = {
@@ -150,11 +155,11 @@ def metadata(config: TrainConfig, objective: Objective, images: int) -> dict[str
         "schedule": json.dumps(objective.schedule.to_dict()),
         "class_names": json.dumps(config.class_names),
         "classes": str(config.classes or 0),
-        "value_range": "[-1, 1]" if config.scale == 1.0 else "latents, times latent_scale",
+        "value_range": "latents, times latent_scale" if draws_latents(config) else "[-1, 1]",
         "images_seen": str(images),
         "learned_variance": str(objective.learned_variance).lower(),
     }
-    if config.scale != 1.0:
+    if draws_latents(config):
         facts["latent_scale"] = repr(config.scale)
     if objective.sigma_data is not None:
         facts["sigma_data"] = repr(objective.sigma_data)

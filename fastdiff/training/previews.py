@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .data import Source
 from .data.loader import Loader
 from .ema import Ema
-from .networks import build_network, denoiser, metadata, with_head, without_head
+from .networks import build_network, denoiser, draws_latents, metadata, with_head, without_head
 from .objectives import Objective
 from .ranks import Ranks, whole
 
@@ -99,12 +99,12 @@ class Previews:
         names = [self.config.class_names[i] if self.config.class_names else str(i) for i in labels] if classes else []
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        if self.config.channels in (1, 3):
-            out = folder / f"{images:012d}.png"
-            pictures.save(out, pictures.to_pixels(x), names, _GRID)
-        else:
+        if draws_latents(self.config):
             out = folder / f"{images:012d}.npy"
             pictures.save_array(out, (x.float() / self.config.scale).cpu().numpy())
+        else:
+            out = folder / f"{images:012d}.png"
+            pictures.save(out, pictures.to_pixels(x), names, _GRID)
         return out
 
     def save_weights(self, images: int) -> None:

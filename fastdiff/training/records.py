@@ -5,6 +5,7 @@ May import: files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -53,13 +54,15 @@ class Records:
 
     def _append(self, line: str) -> None:
         """Write a line whole or not at all: a disk that is full does not end a run that its checkpoints outlive."""
-        size = self.path.stat().st_size if self.path.is_file() else 0
+        size: int | None = None
         try:
+            size = self.path.stat().st_size if self.path.is_file() else 0
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            if self.path.is_file():
-                os.truncate(self.path, size)
+            with contextlib.suppress(OSError):
+                if size is not None:
+                    os.truncate(self.path, size)
             self.say(f"fastdiff: warning: a line of {self.path} is lost: {error}")
 
     def show(self, **values: str) -> None:

@@ -319,6 +319,11 @@ class Trainer:
                 "that depends on their number: put the data back as they were, or train on these with --init into "
                 "another folder"
             )
+        if now != was and not trained.fingerprint:
+            raise ValueError(
+                f"the run was trained on {was}, and its checkpoint, of an earlier version, does not say what was in "
+                f"it: give --data {was}"
+            )
         if now != was and trained.fingerprint != mark:
             raise ValueError(
                 f"{now} holds other pictures than {was}, which the run was trained on, or in another order: give "

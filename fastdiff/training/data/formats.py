@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from .arrays import read_idx_folder, read_numpy
+from .folder import SUFFIXES as PICTURES
 from .folder import Folder
 from .hub import Hub, is_saved
 from .pictures import Fit
@@ -46,15 +47,18 @@ def open_data(
     check_not_empty(len(names), str(place), "pictures, IDX files, tar shards or parquet files")
     if any("-idx3-ubyte" in name for name in names):
         return read_idx_folder(place, fit, classes, split)
-    if is_saved(place) or _has_tables(place):
+    if is_saved(place):
         return Hub(place, fit, classes, split)
     tars = sorted(place / name for name in names if name.endswith(".tar"))
-    return Shards(tars, fit, classes) if tars else Folder(place, fit, classes)
+    if tars:
+        return Shards(tars, fit, classes)
+    return Hub(place, fit, classes, split) if _is_tables(place) else Folder(place, fit, classes)
 
 
-def _has_tables(folder: Path) -> bool:
-    """Whether parquet files hold the set; `metadata.parquet` is what the hub lays beside files of pictures."""
-    return any(path.stem != "metadata" for pattern in _TABLES for path in folder.glob(pattern))
+def _is_tables(folder: Path) -> bool:
+    """Whether parquet files hold the set; beside files of pictures they say something of these."""
+    tables = any(True for pattern in _TABLES for _ in folder.glob(pattern))
+    return tables and not any(path.suffix.lower() in PICTURES for path in folder.rglob("*"))
 
 
 def _open_file(path: Path, fit: Fit, classes: int | None, split: str) -> Source:

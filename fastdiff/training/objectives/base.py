@@ -125,7 +125,7 @@ class Objective:
         [B], a mapping with "class_labels" or other conditions, or None. seeds: int64 [B] on the CPU, the global index
         of each sample mixed with the run's seed; step: counts the draws of a sample. dtype: of x_in.
         """
-        if seeds.shape != (len(x0),) or seeds.dtype != torch.int64:
+        if seeds.shape != (len(x0),):
             raise ValueError(f"seeds must be int64 [{len(x0)}], got {seeds.dtype} {list(seeds.shape)}")
         return self.evaluate(network, x0, cond, self.draw(seeds, step).to(x0.device), dtype=dtype)
 

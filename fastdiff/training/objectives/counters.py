@@ -22,6 +22,8 @@ _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step 
 
 def draws(seeds: Tensor, step: int) -> tuple[Tensor, NDArray[np.float64]]:
     """`keys(seeds, step)` and the `uniforms` of those, by the extension where there is one: the same numbers."""
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise ValueError(f"seeds must be int64 [batch], got {seeds.dtype} {list(seeds.shape)}")
     found = train_ops.host_draws(seeds, _unsigned(step))
     if found is not None:
         return found[0], found[1].numpy()
