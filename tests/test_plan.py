@@ -390,7 +390,10 @@ def test_every_translation_is_a_plan() -> None:
         ({"solver": "nobody"}, "Unknown solver 'nobody'. Known: annealed_langevin"),
         ({"schedule": "cosin"}, "Unknown schedule 'cosin'. Did you mean 'cosine'"),
         ({"grid": "karas"}, "Unknown grid 'karas'. Did you mean 'karras'"),
-        ({"grid": [500, 9], "grid_options": {"levels": [9]}, "steps": None}, "the levels are given twice, as grid= and"),
+        (
+            {"grid": [500, 9], "grid_options": {"levels": [9]}, "steps": None},
+            "the levels are given twice, as grid= and",
+        ),
         ({"steps": 0}, "steps must be an integer of at least 1.*got 0"),
         ({"steps": -3}, "steps must be an integer of at least 1"),
         ({"steps": 2.5}, "steps must be an integer of at least 1.*got 2.5"),
