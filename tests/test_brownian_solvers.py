@@ -97,7 +97,7 @@ def test_two_draws_of_dpmpp_sde_on_one_path_make_it_second_order() -> None:
 def difference(solver: str, steps: int, path: bool, **options: Any) -> float:
     """Root mean square of x_N - x_2N before the last denoise, exact: data N(0, 1/4), one seed, nested levels."""
     ends = np.geomspace(20.0, 0.05, 2 * steps + 1)
-    made = [build(solver, "edm", 0, grid, grid_options={"unit": "rho"}, **options) for grid in (ends[::2], ends)]
+    made = [build(solver, "edm", None, grid, grid_options={"unit": "rho"}, **options) for grid in (ends[::2], ends)]
     made = [brownian.on_path(plan) for plan in made] if path else made
     names = {name: i + 1 for i, name in enumerate(sorted({n for p in made for row in p.rows for n in row.noise}))}
     unit = np.eye(len(names) + 1)

@@ -88,4 +88,4 @@ def test_missing_data_says_what_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(monkeypatch, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--images", "16") == 2
-    assert "expected pictures, IDX files or tar shards" in capsys.readouterr().err
+    assert "expected pictures, IDX files, tar shards or parquet files" in capsys.readouterr().err
