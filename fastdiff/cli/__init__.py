@@ -17,6 +17,7 @@ import fastdiff as fd
 from fastdiff.cli.commands import add_command, add_table_options, read_options
 from fastdiff.cli.evaluate import add_eval
 from fastdiff.cli.sample import add_sample
+from fastdiff.cli.spelling import refuse_unknown, spelt
 from fastdiff.cli.train import add_train
 from fastdiff.compiler import convergence
 from fastdiff.compiler.solvers.from_file import load_file, load_module
@@ -30,13 +31,15 @@ _FAILURES = (ValueError, TypeError, FloatingPointError, OSError, MemoryError, Im
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors and warnings are one line, without a traceback or the code."""
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        refuse_unknown(arguments.parser, unknown)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return int(arguments.run(arguments))
     except _FAILURES as error:
-        print(f"fastdiff: error: {error}", file=sys.stderr)
+        print(f"fastdiff: error: {spelt(str(error), arguments.parser)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastdiff: interrupted; nothing was written", file=sys.stderr)

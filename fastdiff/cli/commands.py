@@ -20,6 +20,7 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(parser=parser)
     return parser
 
 

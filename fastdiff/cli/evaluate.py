@@ -55,6 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable_file(arguments.json)
     model = fd.load(arguments.model, device=arguments.device)
+    if arguments.guidance != 1.0 and model.null_label is None:
+        raise ValueError(
+            f"--guidance {arguments.guidance:g} has no effect: this model has no classes, or was trained without a "
+            "null label, so it cannot be guided; leave it out"
+        )
     train, test, resized, scale = _sets(arguments, model)
     plan = fd.plan(arguments.solver, model.schedule, arguments.steps, arguments.grid)
     if isinstance(plan, fd.AdaptivePlan):

@@ -26,6 +26,7 @@ RULES: dict[str, type[Rule]] = {
     "cfg_zero": fd.guidance.CFGZero,
 }
 STRENGTH = 0.6
+GUIDANCE = 1.5
 
 
 def add_sample(commands: Any) -> None:
@@ -42,7 +43,9 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--solver", default="dpmpp_2m", help=f"one of {', '.join(fd.solvers.names())}")
     add_table_options(parser)
     parser.add_argument(
-        "--guidance", type=float, default=1.5, help="classifier-free guidance scale; 1 is off (default 1.5)"
+        "--guidance",
+        type=float,
+        help=f"classifier-free guidance scale; 1 is off (default {GUIDANCE:g}, without classes: 1)",
     )
     parser.add_argument(
         "--rule", metavar="NAME[,OPTION=VALUE]", help=f"{', '.join(RULES)}; what guidance does, e.g. rescale,phi=0.5"
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     scale = _latent_scale(arguments)
     if model.shape is None:
         raise ValueError(f"model {arguments.model!r} does not say the shape of its samples; use the Python interface")
+    _settle_guidance(arguments, model)
     labels = [label for label in _labels(arguments.classes, model) for _ in range(arguments.count)]
     init, rule = _start(arguments, model.shape), _rule(arguments.rule)
     _check_rule_acts(arguments, model, rule)
@@ -159,6 +163,16 @@ def _rule(given: str | None) -> Rule | None:
         if option not in known:
             raise unknown_name(f"option of rule {name!r}", option, known)
     return RULES[name](**options)
+
+
+def _settle_guidance(arguments: argparse.Namespace, model: fd.Denoiser) -> None:
+    """The usual --guidance where none is given, and ValueError for one on a model without classes to guide by."""
+    if arguments.guidance is None:
+        arguments.guidance = GUIDANCE if model.class_names and model.null_label is not None else 1.0
+    elif arguments.guidance != 1.0 and not model.class_names:
+        raise ValueError(
+            f"--guidance {arguments.guidance:g} has no effect: this model has no classes to guide by; leave it out"
+        )
 
 
 def _check_rule_acts(arguments: argparse.Namespace, model: fd.Denoiser, rule: Rule | None) -> None:

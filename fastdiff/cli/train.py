@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import fastdiff as fd
 from fastdiff.cli.commands import add_command
 from fastdiff.training import presets
 from fastdiff.training.config import TrainConfig, read_value
 from fastdiff.training.heap import keep_heap
+from fastdiff.training.networks import draws_latents, fill
 
 EXAMPLE = """fastdiff train --preset cifar32 --data my_pictures --out runs/mine --images 2000000
   fastdiff sample --model runs/mine --out samples.png
@@ -36,7 +38,7 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the run: checkpoints, model.safetensors, metrics.jsonl")
     parser.add_argument("--resume", default="", choices=("auto",), help="go on from the newest checkpoint in --out")
-    parser.add_argument("--show", action="store_true", help="print the configuration and do nothing")
+    parser.add_argument("--show", action="store_true", help="print the configuration, filled in from --data, only")
     group = parser.add_argument_group("configuration", "what the preset says unless given here; lengths are in images")
     hints = get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
@@ -56,12 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; 0 at the end of the images and after an interruption that was saved."""
     config = read_config(arguments)
     if arguments.show:
-        print(config.to_json())
+        print((_filled(config) if config.data else config).to_json())
         return 0
     if arguments.out is None:
         raise ValueError("--out is missing: name the folder of the run, runs/mine for example")
-    if not arguments.out.parent.is_dir():
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     from fastdiff.training.trainer import Trainer  # torch.distributed, which takes a second to import
 
     trainer = Trainer(config, arguments.out, arguments.resume)
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if trainer.ranks.first and reason != "done":
         print(f"{reason}: stopped and saved after {images} images; go on with --resume auto", file=sys.stderr)
     elif trainer.ranks.first:
-        print(f"done      {images:,} images; {_next(trainer.config.objective, arguments.out)}")
+        print(f"done      {images:,} images; {_next(trainer.config, arguments.out)}")
     return 0
 
 
@@ -91,11 +91,19 @@ def read_config(arguments: argparse.Namespace) -> TrainConfig:
     return presets.get(arguments.preset).change(**changes)
 
 
-def _next(objective: str, out: Path) -> str:
+def _filled(config: TrainConfig) -> TrainConfig:
+    """The configuration that a run would begin with: channels, classes, their names and the scale are the data's."""
+    from fastdiff.training.trainer import open_set
+
+    given = fd.load(config.init) if config.init else None
+    return fill(config, open_set(config), None if given is None else given.sigma_data)
+
+
+def _next(config: TrainConfig, out: Path) -> str:
     """What is done with the weights of a run."""
-    if objective == "classifier":
+    if config.objective == "classifier":
         return f"fd.models.classifier_guided(model, fd.models.load_noisy_classifier({str(out)!r}))"
-    return f"fastdiff sample --model {out}"
+    return f"fastdiff sample --model {out}{' --out latents.npy' * draws_latents(config)}"
 
 
 def _table(name: str, pairs: list[str]) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def plan(
 
     solver: a name of `fd.solvers.names()`; options go to it. schedule: what the noise does, or its name.
     steps: how many levels the grid has, 20 where nothing is said. grid: a name of `fd.grids.names()`, or the levels
-    themselves (descending times on the schedule's clock, without the final clean one). grid_options: of that grid.
+    themselves, without the final clean one: descending times on the schedule's clock (0 .. 999 of `linear`, t of
+    `rectified_flow`, sigma of `edm`), or with grid_options={"unit": "rho"} sigma/alpha, as `fd.trace` takes them.
+    grid_options: of that grid.
     strength: start at this fraction of the schedule's clock instead of its top (img2img by noise level: the start
     level is exact, and the grid's levels below it are kept). start_step: drop this many levels instead (img2img by
     step count). guidance_interval, guidance_schedule, perturbed_interval, cfg_pp, clamp: as in `Plan.guided`.

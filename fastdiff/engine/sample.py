@@ -21,6 +21,7 @@ from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.sampler import Sampler
 from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.models.denoiser import Condition, Denoiser
+from fastdiff.process import elsewhere
 
 
 def sample(
@@ -126,8 +127,6 @@ def _warn_of_bytes(init: Tensor | None) -> None:
 ELSEWHERE = {  # what other libraries call them
     "device": "it draws on the network's device; move that, model.to('cuda')",
     "dtype": "the state is float32 and the network has its own; cast that, model.to(dtype=torch.float16)",
-    "num_inference_steps": "write steps=",
-    "num_steps": "write steps=",
     "generator": "write seed=, a number for every sample",
     "guidance_scale": "write guidance=",
     "negative_prompt": "write uncond=, the condition of the unguided branch",
@@ -140,8 +139,9 @@ def _check_names(solver: str, options: Mapping[str, Any]) -> None:
     known = solvers.get(solver).options()
     own = [name for function in (sample, build_plan) for name in inspect.signature(function).parameters]
     for name in options:
-        if name in ELSEWHERE and name not in known:
-            raise TypeError(f"sample has no argument {name!r}: {ELSEWHERE[name]}")
+        instead = ELSEWHERE.get(name) or elsewhere.argument(name)
+        if instead and name not in known:
+            raise TypeError(f"sample has no argument {name!r}: {instead}")
         close = difflib.get_close_matches(name, own, n=2, cutoff=0.7)
         if name not in known and name not in own and close:
             raise TypeError(f"sample has no argument {name!r}. Did you mean {' or '.join(map(repr, close))}?")

@@ -102,6 +102,12 @@ def file_of(name: str | os.PathLike[str]) -> Path:
     path = Path(name)
     if path.is_dir():
         path = path / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no weights in {path.parent} yet: a run of fastdiff train writes model.safetensors with each "
+                "checkpoint (save_images) and at its end; let it go on, or start it again with --resume auto. A "
+                "diffusers network is loaded with diffusers, and fd.Denoiser.from_diffusers"
+            )
     if path.suffix != ".safetensors" and not path.exists():
         if len(path.parts) > 1:
             raise FileNotFoundError(

@@ -114,8 +114,9 @@ def logsnr(schedule: Schedule, steps: int, *, sigma_min: float | None = None, si
 def custom(schedule: Schedule, steps: int | None = None, *, levels: ArrayLike, unit: str = "time") -> Array:
     """The levels as given, descending.
 
-    levels: [steps] times on the schedule's clock (unit "time") or sigma/alpha (unit "rho"); a last level that is
-    clean (rho = 0) is dropped, since the planner appends it. steps: only checked; None takes any number.
+    levels: [steps] times on the schedule's clock (unit "time") or sigma/alpha (unit "rho"), which are the sigmas of
+    k-diffusion and of fd.trace; a last level that is clean (rho = 0) is dropped, since the planner appends it.
+    steps: only checked; None takes any number.
     """
     values = np.array(levels, dtype=np.float64)
     if unit not in ("time", "rho"):
@@ -131,8 +132,12 @@ def custom(schedule: Schedule, steps: int | None = None, *, levels: ArrayLike, u
             f"steps is {steps}, but the custom grid has {len(values)} levels before the clean one. Leave steps out."
         )
     if unit == "time":
+        low, high = schedule.time_range
+        as_rho = " Levels that are sigmas, sigma/alpha as fd.trace takes them, need unit='rho' in grid_options."
+        _check_inside(values, low, high, schedule, hint=as_rho)
         return values
-    _check_inside(values, schedule.rho_min * (1 - RHO_SLACK), schedule.rho_max * (1 + RHO_SLACK), schedule)
+    low, high = schedule.rho_min * (1 - RHO_SLACK), schedule.rho_max * (1 + RHO_SLACK)
+    _check_inside(values, low, high, schedule, "sigma/alpha")
     return schedule.time_from_rho(values)
 
 
@@ -224,7 +229,11 @@ def check(times: ArrayLike, schedule: Schedule) -> Array:
 
 def _check_steps(steps: object) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, the number of levels of the grid, got {steps!r}.")
+        own = hasattr(steps, "__len__") and not isinstance(steps, str)
+        hint = " Levels of your own are grid=[...], descending times on the schedule's clock." * own
+        raise ValueError(
+            f"steps must be an integer of at least 1, the number of levels of the grid, got {steps!r}.{hint}"
+        )
     return int(steps)
 
 
@@ -243,11 +252,13 @@ def _check_descending(values: Array) -> None:
         )
 
 
-def _check_inside(values: Array, low: float, high: float, schedule: Schedule) -> None:
+def _check_inside(
+    values: Array, low: float, high: float, schedule: Schedule, unit: str = "clock", hint: str = ""
+) -> None:
     inside = (values >= low) & (values <= high)
     if not inside.all():
         at = int(np.argmin(inside))
         raise ValueError(
-            f"Level {at} of the grid is {values[at]:.9g}, outside {schedule!r}, which goes from {low:.6g} to "
-            f"{high:.6g}. Choose levels inside it, without the final clean one, which is added."
+            f"Level {at} of the grid is {values[at]:.9g}, outside {schedule!r}, whose {unit} goes from {low:.6g} to "
+            f"{high:.6g}. Choose levels inside it, without the final clean one, which is added.{hint}"
         )

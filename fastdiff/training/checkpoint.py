@@ -24,9 +24,6 @@ from fastdiff.files import sync
 
 from .ranks import Ranks
 
-# One process saves without a group on purpose.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
 PROGRESS = "progress.json"
 
 
@@ -142,6 +139,8 @@ class Checkpoints:
     def _place(self, path: Path) -> dict[str, Any]:
         """Where torch reads or writes, and over which group."""
         alone = self.ranks.storage is None
+        if alone:  # which torch warns of, perhaps in a thread of its own, where `catch_warnings` would not hold
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, .* in a single process")
         return {"checkpoint_id": path, "no_dist": alone} | ({} if alone else {"process_group": self.ranks.storage})
 
     def _end(self, written: Callable[[], Any], staging: Path, progress: Progress, together: bool = True) -> None:

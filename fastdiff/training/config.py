@@ -187,7 +187,7 @@ def check_resume(saved: TrainConfig, given: TrainConfig, fixed: tuple[str, ...] 
         raise ValueError(
             "the run cannot go on with another configuration:\n"
             + "\n".join(wrong)
-            + "\nLeave these options as they were, or train into another folder."
+            + "\nGive these options as the run has them, or train into another folder."
         )
 
 

@@ -26,6 +26,7 @@ from .objectives import Objective
 
 _EDM_CLOCK = 16.0  # EDM's clock ln(sigma)/4 spans about 3; the embedding wants hundreds
 _CLOCK = 1000.0
+FILLED = ("channels", "classes", "class_names", "objective_options", "drop_label")  # by `fill`
 
 
 def fill(config: TrainConfig, source: Source, sigma_data: float | None = None) -> TrainConfig:

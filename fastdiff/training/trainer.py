@@ -32,7 +32,7 @@ from .data.loader import Batch, Loader
 from .ema import Ema
 from .graphed import GraphedStep
 from .interrupts import Interrupts
-from .networks import blocks, build_network, build_objective, fill, recompute, with_head, without_head
+from .networks import FILLED, blocks, build_network, build_objective, fill, recompute, with_head, without_head
 from .previews import Previews
 from .ranks import Ranks, join, spread
 from .records import Records
@@ -66,12 +66,12 @@ class Trainer:
         if config.precision == "auto":
             config = config.change(precision="bf16" if self.ranks.device.type == "cuda" else "fp32")
         self._check_batch(config)
-        self.source = _source(config, self.ranks.device) if source is None else source
-        if self.ranks.first:
-            run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(run, self.ranks, config.keep, config.async_save, run / records.NAME)
         found = self._found(resume)
         saved = None if found is None else TrainConfig.load(run / "config.json")
+        if saved is not None:  # before the data are read as another run would read them
+            check_resume(saved, replace(config, **{name: getattr(saved, name) for name in FILLED}))
+        self.source = _source(config, self.ranks.device) if source is None else source
         given = load(config.init) if config.init and found is None else None
         self.config = fill(config, self.source, _sigma_data(saved, given))
         self.objective = build_objective(self.config)
@@ -86,7 +86,8 @@ class Trainer:
             self.step.restore(self.progress)
             self._check_set(saved.data, mark)
         self.progress.pictures, self.progress.fingerprint = len(self.source), mark
-        if self.ranks.first:
+        if self.ranks.first:  # only now, so that a start that fails leaves no folder
+            run.mkdir(parents=True, exist_ok=True)
             self.config.save(run / "config.json")
 
     def train(self, after: Callable[[Trainer, Batch, Outcome], None] | None = None) -> str:
@@ -203,7 +204,7 @@ class Trainer:
         )
         self.previews = Previews(config, self.objective, self.ema, self.ranks, self.run)
         other = replace(config, data=config.eval_data)
-        self._eval_source = _open(other) if config.eval_images and config.eval_data else self.source
+        self._eval_source = open_set(other) if config.eval_images and config.eval_data else self.source
 
     def _take(self, batch: Batch, interrupts: Interrupts) -> Outcome:
         skips = self.progress.skips
@@ -343,7 +344,8 @@ def _sigma_data(saved: TrainConfig | None, given: Denoiser | None) -> float | No
     return saved.objective_options.get("sigma_data") if saved.init else None
 
 
-def _open(config: TrainConfig) -> Source:
+def open_set(config: TrainConfig) -> Source:
+    """The set of `config.data` at the size of the run. Raises: ValueError or OSError saying what is wrong with it."""
     if not config.data:
         raise ValueError("there is nothing to train on: give --data a folder of pictures, or a .npy, .npz or .tar file")
     source = open_data(
@@ -359,7 +361,7 @@ def _open(config: TrainConfig) -> Source:
 
 def _source(config: TrainConfig, device: torch.device) -> Source:
     """The data set, kept on the device where it is small enough or asked for."""
-    source = _open(config)
+    source = open_set(config)
     if hasattr(source, "workers"):
         source.workers = config.workers
     size = len(source) * source.shape[0] * source.shape[1] * source.shape[2]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastdiff.compiler.solvers import elsewhere
 from fastdiff.errors import unknown_name
+from fastdiff.process.elsewhere import argument as arguments_elsewhere
 from fastdiff.process.schedules import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,8 +89,10 @@ class Solver:
         known = self.options()
         for name, value in given.items():
             if name not in known:
+                instead = arguments_elsewhere(name)
                 raise TypeError(
-                    f"solver {self.name!r} has no option {name!r}; its options: {', '.join(known) or 'none'}"
+                    f"solver {self.name!r} has no option {name!r}{f', {instead}' * bool(instead)}; its options: "
+                    f"{', '.join(known) or 'none'}"
                 )
             kind = _KINDS.get(type(known[name]))
             if kind and (not isinstance(value, kind[0]) or (isinstance(value, bool) and kind[0] is not bool)):

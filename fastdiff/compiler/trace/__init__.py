@@ -46,10 +46,10 @@ def trace(
 
     fn: called with `model(x, sigma, **extra_args)` -> D, the state x = x0 + sigma n, and sigmas as float64; a function
     of `sigma_min, sigma_max, n` instead (k-diffusion's dpm_fast) gets the ends of the levels and their number.
-    levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0). schedule: the one the network
-    was trained on, or its name; without it the network is called with sigma itself. kw: further arguments of fn. A
-    `noise_sampler` argument of fn is filled with unit normals, so Brownian trees are not built; the sigmas it is asked
-    for say what each covers, so noise="brownian" puts them on our path.
+    levels: sigma / alpha, descending, as fn expects them (k-diffusion: the last one 0); not the times on a clock that
+    `fd.plan` takes. schedule: the one the network was trained on, or its name; without it the network is called with
+    sigma itself. kw: further arguments of fn. A `noise_sampler` argument of fn is filled with unit normals, so Brownian
+    trees are not built; the sigmas it is asked for say what each covers, so noise="brownian" puts them on our path.
     The plan's `options` hold kw and the largest relative mismatch of a second run, on random tensors.
     Noise ids are the draws of fn in order; a function none of whose draws reaches the sample has no draws.
     Raises TypeError, naming the function and the row, when fn multiplies registers, branches on data, or does anything

@@ -41,7 +41,7 @@ class Arrays(Source):
         self.faults = Faults(len(pictures))
         channels, height, width = self.pictures.shape[1:]
         if fit.channels not in (None, channels) and (fit.channels, channels) not in ((1, 3), (3, 1)):
-            raise ValueError(f"{where} has {channels} channels, expected {fit.channels}")
+            raise ValueError(f"{where} has {channels} channels, expected {fit.channels}; use channels={channels}")
         self.shape = (fit.channels or channels, fit.size or height, fit.size or width)
         self._check_size(height, width)
         self.labels = None
@@ -69,12 +69,13 @@ class Arrays(Source):
         if (height, width) == self.shape[1:]:
             return
         wanted = f"{self.shape[1]}x{self.shape[2]}"
+        if self.pictures.dtype != np.uint8:
+            fix = f"; use size={height}" * (height == width)
+            raise ValueError(
+                f"{self.where} has float values at {height}x{width}, expected {wanted}: only pixels resize{fix}"
+            )
         if self.fit.resize == "none":
             raise ValueError(f"{self.where} has {height}x{width}, expected {wanted}; use resize=crop or resize=pad")
-        if self.pictures.dtype != np.uint8:
-            raise ValueError(
-                f"{self.where} has float values at {height}x{width}, expected {wanted}: only pixels resize"
-            )
         if self.fit.resize == "pad" and (height > self.shape[1] or width > self.shape[2]):
             raise ValueError(f"{self.where} has {height}x{width}, more than {wanted}; use resize=crop")
 

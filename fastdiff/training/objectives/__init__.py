@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.errors import unknown_name
-from fastdiff.process import schedules
+from fastdiff.process import elsewhere, schedules
 
 from . import pairing, times, weightings
 from .base import Draw, Loss, Network, Objective
@@ -97,9 +97,12 @@ def names() -> list[str]:
 
 
 def get(name: str, /, **options: Any) -> Objective:
-    """The objective of this name, with options of its class. Raises ValueError for an unknown name or option."""
+    """The objective of this name, with options of its class.
+
+    Raises ValueError for an unknown option or name, saying what another library's name is called here.
+    """
     if name not in _KNOWN:
-        raise unknown_name("objective", name, names())
+        raise unknown_name("objective", name, names(), elsewhere.objective(name))
     kind, usual = _KNOWN[name]
     known = [entry.name for entry in fields(kind) if entry.name != "name"]
     for option in options:
