@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import fastdiff as fd
 from fastdiff import cli, images
+from fastdiff.cli import spelling
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -203,6 +205,7 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "dpmp_2m"], "Did you mean 'dpmpp_2m'"),
         (["plan", "ddim", "--grid", "karas"], "Did you mean 'karras'"),
         (["plan", "ddim", "--schedule", "cosin"], "Did you mean 'cosine'"),
+        (["plan", "ddim", "--schedule", "squaredcos"], "Did you mean --schedule cosine? Known"),
         (["plan", "ddim", "--steps", "0"], "steps"),
         (["plan", "ddim", "--option", "etta=1"], "has no option 'etta'"),
         (["plan", "ddim", "--option", "eta"], "NAME=VALUE"),
@@ -231,6 +234,65 @@ def test_errors_are_one_line_and_write_nothing(
     assert status == 2
     assert words in err and len(err.strip().splitlines()) == 1
     assert out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--preset", "fashion32", "--lr", "1e-4"], "--lr 1e-4; --lr: did you mean --learning-rate?"),
+        (["train", "--preset", "fashion32", "--batch-size=4"], "--batch-size: did you mean --batch?"),
+        (
+            ["train", "--preset", "fashion32", "--epochs", "3"],
+            "--epochs: did you mean --images? (lengths are in images: epochs times the pictures of the set, or steps "
+            "times --batch)",
+        ),
+        (["train", "--preset", "fashion32", "--learning-raet", "1"], "--learning-raet: did you mean --learning-rate?"),
+        (["sample", "--num_inference_steps", "9"], "--num_inference_steps: did you mean --steps?"),
+        (["eval", "--qqq", "pictures"], "unrecognized arguments: --qqq pictures\n"),
+    ],
+)
+def test_an_option_that_is_not_there_names_the_one_meant(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    err = capsys.readouterr().err
+    assert words in err and err.startswith(f"usage: fastdiff {argv[0]} ")
+
+
+def test_names_of_other_programs_stand_for_options_there_are() -> None:
+    commands = next(iter(cli._parser()._subparsers._group_actions)).choices.values()  # type: ignore[union-attr]
+    assert set(spelling._ELSEWHERE) <= {option for parser in commands for option in parser._option_string_actions}
+
+
+@pytest.mark.parametrize(
+    ("said", "spelt"),
+    [
+        ("larger; use resize=crop, or sample_images=0.", "larger; use --resize crop, or --sample-images 0."),
+        ("Did you mean objective='v'?", "Did you mean --objective v?"),
+        ("fd.Sampler(seed=3), plan(x, seed=range(4)), of /data/seed=3/x, grid=[1]",) * 2,
+    ],
+)
+def test_what_an_error_tells_to_set_is_spelt_as_an_option(said: str, spelt: str) -> None:
+    parser = argparse.ArgumentParser()
+    for option in ("--resize", "--sample-images", "--objective", "--seed", "--grid"):
+        parser.add_argument(option)
+    assert spelling.spelt(said, parser) == spelt
+
+
+def test_a_model_without_classes_is_not_guided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An amount that is asked for is refused there; the usual one is of models with classes."""
+    model = fd.Denoiser(lambda x, t: torch.zeros_like(x), "edm", "x0", shape=(1, 4, 4))
+    monkeypatch.setattr(fd, "load", lambda *_, **__: model)
+    argv = ("sample", "--steps", "2", "--count", "1", "--out", str(tmp_path / "x.npy"))
+    status, _, err = run(capsys, *argv, "--guidance", "2")
+    assert status == 2 and "--guidance 2 has no effect: this model has no classes to guide by; leave it out" in err
+    status, out, _ = run(capsys, *argv)
+    assert status == 0 and "NFE       2 per sample\n" in out
+    status, _, err = run(capsys, "eval", "--guidance", "2", "--data", "none")
+    assert status == 2 and "--guidance 2 has no effect" in err
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,10 @@ def test_custom_takes_the_fp32_sigmas_of_diffusers() -> None:
         (lambda: grids.make("karras", LINEAR, 2.0), "got 2.0"),
         (lambda: grids.make("karras", LINEAR, True), "got True"),
         (lambda: grids.make("karras", LINEAR, None), "got None"),
+        (
+            lambda: grids.make("karras", LINEAR, [9.0, 3.0]),
+            r"got \[9.0, 3.0\]. Levels of your own are grid=\[...\], desc",
+        ),
         (lambda: grids.make("trailing", LINEAR, 1001), "at most 1000 steps.*got 1001"),
         (lambda: grids.make("karras", LINEAR, 5, gamma=3), "sigma_min, sigma_max, rho"),
         (lambda: grids.make("karras", LINEAR, 5, rho=0), "rho must be"),
@@ -263,7 +267,14 @@ def test_custom_takes_the_fp32_sigmas_of_diffusers() -> None:
         (lambda: grids.make("custom", LINEAR, None, levels=[math.inf, 3]), "Level 0 .*inf.*outside"),
         (lambda: grids.make("custom", LINEAR, None, levels=[1000, 3]), "Level 0 .*1000.*from 0 to 999"),
         (lambda: grids.make("custom", LINEAR, None, levels=[9, 3, -1]), "Level 2 .*-1"),
-        (lambda: grids.make("custom", LINEAR, None, levels=[200.0, 3], unit="rho"), "Level 0 .*200.*157.407"),
+        (
+            lambda: grids.make("custom", schedules.vp(), None, levels=[10.0, 3.0]),
+            "Level 0 .*10, outside vp.*, whose clock goes from 0 to 1.*sigmas, sigma/alpha .* need unit='rho' in grid",
+        ),
+        (
+            lambda: grids.make("custom", LINEAR, None, levels=[200.0, 3], unit="rho"),
+            "Level 0 .*200.*sigma/alpha .*157.407",
+        ),
         (lambda: grids.make("custom", LINEAR, 4, levels=[9, 3]), "steps is 4"),
         (lambda: grids.make("custom", LINEAR, None, levels=[9, 3], unit="sigma"), "unit"),
         (lambda: grids.make("custom", LINEAR, None, levels=[]), "at least one"),

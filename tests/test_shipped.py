@@ -82,6 +82,8 @@ def test_bad_files(tmp_path: Path) -> None:
         fd.load("runs/mine")
     with pytest.raises(FileNotFoundError, match="no model file"):
         fd.load(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"no weights in {tmp_path} yet: .* each checkpoint .*--resume auto"):
+        fd.load(tmp_path)
     broken = tmp_path / "broken.safetensors"
     whole = Path(str(resources.files("fastdiff.models.weights") / "fashion.safetensors"))
     broken.write_bytes(whole.read_bytes()[:5000])

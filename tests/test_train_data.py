@@ -24,6 +24,7 @@ from fastdiff.training.data.source import Faults, root_mean_square
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
+LATENTS = np.zeros((3, 4, 8, 8), np.float32)
 LABELS = np.arange(12) % 3
 
 
@@ -290,6 +291,8 @@ def test_a_damaged_shard_keeps_what_comes_before(tmp_path: Path) -> None:
         (lambda p: (p / "notes.txt").write_text("x") and p, {}, "holds no pictures: expected files ending in .png"),
         (lambda p: npy_of(p, PIXELS[:0]), {}, "N at least 1"),
         (lambda p: npy_of(p, PIXELS[0]), {"size": 9, "resize": "none"}, "has 8x8, expected 9x9"),
+        (lambda p: npy_of(p, LATENTS), {"size": 9, "resize": "none"}, "only pixels resize; use size=8"),
+        (lambda p: npy_of(p, LATENTS), {"channels": 1}, "has 4 channels, expected 1; use channels=4"),
         (lambda p: npy_of(p, PIXELS.astype(int)), {}, "got values of int64"),
         (lambda p: npy_of(p, PIXELS[0, 0]), {}, r"got shape \[8, 8\]"),
         (lambda p: npz_of(p, foo=PIXELS), {}, "expected one of images, latents"),

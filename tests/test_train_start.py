@@ -36,6 +36,26 @@ def test_the_configuration_is_shown_with_what_was_given(capsys: pytest.CaptureFi
     assert shown.network["layers_per_block"] == 4 and shown.warmup_images == 10_000_000
 
 
+def test_a_classifier_draws_none_of_the_presets_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, images in (((), 0), (("--sample-images", "8"), 8)):  # what is asked for is refused, not forgotten
+        assert cli.main(["train", "--preset", "cifar32", "--objective", "classifier", "--show", *given]) == 0
+        assert TrainConfig.from_json(capsys.readouterr().out).sample_images == images
+
+
+def test_with_data_the_configuration_is_shown_as_they_fill_it_in(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fashion-MNIST's names are not those of other classes; a run keeps what is shown, with the precision said."""
+    given = ["--preset", "fashion32", "--data", str(data), "--size", "8", "--threads", "1"]
+    assert cli.main(["train", *given, "--show"]) == 0
+    shown = TrainConfig.from_json(capsys.readouterr().out)
+    assert (shown.class_names, shown.classes, shown.channels) == ((), 3, 1)
+    assert cli.main(["train", *given, "--show", "--init", "fashion"]) == 0
+    assert TrainConfig.from_json(capsys.readouterr().out).objective_options["sigma_data"] == fd.load().sigma_data
+    trainer = Trainer(shown, data.parent / "run")
+    assert trainer.config == shown.change(precision=trainer.config.precision)
+
+
 def test_another_objective_does_not_take_the_options_of_the_presets_own() -> None:
     """EDM's levels of fashion32 are no part of Ho et al. 2020's objective, which draws its times uniformly."""
     preset = presets.get("fashion32")
@@ -104,7 +124,7 @@ def test_such_a_run_resumes_bit_for_bit_without_the_file(data: Path, trained: Pa
     with pytest.raises(Killed):
         killed.train(kill)
     shutil.rmtree(trained)
-    with pytest.raises(ValueError, match=r"configuration:\n  init: '.*given' in the run, '' now\nLeave these"):
+    with pytest.raises(ValueError, match=r"configuration:\n  init: '.*given' in the run, '' now\nGive these"):
         Trainer(config.change(init=""), tmp_path / "run", resume="auto")
     resumed = Trainer(config, tmp_path / "run", resume="auto")
     assert resumed.progress.images == 48

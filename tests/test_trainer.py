@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tiny_runs import ALONE, COUNT, assert_same, lines, measured, stored, tiny, 
 
 import fastdiff as fd
 from fastdiff import cli
+from fastdiff.cli.train import _next
 from fastdiff.training import graphed, objectives
 from fastdiff.training.config import TrainConfig, check_resume
 from fastdiff.training.data.arrays import Arrays
@@ -201,6 +203,20 @@ def test_a_run_is_not_overwritten_and_not_changed(data: Path, tmp_path: Path) ->
     assert "batch: 8 in the run, 4 now" in str(caught.value) and "seed: 0 in the run, 7 now" in str(caught.value)
     assert "log_images" not in str(caught.value)
     assert Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").progress.images == 24
+    with pytest.raises(ValueError, match="size: 8 in the run, 4 now"):  # and not that the pictures are larger
+        Trainer(tiny(data, size=4), tmp_path / "run", resume="auto")
+
+
+def test_one_process_saves_and_resumes_without_the_warning_that_it_is_one(data: Path, tmp_path: Path) -> None:
+    """Whatever filters a program sets after it has imported the trainer; no other warning is silenced."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Trainer(tiny(data, images=24), tmp_path / "run").train()
+        Trainer(tiny(data, images=32), tmp_path / "run", resume="auto").train()
+        warnings.warn("torch.distributed is something else", stacklevel=1)
+    assert [str(warning.message) for warning in said if "distributed" in str(warning.message)] == [
+        "torch.distributed is something else"
+    ]
 
 
 def test_micro_batches_may_change_where_no_noise_is_dealt_out_within_them(data: Path, tmp_path: Path) -> None:
@@ -453,6 +469,7 @@ def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pyt
         sample_images=16, sample_steps=2,
     )  # fmt: skip
     Trainer(config, tmp_path / "run").train()
+    assert _next(config, Path("run")) == "fastdiff sample --model run --out latents.npy"
     command = ["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out"]
     assert cli.main([*command, str(tmp_path / "x.png")]) == 2
     assert "draws latents, not pictures: give --out latents.npy" in capsys.readouterr().err
@@ -516,17 +533,21 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
         ),
         (["--preset", "fashion32", "--data", "x", "--network", "wide"], "--network must be NAME=VALUE"),
         (["--preset", "fashion32", "--data", "set.npz", "--objective", "ddmp"], "Did you mean 'ddpm'"),
+        (["--preset", "fashion32", "--data", "set.npz", "--objective", "v_prediction"], "Did you mean --objective v?"),
+        (["--preset", "fashion32", "--data", "set.npz", "--size", "4"], "more than 4x4; use --resize crop"),
+        (["--preset", "fashion32", "--data", "latents.npy"], "has 4 channels, expected 1; use --channels 4"),
+        (["--preset", "fashion32", "--data", "latents.npy", "--channels", "4"], "only pixels resize; use --size 8"),
         (
             ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--classes", "0"],
             "objective 'classifier' learns to tell classes apart, and set.npz has none",
         ),
         (
             ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--sample-images", "8"],
-            "draws no samples: set sample_images=0",
+            "draws no samples: set --sample-images 0",
         ),
         (
             ["--preset", "fashion32", "--data", "set.npz", "--objective", "classifier", "--init", "fashion"],
-            "init=fashion is a denoiser: leave init out",
+            "--init fashion is a denoiser: leave init out",
         ),
         (["--preset", "fashion32", "--data", "set.npz", "--objective-options", "p=1"], "Unknown option of objective"),
         (["--preset", "fashion32", "--data", "set.npz", "--network", "widths=[3]"], "unknown entries ['widths']"),
@@ -535,7 +556,7 @@ def test_one_command_trains_on_a_folder_and_the_next_samples(
             "labels are out of range, the first is 2 of",
         ),
         (["--preset", "fashion32", "--data", "set.npz", "--device", "tpu"], "device must be auto, cpu or cuda"),
-        (["--preset", "fashion32", "--data", "set.npz", "--graph", "true"], "graph=true needs one process on a GPU"),
+        (["--preset", "fashion32", "--data", "set.npz", "--graph", "true"], "--graph true needs one process on a GPU"),
         (["--preset", "fashion32", "--data", "set.npz", "--tensorboard", "true"], "pip install tensorboard"),
     ],
 )
@@ -544,11 +565,13 @@ def test_errors_say_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    np.save("latents.npy", np.zeros((2, 4, 8, 8), np.float32))
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert cli.main(["train", *options, "--out", "run", "--threads", "1", "--images", "128"]) == 2
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    left = ["config.json"] if "--tensorboard" in options else []  # found missing when the training begins
+    assert [path.name for path in tmp_path.glob("run/*")] == left and (tmp_path / "run").exists() == bool(left)
 
 
 def test_a_configuration_survives_its_file_and_shows_what_changed(data: Path, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def read_config(arguments: argparse.Namespace) -> TrainConfig:
             changes[entry.name] = (
                 _table(entry.name, given) if isinstance(given, list) else read_value(entry.name, given)
             )
+    if changes.get("objective") == "classifier":
+        changes.setdefault("sample_images", 0)  # which presets have, and a classifier draws none
     return presets.get(arguments.preset).change(**changes)
 
 
