@@ -32,7 +32,8 @@ def blocks(language: str) -> list[tuple[int, str]]:
 
 
 def commands() -> list[str]:
-    lines = [line.partition("#")[0].strip().removeprefix("time ") for _, block in blocks("") for line in block.splitlines()]
+    written = [line.partition("#")[0].strip() for _, block in blocks("") for line in block.splitlines()]
+    lines = [line.removeprefix("time ") for line in written]
     return [line for line in lines if line.startswith("fastdiff ")]
 
 

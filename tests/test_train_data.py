@@ -121,8 +121,9 @@ def test_idx_files_are_padded(tmp_path: Path) -> None:
     assert pictures.sum() == PIXELS[:, 0].sum(dtype=np.int64) and labels.tolist() == LABELS.tolist()
 
 
-def test_latents_keep_their_values(tmp_path: Path) -> None:
-    latents = RNG.standard_normal((6, 4, 8, 8)).astype(np.float16)
+@pytest.mark.parametrize("channels", [4, 16])
+def test_latents_keep_their_values(channels: int, tmp_path: Path) -> None:
+    latents = np.random.default_rng(channels).standard_normal((6, channels, 8, 8)).astype(np.float16)
     np.save(tmp_path / "latents.npy", latents)
     with tarfile.open(tmp_path / "latents.tar", "w") as tar:
         for i, latent in enumerate(latents):
@@ -130,8 +131,8 @@ def test_latents_keep_their_values(tmp_path: Path) -> None:
             np.save(file, latent)
             add(tar, f"{i}.npy", file.getvalue())
     for path in (tmp_path / "latents.npy", tmp_path / "latents.tar"):
-        source = open_data(path, size=8, resize="none", channels=4)
-        assert source.shape == (4, 8, 8) and source.num_classes == 0
+        source = open_data(path, size=8, resize="none", channels=channels)
+        assert source.shape == (channels, 8, 8) and source.num_classes == 0
         pictures, labels = fetched(source)
         assert labels is None and torch.equal(pictures, torch.from_numpy(latents).float())
     batch = Loader(source, seed=0, batch=6, scale=0.5).read(0)
@@ -293,6 +294,7 @@ def test_a_damaged_shard_keeps_what_comes_before(tmp_path: Path) -> None:
         (lambda p: npy_of(p, PIXELS[0]), {"size": 9, "resize": "none"}, "has 8x8, expected 9x9"),
         (lambda p: npy_of(p, LATENTS), {"size": 9, "resize": "none"}, "only pixels resize; use size=8"),
         (lambda p: npy_of(p, LATENTS), {"channels": 1}, "has 4 channels, expected 1; use channels=4"),
+        (lambda p: folder(p / "set")[0], {"channels": 8}, "channels must be 1, 3 or 4 for pictures, got 8"),
         (lambda p: npy_of(p, PIXELS.astype(int)), {}, "got values of int64"),
         (lambda p: npy_of(p, PIXELS[0, 0]), {}, r"got shape \[8, 8\]"),
         (lambda p: npz_of(p, foo=PIXELS), {}, "expected one of images, latents"),

@@ -26,7 +26,7 @@ class Fit:
     size: height and width to reach, None for that of the first picture. resize: "crop" scales the short side to
     `size` and keeps the middle; "pad" centres smaller pictures on black; "none" takes only pictures of that size.
     channels: 1 grey, 3 colour, 4 with transparency, None for what the first picture has; with 1 and 3 transparency
-    is left out, over no background (`images.to_8_bit`).
+    is left out, over no background (`images.to_8_bit`). Of arrays: what they have.
     """
 
     size: int | None = None
@@ -36,8 +36,6 @@ class Fit:
     def __post_init__(self) -> None:
         if self.resize not in RESIZE:
             raise unknown_name("resize", self.resize, RESIZE)
-        if self.channels not in (None, *_MODES):
-            raise ValueError(f"channels must be 1, 3 or 4 for pictures, got {self.channels}")
 
 
 def decode(data: bytes | Path, name: str, fit: Fit, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -55,7 +53,9 @@ def decode(data: bytes | Path, name: str, fit: Fit, shape: tuple[int, ...]) -> N
 
 
 def shape_of(data: bytes | Path, fit: Fit) -> tuple[int, int, int]:
-    """[C, H, W] that a picture comes to, from its header. Raises: UnreadableFile."""
+    """[C, H, W] that a picture comes to, from its header. Raises: UnreadableFile, or ValueError for other channels."""
+    if fit.channels not in (None, *_MODES):
+        raise ValueError(f"channels must be 1, 3 or 4 for pictures, got {fit.channels}")
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
             grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
