@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, quiet, tiny, watching
+from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, tiny, watching
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.loop import Loop
 
 diffusers = pytest.importorskip("diffusers")
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 @pytest.mark.parametrize("change", [False, True])
