@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,8 +168,9 @@ def test_a_network_that_cannot_be_recorded_runs_eagerly_with_one_warning(monkeyp
     pipe = tiny.make(SD)
     before = call(pipe)
     accelerate(pipe)
-    with pytest.warns(UserWarning, match="StableDiffusionPipeline: the network cannot be captured.*graph=False"):
+    with pytest.warns(UserWarning, match=f"{SD}: the network cannot be captured.*graph=False") as caught:
         assert apart(call(pipe), before) <= LATENT
+    assert [Path(warning.filename).name for warning in caught] == ["accelerate_cases.py"]  # where it is called
     assert apart(call(pipe), before) <= LATENT
     with pytest.raises(RuntimeError, match="not permitted"):
         call(accelerate(pipe, graph=True))
