@@ -66,11 +66,12 @@ def plan(
     def cut(count: int | None) -> NDArray[np.float64]:
         return _truncated(grids.make(name, process, count, **named), process, strength, start_step)
 
-    counted = STEPS if steps is None else steps
-    times = cut(counted if name != "custom" else None if chosen.adaptive else steps)
+    given = name == "custom"  # levels, which are counted where nobody says how many
+    count = STEPS if steps is None and not given else steps
+    times = cut(None if given and chosen.adaptive else count)
     if chosen.adaptive:
         _check_ends(solver, name, times)
-        if steps is not None and (name == "custom" or _same_ends(times, cut, steps)):
+        if steps is not None and (given or _same_ends(times, cut, steps)):
             warn(
                 f"{solver} makes its own steps between the ends of the grid, so steps={steps} has no effect: leave it "
                 "out; the options rtol and atol say how many it takes",
