@@ -17,8 +17,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 PORTABLE = (
-    "affine", "attention", "guide", "isa", "measure", "norm", "norm_backward", "python", "scalar",
-    "torch_normal", "train", "winograd", "winograd_train",
+    "affine", "attention", "guide", "isa", "measure", "norm", "norm_backward", "python", "python_train",
+    "scalar", "torch_normal", "train", "winograd", "winograd_train",
 )  # fmt: skip
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in PORTABLE]
 CUDA_SOURCES = ["csrc/cuda/affine.cu", "csrc/cuda/guide.cu", "csrc/cuda/measure.cu", "csrc/cuda/train.cu"]

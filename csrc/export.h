@@ -3,6 +3,7 @@
 
 #include "affine.h"
 #include "norm.h"
+#include "train.h"
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -10,3 +11,5 @@ FASTDIFF_EXPORT int fastdiff_affine_step_cpu(const AffineArgs* args);
 FASTDIFF_EXPORT int fastdiff_affine_step_apart_cpu(const AffineArgs* args, int32_t i, const void* model_out,
                                                    const float* x, float* next, void* model_in, float* denoised);
 FASTDIFF_EXPORT int fastdiff_norm_cpu(const NormArgs* args);
+FASTDIFF_EXPORT int fastdiff_noise_images_cpu(const TrainArgs* args);
+FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args);

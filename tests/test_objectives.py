@@ -200,6 +200,32 @@ def test_draws_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_array_equal(pair[1], numbers)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        objectives.get("ddpm", flip=True, drop_label=0.25, null_label=3),
+        objectives.get("v", times=times.Uniform(low=2, high=6.5), weighting="min_snr"),
+        objectives.get("ncsn"),
+        objectives.get("elbo", perturbation=0.1),
+    ],
+    ids=lambda objective: objective.name,
+)
+def test_draws_from_rows_are_those_of_the_formulas(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = torch.arange(-500, 500)
+    found = objective.draw(seeds, 7)
+    monkeypatch.setattr(train_ops.backends, "probe", lambda: {"cpp": backends.Backend(False, ())})
+    expected = objective.draw(seeds, 7)
+    for name, tensor in vars(expected).items():
+        assert tensor.dtype == getattr(found, name).dtype
+        assert torch.equal(getattr(found, name), tensor), name
+    assert len(set(found.time.tolist())) == {"ddpm": 631, "v": 5, "ncsn": 10, "elbo": 631}[objective.name]
+
+
+def test_times_between_two_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"uniform times from 2\.25 to 2\.75 hold no whole step of .*; widen them"):
+        objectives.get("ddpm", times=times.Uniform(low=2.25, high=2.75)).draw(torch.arange(2), 0)
+
+
 @pytest.mark.parametrize("seeds", [torch.arange(3, dtype=torch.int32), torch.arange(3.0), torch.zeros(2, 2).long()])
 def test_a_draw_of_other_seeds_is_refused(seeds: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"seeds must be int64 \[batch\], got torch"):

@@ -9,6 +9,7 @@
 
 #include "../export.h"
 #include "guard.h"
+#include "python_train.h"
 #include "tensor_view.h"
 
 using namespace fastdiff;
@@ -150,8 +151,13 @@ PyObject* step_apart(PyObject* bound, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef step_apart_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_apart)),
-                                 METH_FASTCALL, nullptr};
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef fast(const char* name, FastCall function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef step_apart_method = fast("step", step_apart);
 
 // bind_apart(address of the block, whether the first output is fp32, what raises an error code) -> step
 PyObject* bind_apart(PyObject*, PyObject* bound) {
@@ -183,7 +189,9 @@ PyObject* norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {{"bind_apart", bind_apart, METH_VARARGS, nullptr},
                          {"bind_step", bind_step, METH_VARARGS, nullptr},
-                         {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(norm)), METH_FASTCALL, nullptr},
+                         fast("norm", norm),
+                         fast("train", train),
+                         fast("train_rows", train_rows),
                          {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
 

@@ -12,9 +12,11 @@
 #include <cstring>
 
 namespace fastdiff::cpu {
+
+inline PyObject *data_ptr, *is_neg, *cdata;  // the methods' names and the attribute's, made with the module
+
 namespace {
 
-PyObject *data_ptr, *is_neg, *cdata;  // the methods' names and the attribute's
 constexpr int64_t kMostDims = 8;
 
 // What the row needs to know of a tensor.

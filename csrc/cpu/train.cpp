@@ -1,13 +1,13 @@
 // The ops of a training step on the CPU: samples cut into parts, parts into blocks whose image and noise stay in cache.
 // A sample's parts, and so its sum, depend on its size alone: not on its batch nor on the threads.
 #include <algorithm>
-#include <numeric>
 
 #include "../check.h"
 #include "../export.h"
 #include "../scalar.h"
 #include "blocks.h"
 #include "parallel.h"
+#include "train_draw.h"
 
 namespace fastdiff::cpu {
 namespace {
@@ -114,37 +114,10 @@ FASTDIFF_EXPORT int fastdiff_loss_cpu(const TrainArgs* args) {
   return cpu::answer([](const TrainArgs& own) { return cpu::run(own, true); }, args);
 }
 
-// Of the sums [B, kParts] that the loss wrote: each sample's mean over its elements, and the mean of weight * error.
-FASTDIFF_EXPORT void fastdiff_loss_means(int64_t B, int64_t elements, const float* partial, const float* weight,
-                                         float* error, float* mean) {
-  double total = 0.0;
-  for (int64_t b = 0; b < B; ++b, partial += kParts) {
-    error[b] = static_cast<float>(std::accumulate(partial, partial + kParts, 0.0) / static_cast<double>(elements));
-    total += static_cast<double>(weight[b]) * error[b];
-  }
-  *mean = static_cast<float>(total / static_cast<double>(B));
-}
-
 // What n samples draw on the host: keys[n] and uniforms[n, 4] as fastdiff/training/objectives/counters.py defines them.
 FASTDIFF_EXPORT void fastdiff_training_draws(int64_t n, const int64_t* seeds, uint64_t step, int64_t* keys,
                                              double* uniforms) {
-  constexpr uint64_t kKey = 0xFFFFFFFF, kUniforms = 2;
-  const auto draw = [](int64_t seed, uint64_t index, uint64_t id, uint64_t (&pair)[2]) {
-    uint64_t c[1][4] = {{index & 0xFFFFFFFF, index >> 32, id, kStreamTraining}};
-    philox<Scalar>(c, PhiloxKey{static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)});
-    for (int i = 0; i < 2; ++i)
-      pair[i] = static_cast<uint32_t>(c[0][2 * i]) | static_cast<uint64_t>(static_cast<uint32_t>(c[0][2 * i + 1])) << 32;
-  };
-  for (int64_t b = 0; b < n; ++b) {
-    uint64_t pair[2];
-    draw(seeds[b], step, kKey, pair);
-    keys[b] = static_cast<int64_t>(pair[0]);
-    for (uint64_t i = 0; i < 2; ++i) {
-      draw(keys[b], 0, kUniforms + i, pair);
-      for (int half = 0; half < 2; ++half)
-        *uniforms++ = (static_cast<double>(pair[half] >> 12) + 0.5) * 0x1p-52;
-    }
-  }
+  for (int64_t b = 0; b < n; ++b, uniforms += 4) keys[b] = cpu::host_draw(seeds[b], step, uniforms);
 }
 
 FASTDIFF_EXPORT int64_t fastdiff_train_args_size() { return sizeof(TrainArgs); }

@@ -15,14 +15,17 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def intercepted() -> bool:
+    """Whether torch traces or watches what is called, even on plain tensors."""
+    return is_dynamo_compiling() or _is_tracing() or _len_torch_dispatch_stack() > 0
+
+
 def dispatches(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call on these, the image first, has to be an operator of torch's, not only a kernel on their memory."""
     x = tensors[0]
     return (
         type(x) is not Tensor
         or x.device.type == "meta"
-        or is_dynamo_compiling()
-        or _is_tracing()
-        or _len_torch_dispatch_stack() > 0
+        or intercepted()
         or any(tensor is not None and tensor.is_neg() for tensor in tensors)
     )

@@ -84,7 +84,6 @@ def load() -> ctypes.CDLL:
     library.fastdiff_philox_blocks.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     count, address = ctypes.c_int64, ctypes.c_void_p
     library.fastdiff_training_draws.argtypes = [count, address, ctypes.c_uint64, address, address]
-    library.fastdiff_loss_means.argtypes = [count, count, *[address] * 4]
     ops = "affine_step", "guide", "measure", "noise_images", "loss", "norm", "norm_backward", "attention"
     for op in (*ops, *(f"winograd_{part}" for part in ("into", "out", "convolution", "gradient"))):
         getattr(library, f"fastdiff_{op}_cpu").argtypes = [ctypes.c_void_p]

@@ -9,16 +9,16 @@ so eps, x0, v, score, flow and edm targets at any level, input perturbation and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.compiler import layout as at
-from fastdiff.engine import backends, reference_train
+from fastdiff.engine import backends, native, reference_train
 from fastdiff.engine.checks import MODEL_DTYPES, channels_of
-from fastdiff.engine.dispatch import dispatches, transformed
+from fastdiff.engine.dispatch import dispatches, intercepted, transformed
 from fastdiff.engine.ops import on_device
 
 IMAGE_DTYPES = (torch.uint8, *MODEL_DTYPES)
@@ -62,6 +62,8 @@ def noise_images(images: Tensor, table: Tensor, key: Tensor, out: Tensor, *, exe
     Deterministic; capturable on executors "triton" and "cuda". Raises ValueError, TypeError, BackendUnavailable.
     """
     tensors = TrainTensors(images, table, key, out)
+    if executor == "cpp" and _at_once("noise_images", tensors, 0.0):
+        return
     if _is_operator(tensors):
         torch.ops.fastdiff.noise_images(images, table, key, out, executor=executor)
     else:
@@ -89,21 +91,6 @@ def noised(images: Tensor, table: Tensor, key: Tensor, dtype: torch.dtype = torc
     return out
 
 
-def host_draws(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
-    """Keys int64 [B] and uniforms float64 [B, 4] of training.objectives.counters; None where the extension is missing.
-
-    seeds: int64 [B] on the CPU.
-    """
-    if not backends.probe()["cpp"].ok:
-        return None
-    from fastdiff.engine import native
-
-    seeds = seeds.contiguous()
-    key, uniform = torch.empty(len(seeds), dtype=torch.int64), torch.empty(len(seeds), 4, dtype=torch.float64)
-    native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
-    return key, uniform
-
-
 def squared_error(
     model_out: Tensor, weight: Tensor, images: Tensor, table: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -120,44 +107,59 @@ class _SquaredError(torch.autograd.Function):
     def forward(
         ctx: Any, model_out: Tensor, weight: Tensor, images: Tensor, table: Tensor, key: Tensor
     ) -> tuple[Tensor, Tensor]:
-        output, images = _alike(model_out.detach(), images)
+        output, executor = model_out.detach(), backends.choose(model_out.device)
         gradient = torch.empty_like(output) if model_out.requires_grad else None
         partial = torch.empty(len(output), at.PARTS, dtype=torch.float32, device=output.device)
         share = 2.0 / max(output.numel(), 1)
         # a half's range ends near 6e-8, which is where the share of one element may lie: it waits for the loss scale
         factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
-        weight = weight.detach()
-        tensors = TrainTensors(images, table, key, gradient, output, weight, partial)
-        executor = backends.choose(output.device)
-        loss(tensors, factor, executor)
-        error, mean = _means(partial, weight, output.numel() // max(len(output), 1), executor)
+        tensors = TrainTensors(images, table, key, gradient, output, weight.detach(), partial)
+        error, mean = torch.empty_like(weight), weight.new_empty(())
+        if executor != "cpp" or not _at_once("loss", tensors, factor, error, mean):
+            gradient, error, mean = _in_steps(tensors, factor, executor)
         ctx.save_for_backward(gradient, error)
         ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)
         return mean, error
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, by_mean: Tensor, by_error: Tensor) -> tuple[Tensor | None, ...]:
-        del by_error
-        gradient, error = ctx.saved_tensors
-        by_weight = by_mean * error / len(error) if ctx.needs_input_grad[1] else None
-        if gradient is not None and (ctx.share != 1.0 or by_mean.is_cuda or float(by_mean) != 1.0):
-            scale = (by_mean.float() * ctx.share).reshape(1)
-            gradient = torch.mul(gradient, scale, out=torch.empty_like(gradient))  # in fp32, rounded once
-        return gradient, by_weight, None, None, None
+    def backward(ctx: Any, by_mean: Tensor | None, by_error: None) -> tuple[Tensor | None, ...]:
+        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, by_mean)
 
 
-def _means(partial: Tensor, weight: Tensor, elements: int, executor: str) -> tuple[Tensor, Tensor]:
-    """error [B], the mean of each sample's squares over its elements, and mean_b(weight_b error_b)."""
-    if executor != "cpp" or dispatches((partial, weight)):
-        error = partial.sum(1) / elements
-        return error, torch.dot(weight, error) / len(error)
-    from fastdiff.engine import native
+def _gradients(ctx: Any, by_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient, error = ctx.saved_tensors
+    if by_mean is None:
+        return None, None, None, None, None
+    by_weight = by_mean * error / len(error) if ctx.needs_input_grad[1] else None
+    if gradient is not None and (ctx.share != 1.0 or by_mean.is_cuda or float(by_mean) != 1.0):
+        scale = (by_mean.float() * ctx.share).reshape(1)
+        gradient = torch.mul(gradient, scale, out=torch.empty_like(gradient))  # in fp32, rounded once
+    return gradient, by_weight, None, None, None
 
-    error, mean = torch.empty_like(weight), torch.empty((), dtype=weight.dtype)
-    pointers = (tensor.data_ptr() for tensor in (partial, weight, error, mean))
-    native.load().fastdiff_loss_means(len(weight), elements, *pointers)
-    return error, mean
+
+_once_differentiable = torch.autograd.function.once_differentiable(_gradients)
+
+
+def _at_once(op: str, t: TrainTensors, factor: float, *results: Tensor) -> bool:
+    """Run on the CPU if the tensors can be taken as they are and torch need not see it; results: error and mean."""
+    if intercepted() or transformed():
+        return False
+    given = t.arguments() if results else (*t.arguments(), None, None)
+    code = native.python().train(Tensor, factor, *given, *results)
+    if code:
+        raise native.failed(f"{op} on cpp", code)
+    return code is not None
+
+
+def _in_steps(t: TrainTensors, factor: float, executor: str) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of any tensors: the gradient if one is wanted, error [B], the mean of each sample's squares, and the mean."""
+    assert t.model_out is not None and t.weight is not None and t.partial is not None
+    output, images = _alike(t.model_out, t.images)
+    gradient = None if t.out is None else torch.empty_like(output)
+    loss(replace(t, images=images, model_out=output, out=gradient), factor, executor)
+    error = t.partial.sum(1) / (output.numel() // max(len(output), 1))
+    return gradient, error, torch.dot(t.weight, error) / len(error)
 
 
 def _alike(model_out: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,8 +214,6 @@ def _run(op: str, t: TrainTensors, factor: float, executor: str) -> None:
     check(op, t)
     backends.require(executor, t.images.device)
     if executor in ("cpp", "cuda"):
-        from fastdiff.engine import native
-
         native.train(op, t, factor, executor)
     elif executor == "triton":
         from fastdiff.kernels import train as kernels

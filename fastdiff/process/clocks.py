@@ -264,17 +264,6 @@ class DiscreteSchedule(Schedule):
         with np.errstate(over="ignore", invalid="ignore"):
             return np.sqrt(np.expm1(-self.log_alpha_bar))
 
-    @cached_property
-    def _scales(self) -> tuple[Array, Array]:
-        return self.scales(self._rhos)
-
-    def scales_at(self, time: ArrayLike) -> tuple[Array, Array]:
-        times = np.asarray(self._checked(time))
-        index = times.astype(np.int64)
-        if (index == times).all():
-            return self._scales[0][index], self._scales[1][index]
-        return self.scales(self._rho(times))
-
     def _rho(self, time: Array) -> Array:
         if self.steps == 1:
             return np.full_like(time, self._rhos[0])[()]

@@ -1,12 +1,13 @@
 """What every objective is: a frozen description that turns images and a network into a loss.
 
-May import: process, the table's layout, models.denoiser.
+May import: process, the table's layout, engine.train_draws, models.denoiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdiff.compiler import layout as at
+from fastdiff.engine.train_draws import Rows
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process import predictions, schedules
 from fastdiff.process.schedules import Schedule
@@ -131,6 +133,10 @@ class Objective:
 
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
+        found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label) if self._rows else None
+        if found is not None:
+            key, chosen, shown, table, weight, dropped = found
+            return Draw(key, chosen, shown, table, weight, torch.ones(len(key)), dropped)
         key, uniform = counters.draws(seeds.cpu(), int(step))
         time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
         mirrored = uniform[:, 2] < 0.5 if self.flip else None
@@ -153,6 +159,15 @@ class Objective:
             importance=torch.from_numpy(importance.astype(np.float32)),
             dropped=torch.zeros(len(time), dtype=torch.bool) if dropped is None else dropped,
         )
+
+    @cached_property
+    def _rows(self) -> Rows | None:
+        """What `at` says of each time there can be, where these are few and as likely as each other."""
+        choices = self.times.choices(self.schedule)
+        if choices is None:
+            return None
+        every = self.at(choices, torch.zeros(len(choices), dtype=torch.int64))
+        return Rows(every.time, every.model_time, every.table, every.weight)
 
     def columns(self, time: Array) -> tuple[Array, Array, Array]:
         """Of these times, in float64: the rows of the table [B, 8], what the network is shown [B], the weights [B]."""

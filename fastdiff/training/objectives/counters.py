@@ -2,7 +2,7 @@
 
 A draw is named by (seed, step): seed is the global index of a sample mixed with the run's seed, step counts draws. It
 depends neither on the batch, nor on a sample's place in it, nor on the number of processes.
-May import: the table's layout, engine.noise, engine.train_ops.
+May import: the table's layout, engine.noise, engine.train_draws.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.compiler.layout import STREAM_TRAINING
-from fastdiff.engine import train_ops
+from fastdiff.engine import train_draws
 from fastdiff.engine.noise import philox_block
+from fastdiff.engine.train_draws import Rows
 
 _UNIFORMS = (2, 3)  # ids of the uniforms of a draw; 0 and 1 are those of its two unit noises
 _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step where a noise has its element
@@ -22,13 +23,16 @@ _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step 
 
 def draws(seeds: Tensor, step: int) -> tuple[Tensor, NDArray[np.float64]]:
     """`keys(seeds, step)` and the `uniforms` of those, by the extension where there is one: the same numbers."""
-    if seeds.dtype != torch.int64 or seeds.dim() != 1:
-        raise ValueError(f"seeds must be int64 [batch], got {seeds.dtype} {list(seeds.shape)}")
-    found = train_ops.host_draws(seeds, _unsigned(step))
+    found = train_draws.uniforms(_checked(seeds), _unsigned(step))
     if found is not None:
         return found[0], found[1].numpy()
     key = keys(seeds.numpy(), step)
     return torch.from_numpy(key), uniforms(key)
+
+
+def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...] | None:
+    """What the `draws` choose from the rows, see engine.train_draws; None where the extension is missing."""
+    return train_draws.rows(given, _checked(seeds), _unsigned(step), flip, drop_label)
 
 
 def keys(seeds: NDArray[np.int64], step: int) -> NDArray[np.int64]:
@@ -41,6 +45,12 @@ def uniforms(key: NDArray[np.int64]) -> NDArray[np.float64]:
     """[B, 4] uniform numbers within (0, 1), 52 bits each: the level's, one unused, flip's and the label's."""
     bits = _words(key, 0, _UNIFORMS).reshape(len(key), 8).view(np.uint64)
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def _checked(seeds: Tensor) -> Tensor:
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise ValueError(f"seeds must be int64 [batch], got {seeds.dtype} {list(seeds.shape)}")
+    return seeds
 
 
 def _unsigned(step: int) -> int:

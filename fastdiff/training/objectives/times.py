@@ -30,6 +30,10 @@ class Times:
         """The times at quantiles u in (0, 1), [B] float64."""
         raise NotImplementedError
 
+    def choices(self, schedule: Schedule) -> Array | None:
+        """Where they are a few times, each as likely as another: these, [T] float64 in the order of their quantiles."""
+        return None
+
     def importance(self, time: Array, schedule: Schedule) -> Array | float:
         """What multiplies the loss at these times, so that its mean is that of the distribution that was asked for."""
         return 1.0
@@ -62,6 +66,20 @@ class Uniform(Times):
     name: ClassVar[str] = "uniform"
 
     def at(self, u: Array, schedule: Schedule) -> Array:
+        low, high = self._ends(schedule)
+        return low + (high - low) * u if schedule.steps is None else _chosen(self.choices(schedule), u)
+
+    def choices(self, schedule: Schedule) -> Array | None:
+        low, high = self._ends(schedule)
+        if schedule.steps is None:
+            return None
+        if math.ceil(low) > math.floor(high):
+            raise ValueError(
+                f"uniform times from {low:.6g} to {high:.6g} hold no whole step of {schedule!r}; widen them"
+            )
+        return np.arange(math.ceil(low), math.floor(high) + 1, dtype=np.float64)
+
+    def _ends(self, schedule: Schedule) -> tuple[float, float]:
         first, last = schedule.time_range
         low = first if self.low is None else self.low
         high = last if self.high is None else self.high
@@ -70,10 +88,7 @@ class Uniform(Times):
                 f"uniform times from {low:.6g} to {high:.6g} are not within the clock of {schedule!r}, {first:.6g} to "
                 f"{last:.6g}. Leave low and high out, or choose them inside."
             )
-        if schedule.steps is None:
-            return low + (high - low) * u
-        whole = math.ceil(low), math.floor(high)
-        return np.minimum(whole[0] + np.floor(u * (whole[1] - whole[0] + 1)), whole[1])
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,10 @@ class Discrete(Times):
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
 
     def at(self, u: Array, schedule: Schedule) -> Array:
-        return np.asarray(self.values)[np.floor(u * len(self.values)).astype(np.int64)]
+        return _chosen(self.choices(schedule), u)
+
+    def choices(self, schedule: Schedule) -> Array:
+        return np.asarray(self.values)
 
 
 @dataclass(frozen=True)
@@ -207,6 +225,11 @@ def get(times: str | Mapping[str, Any] | Times) -> Times:
     except TypeError as error:
         known = ", ".join(entry.name for entry in fields(_CLASSES[name]) if entry.init)
         raise ValueError(f"Time distribution {name}: {error}. Its options: {known}.") from None
+
+
+def _chosen(values: Array | None, u: Array) -> Array:
+    assert values is not None
+    return values[np.minimum((u * len(values)).astype(np.int64), len(values) - 1)]
 
 
 def _normal(u: Array) -> Array:

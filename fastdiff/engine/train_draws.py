@@ -1,0 +1,62 @@
+"""What the samples of a training step draw on the host, by the extension; fastdiff/training/objectives says what it is.
+
+May import: the table's layout, backends, and the extension (through engine.native).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler import layout as at
+from fastdiff.engine import backends, native
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an objective says of T times, each as likely as another; on the CPU, contiguous.
+
+    time: float64 [T]. shown: fp32 [T], the network's time. table: fp32 [T, 8], see train_ops. weight: fp32 [T].
+    """
+
+    time: Tensor
+    shown: Tensor
+    table: Tensor
+    weight: Tensor
+
+
+def uniforms(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
+    """Keys int64 [B] and uniforms float64 [B, 4] of training.objectives.counters; None where the extension is missing.
+
+    seeds: int64 [B] on the CPU.
+    """
+    if not backends.probe()["cpp"].ok:
+        return None
+    seeds = seeds.contiguous()
+    key, uniform = torch.empty(len(seeds), dtype=torch.int64), torch.empty(len(seeds), 4, dtype=torch.float64)
+    native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
+    return key, uniform
+
+
+def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...] | None:
+    """key, time, shown, table, weight and dropped [B] of these seeds, as the uniforms choose from the rows; or None.
+
+    The first uniform is a quantile of the times; of flip, those whose third is below 1/2 are mirrored; those whose
+    fourth is below drop_label drop their label.
+    """
+    if not backends.probe()["cpp"].ok:
+        return None
+    seeds, batch = seeds.contiguous(), len(seeds)
+    made = (
+        torch.empty(batch, dtype=torch.int64),
+        torch.empty(batch, dtype=torch.float64),
+        torch.empty(batch, dtype=torch.float32),
+        torch.empty(batch, at.TRAIN_COLUMNS, dtype=torch.float32),
+        torch.empty(batch, dtype=torch.float32),
+        torch.empty(batch, dtype=torch.bool),
+    )
+    read = seeds, given.time, given.shown, given.table, given.weight
+    native.python().train_rows(batch, step, len(given.time), flip, drop_label, *read, *made)
+    return made
