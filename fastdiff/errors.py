@@ -1,9 +1,13 @@
-"""Errors every layer may raise: what was wrong, what was got, what was expected, how to fix it."""
+"""Errors and warnings of every layer: what was wrong, what was got, what was expected, how to fix it."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+
+_LIBRARIES = ("fastdiff", "torch", "diffusers")  # ours, and those whose functions stand between ours and a user's
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,3 +44,11 @@ def unknown_name(kind: str, got: object, known: Iterable[str], meant: str = "") 
     close = difflib.get_close_matches(str(got), names, n=3, cutoff=0.5)
     hint = meant or (f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else "")
     return ValueError(f"Unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")
+
+
+def warn(message: str) -> None:
+    """UserWarning that names the caller's line, however many of our functions lie in between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

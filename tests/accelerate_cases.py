@@ -13,18 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import tiny_pipelines as tiny
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 pytest.importorskip("transformers", reason="diffusers' text pipelines need transformers (pip install transformers)")
 
 LATENT = 2e-5
 KINDS = list(tiny.MAKERS)
 TEXT = [kind for kind in KINDS if "Diffusion" in kind or "Flux" in kind]
 SD = "StableDiffusionPipeline"
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
 
 
 def apart(one: Any, other: Any) -> float:

@@ -67,6 +67,14 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def quiet_diffusers() -> None:
+    """Of what diffusers logs, only the errors."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture
 def data(tmp_path: Path) -> Path:
     """What a tiny run trains on."""
     from tiny_runs import write_data

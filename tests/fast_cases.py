@@ -12,16 +12,9 @@ from capture_cases import make
 
 from fastdiff.integrations.diffusers import fast
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(loops.SHAPE)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
-
-
 _MADE: dict[tuple[str, str, Any], Any] = {}
 
 

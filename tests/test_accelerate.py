@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, quiet, tiny
+from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, tiny
 from torch import Tensor
 
 from fastdiff.integrations.diffusers import accelerate, fast, restore
 
 diffusers = pytest.importorskip("diffusers")
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 PICTURE = 0.01 / 255
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, quiet, tiny, watching
+from accelerate_cases import KINDS, LATENT, SD, TEXT, apart, call, tiny, watching
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,7 @@ from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.loop import Loop
 
 diffusers = pytest.importorskip("diffusers")
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 @pytest.mark.parametrize("change", [False, True])
@@ -167,8 +168,9 @@ def test_a_network_that_cannot_be_recorded_runs_eagerly_with_one_warning(monkeyp
     pipe = tiny.make(SD)
     before = call(pipe)
     accelerate(pipe)
-    with pytest.warns(UserWarning, match="StableDiffusionPipeline: the network cannot be captured.*graph=False"):
+    with pytest.warns(UserWarning, match=f"{SD}: the network cannot be captured.*graph=False") as caught:
         assert apart(call(pipe), before) <= LATENT
+    assert [Path(warning.filename).name for warning in caught] == ["accelerate_cases.py"]  # where it is called
     assert apart(call(pipe), before) <= LATENT
     with pytest.raises(RuntimeError, match="not permitted"):
         call(accelerate(pipe, graph=True))

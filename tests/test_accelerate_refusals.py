@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_cases import LATENT, SD, apart, call, quiet, tiny
+from accelerate_cases import LATENT, SD, apart, call, tiny
 
 import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate, restore
 
 diffusers = pytest.importorskip("diffusers")
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 class Own(getattr(diffusers, SD)):  # type: ignore[misc]

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate_cases
 import pytest
 import torch
+from accelerate_cases import KINDS, LATENT, apart, tiny
 
 from fastdiff.integrations.diffusers import accelerate, ahead, asking
 from fastdiff.integrations.diffusers.accelerate import ENGINE
 from fastdiff.integrations.diffusers.asking import Direct
 from fastdiff.integrations.diffusers.pipelines import interruption
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import tiny_pipelines as tiny
-
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("transformers", reason="diffusers' text pipelines need transformers (pip install transformers)")
-
-KINDS = list(tiny.MAKERS)
-LATENT = 2e-5
 
 
-def call(pipe: Any, steps: int = 5, **more: Any) -> torch.Tensor:
-    options = tiny.arguments(type(pipe).__name__, seed=1, steps=steps)
-    options["output_type"] = "latent" if "Diffusion" in type(pipe).__name__ or "Flux" in type(pipe).__name__ else "np"
-    return torch.as_tensor(pipe(**{**options, **more}).images)
+def call(pipe: Any, **more: Any) -> torch.Tensor:
+    """What five steps give."""
+    return torch.as_tensor(accelerate_cases.call(pipe, num_inference_steps=5, **more))
 
 
 def network_of(pipe: Any) -> Any:
     return getattr(pipe, "unet", None) or pipe.transformer
-
-
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
 
 
 def rows_of(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Direct | None]:

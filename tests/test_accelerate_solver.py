@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate_cases import LATENT, SD, apart, call, quiet, tiny
+from accelerate_cases import LATENT, SD, apart, call, tiny
 
 import fastdiff as fd
 from fastdiff.integrations.diffusers import accelerate
 
 diffusers = pytest.importorskip("diffusers")
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 def test_a_solver_runs_as_it_does_in_a_sampler() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_cases import LATENT, SD, apart, call, quiet, tiny
+from accelerate_cases import LATENT, SD, apart, call, tiny
 
 from fastdiff.integrations.diffusers import accelerate, restore
 from fastdiff.integrations.diffusers import desk as desk_module
 
 diffusers = pytest.importorskip("diffusers")
 HookRegistry, ModelHook = diffusers.hooks.HookRegistry, diffusers.hooks.ModelHook
-__all__ = ["quiet"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 def scheduler(name: str, **config: Any) -> Any:

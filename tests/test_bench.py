@@ -1,22 +1,18 @@
-"""The benchmark's own conduct: no figure without a right result, tables that depend on the results alone."""
+"""The benchmark's own conduct: no figure without a right result."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_cases import fact_line
 
 import fastdiff as fd
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import brownian, measure, ops, peers, run, stream, table, train, train_ops
 from bench.measure import Task, Timing
 from fastdiff.training import objectives
@@ -28,34 +24,6 @@ CPU = torch.device("cpu")
 
 def small(solver: str) -> ops.Case:
     return ops.Case(solver, (2, 3, 8, 8), torch.float32, "reference")
-
-
-def fact_line(**changes: object) -> dict[str, object]:
-    facts = dict.fromkeys(table.COLUMNS, "") | {
-        "run": "2026-01-02T03:04:05Z",
-        "commit": "abc1234",
-        "device": "cpu",
-        "machine": "A CPU (2 cores)",
-        "threads": "2",
-        "load": "0.1",
-        "torch": "2.13.0",
-        "diffusers": "0.42.1",
-        "bench": "ops",
-        "solver": "ddim",
-        "shape": "1x3x32x32",
-        "model_dtype": "float32",
-        "executor": "cpp",
-        "bytes_per_element": 12,
-        "gbs": 30,
-        "copy_fraction": 1.01,
-        "ratio_diffusers": 50,
-        "ratio_compiled": 10,
-        "error": 1e-7,
-        "tolerance": 1e-6,
-    }
-    for time in ("us", "emit_us", "diffusers_us", "compiled_us"):
-        facts |= {time: 2.5, f"{time}_p20": 2.0, f"{time}_p80": 3.0}
-    return facts | changes
 
 
 @pytest.mark.parametrize("solver", peers.SOLVERS)
@@ -201,62 +169,6 @@ def test_settling_waits_for_what_has_ended_and_not_for_what_runs(monkeypatch: py
     assert len(slept) == 3
 
 
-def test_table_depends_on_the_results_alone() -> None:
-    lines = [
-        fact_line(run="2026-01-01T00:00:00Z", us=999.0),
-        fact_line(),
-        fact_line(solver="ddpm", ratio_diffusers="", diffusers_us=""),
-        fact_line(machine="Another CPU"),
-    ]
-    text = table.render(lines)
-    assert text == table.render(lines)
-    assert "999" not in text, "an older run of the same machine"
-    assert text.count("| ddim |") == 2
-    assert "2.50 [2.00–3.00]" in text
-    assert "Another CPU" in text
-
-
-def test_table_goes_between_the_markers(tmp_path: Path) -> None:
-    results, readme = tmp_path / "results.csv", tmp_path / "README.md"
-    table.append(results, [fact_line()])
-    table.append(results, [fact_line(solver="ddpm")])
-    with results.open(newline="") as file:
-        assert [line["solver"] for line in csv.DictReader(file)] == ["ddim", "ddpm"]
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 0
-    once = readme.read_text()
-    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once and "| ddpm |" in once
-    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 0
-    assert readme.read_text() == once
-
-
-def test_table_leaves_a_readme_without_markers_alone(tmp_path: Path) -> None:
-    results, readme = tmp_path / "results.csv", tmp_path / "README.md"
-    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 1
-    table.append(results, [fact_line()])
-    readme.write_text("text\n")
-    assert run.main(["table", "--csv", str(results), "--readme", str(readme)]) == 1
-    assert readme.read_text() == "text\n"
-
-
-def test_results_of_another_version_are_not_mixed(tmp_path: Path) -> None:
-    results = tmp_path / "results.csv"
-    results.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        table.append(results, [fact_line()])
-
-
-def test_columns_that_came_later_are_added(tmp_path: Path) -> None:
-    results = tmp_path / "results.csv"
-    table.append(results, [fact_line()])
-    before = results.read_text().splitlines()
-    results.write_text("\n".join(line.rpartition(",")[0] for line in before) + "\n")
-    table.append(results, [fact_line(solver="ddpm")])
-    with results.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert list(lines[0]) == table.COLUMNS and [line["solver"] for line in lines] == ["ddim", "ddpm"]
-
-
 def test_stream_has_a_table_and_a_gate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {f"{way}_latency{suffix}": 0.25 for way in stream.CONTENDERS for suffix in ("", "_p95")}
     numbers |= {f"{way}_seconds{s}": 0.0125 for way in stream.CONTENDERS for s in ("", "_p20", "_p80")}
@@ -338,16 +250,6 @@ def test_brownian_without_its_peer_says_why(
     assert f"{package.replace('_', '-')} is not installed" in capsys.readouterr().out
 
 
-def test_brownian_has_a_table_of_its_own() -> None:
-    numbers = {"ratio_k_diffusion": 41.0, "ratio_noise": 33.0, "variance": 0.998, "path_correlation": 0.9991}
-    line = fact_line(bench="brownian", solver="dpmpp_2m_sde", **numbers)
-    for key in ("noise_us", "k_diffusion_us", "k_diffusion_noise_us"):
-        line |= {key: 2.5, f"{key}_p20": 2.0, f"{key}_p80": 3.0}
-    text = table.render([line, fact_line()])
-    assert text.index("| ddim |") < text.index("| dpmpp_2m_sde |")
-    assert "| 41.0 |" in text and "| 0.9991 |" in text
-
-
 def test_train_ops_gate() -> None:
     line = train_ops.gate(train_ops.Step((2, 3, 8, 8), CPU))
     assert line["gate"] == "green"
@@ -371,13 +273,6 @@ def test_bytes_of_the_operators() -> None:
         torch.empty(10)
         z.mul_(2)
     assert traffic.bytes == 4 * (30 + 20)
-
-
-def test_train_ops_has_a_table_of_its_own() -> None:
-    line = fact_line(bench="train-ops", solver="", bytes_per_element="16 / 52", ratio_diffusers=4.4)
-    text = table.render([line, fact_line()])
-    assert text.index("| ddim |") < text.index("| 16 / 52 |")
-    assert "| 4.4 |" in text
 
 
 @pytest.mark.parametrize("command", ["ops", "loop", "brownian", "pipelines", "stream", "train-ops", "norm", "unet"])
@@ -425,19 +320,3 @@ def test_the_train_step_is_held_against_diffusers(
     monkeypatch.setattr(train.objectives, "get", lambda name: cosine)
     assert run.main(["train", "--quick", "--threads", "1", "--device", "cpu"]) == 1
     assert "WRONG: no figure" in capsys.readouterr().out
-
-
-def test_the_page_of_pipelines_shows_the_latest_run_on_a_cpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "docs"))
-    page = importlib.import_module("pipelines_table")
-    case = {"bench": "pipelines", "network": "DDPMPipeline", "solver": "DDPMScheduler", "gate": "green", "us": 20.0}
-    case |= {"diffusers_us": 250.0, "seconds": 0.1, "diffusers_seconds": 0.12}
-    others = {"bench": "ops"}, {"device": "cuda"}, {"run": "2026-01-01", "us": 10.0}
-    results = tmp_path / "results.csv"
-    table.append(results, [fact_line(**case | {"run": "2026-01-02"} | other) for other in ({}, *others)])
-    times = page.measured(results)[case["network"], case["solver"]]
-    monkeypatch.setattr(page, "difference", lambda kind, scheduler: (0.0, 0.0))
-    shown = page.row(case["network"], case["solver"], {}, times)
-    assert shown.endswith("| 12.5 (250 / 20 µs) | 1.20 (120.0 / 100.0 ms) |")

@@ -27,9 +27,11 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 SD = "StableDiffusionPipeline"
 
 
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
+
+
 @pytest.fixture(autouse=True)
-def quiet() -> None:
-    diffusers.utils.logging.set_verbosity_error()
+def seed() -> None:
     torch.manual_seed(0)
 
 

@@ -11,13 +11,14 @@ import pytest
 import scheduler_loops as loops
 import torch
 from capture_cases import CASES, make
-from fast_cases import X, both, quiet  # noqa: F401
+from fast_cases import X, both
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.integrations.diffusers import fast, table
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistep", "DDIM", "HeunDiscrete"])

@@ -9,11 +9,12 @@ import pytest
 import scheduler_loops as loops
 import torch
 from capture_cases import make
-from fast_cases import X, both, quiet, ready  # noqa: F401
+from fast_cases import X, both, ready
 
 from fastdiff.integrations.diffusers import fast
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 class Bent(diffusers.EulerDiscreteScheduler):

@@ -12,14 +12,14 @@ import pytest
 import scheduler_loops as loops
 import torch
 from capture_cases import CASES, IDS, UNABLE, make
-from fast_cases import X, both, made, quiet  # noqa: F401
+from fast_cases import X, both, made
 from torch import Tensor
 
 from fastdiff.engine import backends
 from fastdiff.integrations.diffusers import fast
 
 diffusers = pytest.importorskip("diffusers")
-
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 MORE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DDPMWuerstchen", {}, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,23 @@ def test_what_a_sweep_may_pass(
     one = {"cond": {"label": COND["cond"]["label"][:1]}, "seed": 0, **arguments}
     with pytest.warns(UserWarning, match=message) as caught:
         fd.stream(model, SHAPE[1:], slots=1).submit(solver, steps=steps, **options, **one)
-    assert len(caught) == 1
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise": "brownian"}, NO_NOISE),
+        ({"rule": fd.guidance.Rescale()}, "changes what guidance does, and guidance is 1"),
+        ({"solver": "rk45", "steps": 7, "rtol": 0.1}, "so steps=7 has no effect"),
+        ({"init": torch.full(SHAPE, 255.0), "strength": 0.5}, "init goes from 255 to 255"),
+    ],
+)
+def test_a_warning_of_one_call_names_its_line(model: fd.Denoiser, arguments: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        fd.sample(model, SHAPE, **{"solver": "ddim", "steps": 2} | arguments, **COND)
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)]
 
 
 def test_what_has_an_effect_is_not_warned_of(model: fd.Denoiser) -> None:

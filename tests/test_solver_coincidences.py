@@ -1,21 +1,17 @@
-"""Each sampler's table against those of the samplers it must coincide with, and in other coordinates."""
+"""Each sampler's table against those of the samplers it must coincide with."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-from table_cases import CASES, everywhere, rows_of, scaled, with_signal
+from table_cases import everywhere, rows_of, scaled, with_signal
 
 from fastdiff.compiler.build import compile_levels
 from fastdiff.compiler.build import plan as build
 from fastdiff.compiler.plan import Plan
-from fastdiff.compiler.verify import execute
-from fastdiff.models.exact import Mixture
-from fastdiff.process import schedules
 from fastdiff.process.schedules import CLEAN, Level, Schedule
 
 
@@ -78,28 +74,3 @@ def test_ncsn_is_a_point_of_the_random_walk(schedule: Schedule, grid: str) -> No
     ncsn = build("annealed_langevin", schedule, 5, grid, epsilon=0.1, inner=3)
     levels = [level for level in ncsn.levels[:-1] for _ in range(3)] + [ncsn.levels[-2], CLEAN]
     same_tables(ncsn, compile_levels("random_walk", levels, schedule, "repeated", {"epsilon": 0.05}))
-
-
-# beta, the larger variance of DDPM, is itself a number of the coordinates; and a churned level has no partner
-OWN_COORDINATES = ("euler_maruyama", "flow_euler"), ("fixed_large", "ddpm_large", 5.0)
-
-
-@pytest.mark.parametrize(
-    ("solver", "options"),
-    [
-        (name, options)
-        for name, options in CASES
-        if name not in OWN_COORDINATES[0] and not any(value in OWN_COORDINATES[1] for value in options.values())
-    ],
-)
-def test_vp_and_ve_coordinates_draw_the_same_sample(solver: str, options: dict[str, Any]) -> None:
-    """x_VE = x_VP / alpha: one run in either coordinates, on the same normals, ends in the same x0."""
-    rhos = np.geomspace(80.0, 0.05, 12)
-    rng = np.random.default_rng(1)
-    data = Mixture([1.0, 2.0], rng.standard_normal((2, 3)), [0.1, 0.3])
-    latent, normals = rng.standard_normal((4, 3)), rng.standard_normal((400, 4, 3))
-    ends = []
-    for schedule in (schedules.vp(), schedules.edm()):
-        plan = build(solver, schedule, grid=rhos, grid_options={"unit": "rho"}, **options)
-        ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i]))
-    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-9, atol=1e-9)

@@ -149,7 +149,7 @@ def test_vp_and_ve_coordinates_draw_the_same_sample(case: Case) -> None:
     for schedule in (schedules.vp(), schedules.edm()):
         plan = build(case.solver, schedule, grid=rhos, grid_options={"unit": "rho"}, **case.options)
         ends.append(execute(plan, data, plan.levels[0].sigma * latent, lambda i, _: normals[i], given(plan)))
-    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
 
 def given(plan: Plan, value: float = 0.0) -> dict[str, float]:

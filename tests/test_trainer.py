@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import resource
@@ -227,8 +228,24 @@ def test_micro_batches_may_change_where_no_noise_is_dealt_out_within_them(data: 
     for config in (one, other):
         Trainer(config, tmp_path / config.objective).train()
     assert Trainer(one.change(micro_batch=4), tmp_path / "cfm", resume="auto").progress.images == 8
-    with pytest.raises(ValueError, match="micro_batch: None in the run, 4 now"):
+    with pytest.raises(ValueError, match="micro_batch: 8 in the run, 4 now"):
         Trainer(other.change(micro_batch=4), tmp_path / "transport_cfm", resume="auto")
+
+
+@pytest.mark.parametrize(("was", "now", "same"), [(None, 8, True), (8, None, True), (None, 16, True), (4, None, False)])
+def test_what_is_computed_at_once_may_be_said_or_follow(
+    data: Path, tmp_path: Path, was: int | None, now: int | None, same: bool
+) -> None:
+    """None is the share of a process, 8 here; 4 is what the configuration of a run of two processes says."""
+    options = {"objective": "transport_cfm", "objective_options": {"times": "uniform"}}
+    config = tiny(data, images=8, micro_batch=was, **options)
+    Trainer(config, tmp_path / "run").train()
+    resume = functools.partial(Trainer, config.change(micro_batch=now), tmp_path / "run", resume="auto")
+    if same:
+        assert resume().progress.images == 8
+    else:
+        with pytest.raises(ValueError, match="micro_batch: 4 in the run, 8 now"):
+            resume()
 
 
 def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:

@@ -21,36 +21,33 @@ normal_quads, normal_elements = philox_module.normal_quads, philox_module.normal
 
 
 @jit
+def load_word(pointer):
+    return tl.load(pointer).to(tl.uint32, bitcast=True)
+
+
+@jit
+def store_words(pointer, w0, w1, w2, w3):
+    tl.store(pointer, w0.to(tl.int32, bitcast=True))
+    tl.store(pointer + 1, w1.to(tl.int32, bitcast=True))
+    tl.store(pointer + 2, w2.to(tl.int32, bitcast=True))
+    tl.store(pointer + 3, w3.to(tl.int32, bitcast=True))
+
+
+@jit
 def block_kernel(counter, key, words):
     lane = tl.arange(0, 4)
-    c0 = tl.load(counter + 4 * lane)
-    c1 = tl.load(counter + 4 * lane + 1)
-    c2 = tl.load(counter + 4 * lane + 2)
-    c3 = tl.load(counter + 4 * lane + 3)
-    k0 = tl.load(key + 2 * lane)
-    k1 = tl.load(key + 2 * lane + 1)
+    c, k = counter + 4 * lane, key + 2 * lane
     w0, w1, w2, w3 = philox(
-        c0.to(tl.uint32, bitcast=True),
-        c1.to(tl.uint32, bitcast=True),
-        c2.to(tl.uint32, bitcast=True),
-        c3.to(tl.uint32, bitcast=True),
-        k0.to(tl.uint32, bitcast=True),
-        k1.to(tl.uint32, bitcast=True),
+        load_word(c), load_word(c + 1), load_word(c + 2), load_word(c + 3), load_word(k), load_word(k + 1)
     )
-    tl.store(words + 4 * lane, w0.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 1, w1.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 2, w2.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 3, w3.to(tl.int32, bitcast=True))
+    store_words(words + 4 * lane, w0, w1, w2, w3)
 
 
 @jit
 def words_kernel(seed, first, noise_id, stream, words, QUADS: tl.constexpr):
     lane = tl.arange(0, QUADS)
     w0, w1, w2, w3 = philox_words(tl.load(first) + lane, tl.load(seed), tl.load(noise_id), tl.load(stream))
-    tl.store(words + 4 * lane, w0.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 1, w1.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 2, w2.to(tl.int32, bitcast=True))
-    tl.store(words + 4 * lane + 3, w3.to(tl.int32, bitcast=True))
+    store_words(words + 4 * lane, w0, w1, w2, w3)
 
 
 @jit

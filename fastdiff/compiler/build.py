@@ -5,7 +5,6 @@ May import: process, solvers, run, assemble, plan.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastdiff.compiler.adaptive import adaptive_plan
 from fastdiff.compiler.assemble import assemble
 from fastdiff.compiler.plan import Plan
 from fastdiff.compiler.run import Run, record
+from fastdiff.errors import warn
 from fastdiff.process import grids, schedules
 from fastdiff.process.schedules import CLEAN, Level, Schedule
 
@@ -68,15 +68,15 @@ def plan(
     def cut(count: int | None) -> NDArray[np.float64]:
         return _truncated(grids.make(name, process, count, **named), process, strength, start_step)
 
-    counted = STEPS if steps is None else steps
-    times = cut(counted if name != "custom" else None if chosen.adaptive else steps)
+    given = name == "custom"  # levels, which are counted where nobody says how many
+    count = STEPS if steps is None and not given else steps
+    times = cut(None if given and chosen.adaptive else count)
     if chosen.adaptive:
         _check_ends(solver, name, times)
-        if steps is not None and (name == "custom" or _same_ends(times, cut, steps)):
-            warnings.warn(
+        if steps is not None and (given or _same_ends(times, cut, steps)):
+            warn(
                 f"{solver} makes its own steps between the ends of the grid, so steps={steps} has no effect: leave it "
                 "out; the options rtol and atol say how many it takes",
-                stacklevel=2,
             )
         top, bottom = (process.level(float(time)) for time in (times[0], times[-1]))
         plain = {key: _plain(value) for key, value in options.items()}

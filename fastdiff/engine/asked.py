@@ -6,7 +6,6 @@ May import: arguments, chunks, conditions, external, guidance, loop (types), see
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from fastdiff.engine.guidance import APG, DynamicThreshold, Reduction, Rescale, 
 from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.seeds import per_sample as seeds_of
 from fastdiff.engine.skipping import AdaptiveSkip
+from fastdiff.errors import warn
 from fastdiff.models.denoiser import Condition
 
 
@@ -67,10 +67,9 @@ class Asked:
         scales = number_per_sample("perturbed_scale", perturbed_scale, shape[0])
         reduces = reduction(rule, threshold)
         if isinstance(rule, Rescale | APG) and all(w == 1.0 for w in weights) and not any(scales):
-            warnings.warn(
+            warn(
                 f"rule {rule} changes what guidance does, and guidance is 1: it has no effect. Give guidance=, cond= "
                 "and uncond=, or leave the rule out",
-                stacklevel=4,
             )
         if isinstance(rule, APG) and any(scales):
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")

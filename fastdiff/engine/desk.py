@@ -75,7 +75,7 @@ class Desk:
         (scale,) = number_per_sample("perturbed_scale", settle_perturbation(perturbed_scale, perturbed_cond), 1)
         if isinstance(self._reduces and self._reduces.rule, APG) and scale:
             raise ValueError("rule APG projects against one branch: use it without perturbed_scale")
-        idle.warn(plan, noise == "brownian", weight != 1.0, scale != 0.0, stacklevel=3)
+        idle.warn_of(plan, noise == "brownian", weight != 1.0, scale != 0.0)
         branches = arrange(
             self._model, 1, cond, uncond, perturbed_cond, guided=weight != 1.0, perturbed=scale != 0.0,
             guide=self._guide, perturbed_net=self._perturbed, reads_unguided=plan.reads_unguided,

@@ -5,21 +5,21 @@ May import: compiler. What can only be a mistake is an error, where the argument
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 from fastdiff.compiler.adaptive import AdaptivePlan
 from fastdiff.compiler.plan import Plan
+from fastdiff.errors import warn
 
 
-def warn(plan: Plan, path: bool, guided: bool, perturbed: bool, stacklevel: int) -> None:
+def warn_of(plan: Plan, path: bool, guided: bool, perturbed: bool) -> None:
     """UserWarning for each setting of this run without an effect.
 
     path: whether noise is increments of a path. guided, perturbed: whether a sample has a guidance other than 1, a
-    perturbed_scale other than 0. stacklevel: of the caller's caller, as `warnings.warn` counts from there.
+    perturbed_scale other than 0.
     """
     for message in _idle(plan, path, guided, perturbed):
-        warnings.warn(message, stacklevel=stacklevel + 1)
+        warn(message)
 
 
 def _idle(plan: Plan, path: bool, guided: bool, perturbed: bool) -> Iterator[str]:

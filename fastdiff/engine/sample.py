@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastdiff.engine.guidance import DynamicThreshold, Rule
 from fastdiff.engine.loop import RowInfo
 from fastdiff.engine.sampler import Sampler
 from fastdiff.engine.skipping import AdaptiveSkip
+from fastdiff.errors import warn
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process import elsewhere
 
@@ -117,10 +117,9 @@ def _warn_of_bytes(init: Tensor | None) -> None:
         return
     low, high = (float(value) for value in init.aminmax())
     if low >= 0 and high > 64:
-        warnings.warn(
+        warn(
             f"init goes from {low:g} to {high:g}, and a picture from -1 to 1: where it is of 0 .. 255, give "
             "init / 127.5 - 1",
-            stacklevel=3,
         )
 
 

@@ -7,7 +7,6 @@ skipping, stream, compiler, models.denoiser.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from fastdiff.engine.loop import Loop, RowInfo, RunStats
 from fastdiff.engine.room import Room
 from fastdiff.engine.skipping import AdaptiveSkip
 from fastdiff.engine.stream import Stream
+from fastdiff.errors import warn
 from fastdiff.models.denoiser import Condition, Denoiser
 
 
@@ -145,7 +145,7 @@ class Sampler:
             shape, seed, init, noise, cond, uncond, weights, callback, progress, opening, rule, threshold,
             perturbed_cond, scales, given or {}, skip,
         )  # fmt: skip
-        idle.warn(self.plan, asked.path, asked.guided, asked.perturbed, stacklevel=3)
+        idle.warn_of(self.plan, asked.path, asked.guided, asked.perturbed)
         if not self._idle.acquire(blocking=False):
             raise RuntimeError(
                 "this Sampler is drawing in another thread and has one set of buffers; use one per thread"
@@ -326,7 +326,7 @@ class Sampler:
             if self._insist:
                 raise
             self.graph, own.graphs = False, None
-            warnings.warn(graphs.cannot_capture(error), stacklevel=6)
+            warn(graphs.cannot_capture(error))
             return None
 
 

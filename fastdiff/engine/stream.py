@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +30,7 @@ from fastdiff.engine.desk import Desk
 from fastdiff.engine.guidance import DynamicThreshold, Rule, reduction
 from fastdiff.engine.request import CANCELLED, DONE, FAILED, RUNNING, Request
 from fastdiff.engine.seats import Left, Seat, Seats
-from fastdiff.errors import QueueFull, RequestCancelled
+from fastdiff.errors import QueueFull, RequestCancelled, warn
 from fastdiff.models.denoiser import Condition, Denoiser
 
 AHEAD = 2  # rows that the host may have queued on a device before it waits for the oldest
@@ -299,7 +298,7 @@ class Stream:
             if self._insist:
                 raise
             self._seats.recorder = None
-            warnings.warn(graphs.cannot_capture(error), stacklevel=6)
+            warn(graphs.cannot_capture(error))
             return self._seats.run()
 
     def _mark(self) -> Any:

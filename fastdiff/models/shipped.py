@@ -10,8 +10,10 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from fastdiff.errors import unknown_name
 from fastdiff.models.denoiser import Denoiser, device_here
@@ -21,6 +23,7 @@ from fastdiff.models.weight_files import read_metadata
 from fastdiff.process import schedules
 
 SHIPPED = ("fashion",)
+N = TypeVar("N", bound=nn.Module)
 
 
 def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = "cpu") -> Denoiser:
@@ -37,17 +40,14 @@ def load(name: str | os.PathLike[str] = "fashion", device: torch.device | str = 
             f"{path} holds a classifier of noised images, which draws nothing itself, expected a denoiser; it guides "
             "one: fd.models.classifier_guided(model, fd.models.load_noisy_classifier(...))"
         )
-    schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
-    net = UNet.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = _trained(path, metadata)
+    net = _ready(UNet.load(path), device)
     size = net.config.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
     return Denoiser(
         net,
-        schedule,
-        metadata["prediction"],
-        sigma_data=None if sigma_data is None else float(sigma_data),
+        **trained,
         shape=(net.config.in_channels, height, width) if height and width else None,
-        class_names=_names(metadata),
         null_label=int(metadata["null_class"]) if "null_class" in metadata else None,
         learned_variance=metadata.get("learned_variance") == "true",
     )
@@ -65,19 +65,25 @@ def load_noisy_classifier(name: str | os.PathLike[str], device: torch.device | s
             f"{path} holds no classifier of noised images, expected what fastdiff train --objective classifier wrote; "
             "a denoiser is loaded with fd.load"
         )
+    trained = _trained(path, metadata)
+    return NoisyClassifier(_ready(UNetClassifier.load(path), device), **trained)
+
+
+def _ready(net: N, device: torch.device) -> N:
+    """A network to be asked, not trained, where it is to run."""
+    return net.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _trained(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of the images its network was trained on: arguments of a Denoiser and of a NoisyClassifier."""
     schedule, sigma_data = _schedule(path, metadata), metadata.get("sigma_data")
-    net = UNetClassifier.load(path).eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return NoisyClassifier(
-        net,
-        schedule,
-        metadata["prediction"],
-        sigma_data=None if sigma_data is None else float(sigma_data),
-        class_names=_names(metadata),
-    )
-
-
-def _names(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(json.loads(metadata.get("class_names", "[]")) or map(str, range(int(metadata.get("classes", "0")))))
+    names = json.loads(metadata.get("class_names", "[]")) or map(str, range(int(metadata.get("classes", "0"))))
+    return {
+        "schedule": schedule,
+        "prediction": metadata["prediction"],
+        "sigma_data": None if sigma_data is None else float(sigma_data),
+        "class_names": tuple(names),
+    }
 
 
 def _schedule(path: Path, metadata: Mapping[str, str]) -> schedules.Schedule:

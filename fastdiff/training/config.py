@@ -147,6 +147,11 @@ class TrainConfig:
         }
         return replace(self, **merged)
 
+    def at_once(self, world: int) -> int:
+        """How many images each of `world` processes computes at once."""
+        share = self.batch // world
+        return min(share, self.micro_batch or share)
+
     def to_json(self) -> str:
         """Readable JSON that `from_json` reads back to an equal configuration."""
         return json.dumps(asdict(self), indent=2)
@@ -173,16 +178,16 @@ class TrainConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def check_resume(saved: TrainConfig, given: TrainConfig, fixed: tuple[str, ...] = ()) -> None:
+def check_resume(saved: TrainConfig, given: TrainConfig, world: int | None = None) -> None:
     """Raises: ValueError listing each difference that would make the resumed run another run.
 
-    fixed: options that are free in other runs, and not with what this one trains.
+    world: how many processes there are, where what each of them computes at once makes another run too.
     """
-    wrong = []
-    for entry in fields(saved):
-        was, now = getattr(saved, entry.name), getattr(given, entry.name)
-        if was != now and (entry.name in fixed or not entry.metadata["free"]):
-            wrong.append(f"  {entry.name}: {was!r} in the run, {now!r} now")
+    names = [entry.name for entry in fields(saved) if not entry.metadata["free"]]
+    pairs = [(name, getattr(saved, name), getattr(given, name)) for name in names]
+    if world is not None:
+        pairs.append(("micro_batch", saved.at_once(world), given.at_once(world)))
+    wrong = [f"  {name}: {was!r} in the run, {now!r} now" for name, was, now in pairs if was != now]
     if wrong:
         raise ValueError(
             "the run cannot go on with another configuration:\n"

@@ -70,8 +70,7 @@ class Step:
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self._listens = type(objective.times).observe is not Times.observe
-        share = config.batch // ranks.world
-        self.micro = min(share, config.micro_batch or share)
+        self.micro = config.at_once(ranks.world)
 
     def run(self, batch: Batch, progress: Progress, asked: Callable[[], bool] = lambda: False) -> Outcome:
         """Take one step and count it in `progress`. asked: whether this process was asked to stop."""

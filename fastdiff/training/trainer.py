@@ -75,9 +75,11 @@ class Trainer:
         given = load(config.init) if config.init and found is None else None
         self.config = fill(config, self.source, _sigma_data(saved, given))
         self.objective = build_objective(self.config)
+        dealt = getattr(self.objective, "pairing", "independent") == "transport"
+        if dealt:  # noises, among what is computed at once: a number then, also where it follows from the processes
+            self.config = self.config.change(micro_batch=self.config.at_once(self.ranks.world))
         if saved is not None:
-            dealt = getattr(self.objective, "pairing", "independent") == "transport"
-            check_resume(saved, self.config, ("micro_batch",) if dealt else ())
+            check_resume(saved, self.config, self.ranks.world if dealt else None)
         self._build(given)
         self.progress = Progress()
         mark = fingerprint(self.source)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.engine import graphs, memory
+from fastdiff.errors import warn
 from fastdiff.integrations.diffusers.asking import Asking, moves_weights, recorded
 from fastdiff.integrations.diffusers.call import Call
 from fastdiff.integrations.diffusers.desk import Desk, Needs
@@ -188,7 +188,7 @@ class Engine:
             if self.graph is True or memory.ran_out(error):
                 raise
             self.graph = False
-            warnings.warn(f"{self.base.__name__}: {graphs.cannot_capture(error)}", stacklevel=6)
+            warn(f"{self.base.__name__}: {graphs.cannot_capture(error)}")
             return None
 
     def _recorder(self, asking: Asking) -> graphs.Recorder | None:

@@ -12,7 +12,6 @@ import inspect
 import itertools
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.errors import warn
 from fastdiff.integrations.k_diffusion import functions
 from fastdiff.integrations.k_diffusion.noise import Host
 from fastdiff.integrations.k_diffusion.tables import Refused
@@ -121,7 +121,7 @@ def _replacement(
         except Refused as refused:
             if refused.inside or kwargs.get("seed") is not None:
                 raise
-            warnings.warn(f"{refused}. The module's own {theirs.__name__} runs instead", stacklevel=2)
+            warn(f"{refused}. The module's own {theirs.__name__} runs instead")
         return theirs(*args, **kwargs)
 
     sample._fastdiff_original = theirs  # type: ignore[attr-defined]
