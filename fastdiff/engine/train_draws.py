@@ -35,7 +35,7 @@ def uniforms(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
     if not backends.probe()["cpp"].ok:
         return None
     seeds = seeds.contiguous()
-    key, uniform = torch.empty(len(seeds), dtype=torch.int64), torch.empty(len(seeds), 4, dtype=torch.float64)
+    key, uniform = _made(torch.int64, len(seeds)), _made(torch.float64, len(seeds), 4)
     native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
     return key, uniform
 
@@ -50,13 +50,17 @@ def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -
         return None
     seeds, batch = seeds.contiguous(), len(seeds)
     made = (
-        torch.empty(batch, dtype=torch.int64),
-        torch.empty(batch, dtype=torch.float64),
-        torch.empty(batch, dtype=torch.float32),
-        torch.empty(batch, at.TRAIN_COLUMNS, dtype=torch.float32),
-        torch.empty(batch, dtype=torch.float32),
-        torch.empty(batch, dtype=torch.bool),
+        _made(torch.int64, batch),
+        _made(torch.float64, batch),
+        _made(torch.float32, batch),
+        _made(torch.float32, batch, at.TRAIN_COLUMNS),
+        _made(torch.float32, batch),
+        _made(torch.bool, batch),
     )
     read = seeds, given.time, given.shown, given.table, given.weight
-    native.python().train_rows(batch, step, len(given.time), flip, drop_label, *read, *made)
+    native.python().train_rows(batch, step, len(given.time), bool(flip), drop_label, *read, *made)
     return made
+
+
+def _made(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # also where torch's default is another device

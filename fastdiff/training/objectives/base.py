@@ -136,7 +136,7 @@ class Objective:
         found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label) if self._rows else None
         if found is not None:
             key, chosen, shown, table, weight, dropped = found
-            return Draw(key, chosen, shown, table, weight, torch.ones(len(key)), dropped)
+            return Draw(key, chosen, shown, table, weight, torch.ones_like(weight), dropped)
         key, uniform = counters.draws(seeds.cpu(), int(step))
         time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
         mirrored = uniform[:, 2] < 0.5 if self.flip else None
