@@ -1,16 +1,20 @@
-"""Draws by the extension and without it are the same, whatever torch's defaults are."""
+"""Draws by the extension and without it are the same, whatever torch's defaults are and whoever wrote the times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from fastdiff.engine import backends, train_draws
+from fastdiff.process.schedules import Schedule
 from fastdiff.training import objectives
-from fastdiff.training.objectives import Objective
+from fastdiff.training.objectives import Objective, times
+from fastdiff.training.objectives.times import Array
 
 SEEDS = torch.arange(40)
 
@@ -55,3 +59,40 @@ def test_defaults_of_torch_are_not_those_of_a_draw(
 
 def test_any_truth_mirrors(same: Callable[..., objectives.Draw]) -> None:
     assert 0 < same(objectives.get("ddpm", flip=np.bool_(True))).table[:, 6].sum() < len(SEEDS)
+
+
+@dataclass(frozen=True)
+class Late(times.Uniform):
+    """Draws otherwise than the class whose choices it has."""
+
+    def at(self, u: Array, schedule: Schedule) -> Array:
+        return 900.0 + np.floor(10 * u)
+
+
+@dataclass(frozen=True)
+class Weighed(times.Discrete):
+    """Weighs the losses."""
+
+    def importance(self, time: Array, schedule: Schedule) -> Array:
+        return 1 / (1 + time)
+
+
+@dataclass(frozen=True)
+class Whole(times.Times):
+    """Says its choices as integers, of which every other one lies between."""
+
+    name: ClassVar[str] = "whole"
+
+    def at(self, u: Array, schedule: Schedule) -> Array:
+        chosen: Array = self.choices(schedule)[np.floor(u * 10).astype(np.int64)]
+        return chosen
+
+    def choices(self, schedule: Schedule) -> Array:
+        return np.arange(20)[::2]  # type: ignore[return-value]
+
+
+def test_times_of_ones_own(same: Callable[..., objectives.Draw]) -> None:
+    assert same(objectives.get("ddpm", times=Late())).time.min() >= 900
+    weighed = same(objectives.get("ddpm", times=Weighed((3.0, 7.0))))
+    assert sorted(set(weighed.importance.tolist())) == [0.125, 0.25] and torch.equal(weighed.importance, weighed.weight)
+    assert sorted(set(same(objectives.get("ddpm", times=Whole())).time.tolist())) == [2.0 * i for i in range(10)]

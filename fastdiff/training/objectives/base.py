@@ -163,11 +163,12 @@ class Objective:
     @cached_property
     def _rows(self) -> Rows | None:
         """What `at` says of each time there can be, where these are few and as likely as each other."""
-        choices = self.times.choices(self.schedule)
+        choices = self.times.choices(self.schedule) if self.times.chosen() else None
         if choices is None:
             return None
-        every = self.at(choices, torch.zeros(len(choices), dtype=torch.int64))
-        return Rows(every.time, every.model_time, every.table, every.weight)
+        every = self.at(np.array(choices, dtype=np.float64), torch.zeros(len(choices), dtype=torch.int64))
+        read = every.time, every.model_time, every.table, every.weight
+        return Rows(*(tensor.contiguous() for tensor in read))
 
     def columns(self, time: Array) -> tuple[Array, Array, Array]:
         """Of these times, in float64: the rows of the table [B, 8], what the network is shown [B], the weights [B]."""
