@@ -100,6 +100,18 @@ def test_a_second_derivative_is_refused_and_a_first_is_not() -> None:
         first.sum().backward()
 
 
+def test_half_of_a_second_derivative_is_refused_too() -> None:
+    """Of a network, whose own second derivative is there: the mean's would be left out of it without a word."""
+    t = Case((3, 8, 8), B).tensors()
+    assert t.model_out is not None and t.weight is not None
+    scale = torch.ones((), requires_grad=True)
+    mean, _ = train_ops.squared_error((t.model_out * scale).tanh(), t.weight, t.images, t.table, t.key)
+    first = torch.autograd.grad(mean, scale, create_graph=True)[0]
+    torch.testing.assert_close(first.detach(), torch.autograd.grad(mean, scale, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().backward()
+
+
 @pytest.mark.parametrize("place", range(9))
 def test_the_extension_leaves_what_it_cannot_take(place: int) -> None:
     t = Case((3, 8, 8), B).tensors()

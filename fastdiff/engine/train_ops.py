@@ -124,7 +124,10 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_mean: Tensor | None, by_error: None) -> tuple[Tensor | None, ...]:
-        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, by_mean)
+        if by_mean is None or not torch.is_grad_enabled():
+            return _gradients(ctx, by_mean)
+        # which refuses only what hangs on the gradients it is given, and these hang on model_out too
+        return _once_differentiable(ctx, by_mean.detach().requires_grad_())
 
 
 def _gradients(ctx: Any, by_mean: Tensor | None) -> tuple[Tensor | None, ...]:
