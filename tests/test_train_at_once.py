@@ -137,3 +137,13 @@ def test_the_extension_may_leave_the_gradient_out() -> None:
     torch.testing.assert_close(error, step(t)[2], rtol=0, atol=0)
     with pytest.raises(TypeError, match="expected 11 arguments, got 2"):
         call(torch.Tensor, 0.5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 5, 6, 7, 8])
+def test_the_extension_leaves_a_call_without_what_it_needs(place: int) -> None:
+    """Also where what lay on the stack is still that of a call that had it."""
+    t = Case((3, 8, 8), B).tensors()
+    given = [*t.arguments(), torch.empty(B), torch.empty(())]
+    call = native.python().train
+    assert call(torch.Tensor, 0.5, *given) == 0
+    assert call(torch.Tensor, 0.5, *given[:place], None, *given[place + 1 :]) is None
