@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff.engine import backends, train_draws
 from fastdiff.process.schedules import Schedule
@@ -96,3 +97,22 @@ def test_times_of_ones_own(same: Callable[..., objectives.Draw]) -> None:
     weighed = same(objectives.get("ddpm", times=Weighed((3.0, 7.0))))
     assert sorted(set(weighed.importance.tolist())) == [0.125, 0.25] and torch.equal(weighed.importance, weighed.weight)
     assert sorted(set(same(objectives.get("ddpm", times=Whole())).time.tolist())) == [2.0 * i for i in range(10)]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_draw_whose_tensors_have_no_memory_keeps_none_for_later() -> None:
+    objective = objectives.get("ddpm", flip=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert objective.draw(SEEDS, 3).table.shape == (len(SEEDS), 8)
+    found, expected = (vars(o.draw(SEEDS, 3)) for o in (objective, objectives.get("ddpm", flip=True)))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace` is deprecated")
+def test_a_trace_holds_the_draw_and_not_what_lay_in_its_memory_before() -> None:
+    objective, none = objectives.get("ddpm"), torch.zeros(len(SEEDS))
+    traced = torch.jit.trace(lambda x: x + objective.draw(SEEDS, 3).weight * objective.draw(SEEDS, 3).time, none)
+    filled = torch.full((1000, len(SEEDS)), torch.nan)
+    del filled
+    assert torch.equal(traced(none), objective.draw(SEEDS, 3).time)

@@ -1,6 +1,6 @@
 """What the samples of a training step draw on the host, by the extension; fastdiff/training/objectives says what it is.
 
-May import: the table's layout, backends, and the extension (through engine.native).
+May import: the table's layout, backends, dispatch, and the extension (through engine.native).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, native
+from fastdiff.engine.dispatch import watched
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,28 @@ class Rows:
     weight: Tensor
 
 
-def uniforms(seeds: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
-    """Keys int64 [B] and uniforms float64 [B, 4] of training.objectives.counters; None where the extension is missing.
+def ready() -> bool:
+    """Whether there is the extension, and what torch makes is memory that it may write to without torch's knowledge."""
+    return backends.probe()["cpp"].ok and not watched()
+
+
+def uniforms(seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Keys int64 [B] and uniforms float64 [B, 4] of training.objectives.counters, where `ready`.
 
     seeds: int64 [B] on the CPU.
     """
-    if not backends.probe()["cpp"].ok:
-        return None
     seeds = seeds.contiguous()
     key, uniform = _made(torch.int64, len(seeds)), _made(torch.float64, len(seeds), 4)
     native.load().fastdiff_training_draws(len(seeds), seeds.data_ptr(), step, key.data_ptr(), uniform.data_ptr())
     return key, uniform
 
 
-def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...] | None:
-    """key, time, shown, table, weight and dropped [B] of these seeds, as the uniforms choose from the rows; or None.
+def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...]:
+    """key, time, shown, table, weight and dropped [B] of these seeds, where `ready`, as the uniforms choose.
 
     The first uniform is a quantile of the times; of flip, those whose third is below 1/2 are mirrored; those whose
     fourth is below drop_label drop their label.
     """
-    if not backends.probe()["cpp"].ok:
-        return None
     seeds, batch = seeds.contiguous(), len(seeds)
     made = (
         _made(torch.int64, batch),

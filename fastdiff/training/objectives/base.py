@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdiff.compiler import layout as at
+from fastdiff.engine import train_draws
 from fastdiff.engine.train_draws import Rows
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process import predictions, schedules
@@ -133,8 +134,8 @@ class Objective:
 
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
-        found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label) if self._rows else None
-        if found is not None:
+        if train_draws.ready() and self._rows is not None:
+            found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label)
             key, chosen, shown, table, weight, dropped = found
             return Draw(key, chosen, shown, table, weight, torch.ones_like(weight), dropped)
         key, uniform = counters.draws(seeds.cpu(), int(step))
