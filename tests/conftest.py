@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("markexpr"):
         left_out = ("slow", "alone") if "PYTEST_XDIST_WORKER_COUNT" in os.environ else ("slow",)
-        others = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
-        config.hook.pytest_deselected(items=others)
+        others = {item for item in items if any(item.get_closest_marker(name) for name in left_out)}
+        config.hook.pytest_deselected(items=list(others))
         items[:] = [item for item in items if item not in others]
     # one that takes long and comes last would keep a test process busy after the others have ended
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = {"sm_80": pytest.mark.slow, "sm_90": ()}  # the same kernels; one of the two takes half a minute
 SOURCES = sorted(Path(__file__).resolve().parent.parent.glob("csrc/cuda/*.cu"))
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v")
 # Of the 65536 registers of a multiprocessor, for each kernel by a part of its mangled name: three blocks of 256 threads
@@ -72,7 +72,10 @@ def label(case: tuple[Path, str]) -> str:
     return f"{case[0].stem}-{case[1]}"
 
 
-@pytest.fixture(scope="module", params=[(s, a) for s in SOURCES for a in ARCHITECTURES], ids=label)
+CASES = [pytest.param((s, a), marks=marks) for s in SOURCES for a, marks in ARCHITECTURES.items()]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=label)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """The cubin of one source for one architecture, and ptxas' report."""
     source, architecture = request.param

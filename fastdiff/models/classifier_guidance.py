@@ -123,7 +123,7 @@ def gains_at(model: Denoiser, shown: NDArray[np.float64]) -> NDArray[np.float64]
     """k of `predictions.gradient_gain` for the gradient by c_in x, at the times a network is shown: [B]."""
     if model.prediction == "edm":
         sigma = np.exp(4 * shown)
-        data = predictions.SIGMA_DATA if model.sigma_data is None else model.sigma_data
+        data = predictions.data_scale(model.sigma_data)
         return predictions.gradient_gain("edm", np.ones_like(sigma), sigma, data) / np.hypot(sigma, data)
     schedule = model.schedule
     if schedule.open_top:  # its clock is sigma itself, beyond its end too

@@ -109,6 +109,6 @@ class NoisyClassifier:
 def _view(model: Denoiser | NoisyClassifier) -> dict[str, Any]:
     """What decides how a network is shown an image: inside EDM's preconditioning that is sigma_data alone."""
     if model.prediction == "edm":
-        data = predictions.SIGMA_DATA if model.sigma_data is None else model.sigma_data
+        data = predictions.data_scale(model.sigma_data)
         return {"inside EDM's preconditioning": True, "schedule": None, "sigma_data": data}
     return {"inside EDM's preconditioning": False, "schedule": model.schedule, "sigma_data": None}

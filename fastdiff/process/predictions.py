@@ -66,7 +66,7 @@ def coefficients(kind: str, level: Level, schedule: Schedule | None, sigma_data:
                 f"An 'edm' network is shown log(sigma/alpha)/4, so {schedule!r} has no time to share. Use the schedule "
                 "without time_shared, or another prediction."
             )
-        return _edm(level, SIGMA_DATA if sigma_data is None else sigma_data)
+        return _edm(level, data_scale(sigma_data))
     if kind not in _KINDS:
         raise unknown(kind)
     if sigma_data is not None:
@@ -89,6 +89,11 @@ def convert(value: Any, x: Any, level: Level, source: str, target: str) -> Any:
     return p * x + q * value
 
 
+def data_scale(sigma_data: float | None) -> float:
+    """The standard deviation that an "edm" network takes its data to have."""
+    return SIGMA_DATA if sigma_data is None else sigma_data
+
+
 def targets(
     kind: str, alpha: ArrayLike, sigma: ArrayLike, sigma_data: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -106,7 +111,7 @@ def targets(
             "Draw times away from that end of the schedule."
         )
     if kind == "edm":
-        scale = SIGMA_DATA if sigma_data is None else sigma_data
+        scale = data_scale(sigma_data)
         spread = np.hypot(sigma, scale * alpha)
         return sigma / (scale * spread), -scale * alpha / spread
     if kind == "v":

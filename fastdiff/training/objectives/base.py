@@ -179,7 +179,7 @@ class Objective:
         answer = predictions.targets(self.prediction, alpha, sigma, self.sigma_data)
         table[:, at.TARGET_X0], table[:, at.TARGET_Z] = answer
         if self.prediction == "edm":
-            spread = predictions.SIGMA_DATA if self.sigma_data is None else self.sigma_data
+            spread = predictions.data_scale(self.sigma_data)
             c_in, shown = 1 / np.hypot(sigma, spread * alpha), np.log(sigma / alpha) / 4
             table[:, at.INPUT_X0], table[:, at.INPUT_Z] = c_in * alpha, c_in * sigma
         else:
