@@ -14,6 +14,8 @@ from fastdiff.compiler import layout as at
 from fastdiff.engine import backends, native
 from fastdiff.engine.dispatch import watched
 
+_CPU = torch.device("cpu")  # said, since torch's default may be another device
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -65,4 +67,4 @@ def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -
 
 
 def _made(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu")  # also where torch's default is another device
+    return torch.empty(shape, dtype=dtype, device=_CPU)
