@@ -384,6 +384,8 @@ def test_refusals_of_a_call() -> None:
         objective.loss(lambda *a: a[0], x0, {"text": x0}, torch.arange(2), 0)
     with pytest.raises(ValueError, match="expected the same shape"):
         objective.loss(lambda *a: a[0][:, :2], x0, None, torch.arange(2), 0)
+    with pytest.raises(ValueError, match=r"the network returned \(\) for images of \(2, 3\)"):
+        objective.loss(lambda *a: a[0].mean(), x0, None, torch.arange(2), 0)
     with pytest.raises(TypeError, match="WithLogVariance"):
         objectives.get("edm", log_variance=True).loss(lambda *a: a[0], x0, None, torch.arange(2), 0)
     with pytest.raises(ValueError, match="no finite target"):

@@ -100,6 +100,18 @@ def test_a_second_derivative_is_refused_and_a_first_is_not() -> None:
         first.sum().backward()
 
 
+def test_half_of_a_second_derivative_is_refused_too() -> None:
+    """Of a network, whose own second derivative is there: the mean's would be left out of it without a word."""
+    t = Case((3, 8, 8), B).tensors()
+    assert t.model_out is not None and t.weight is not None
+    scale = torch.ones((), requires_grad=True)
+    mean, _ = train_ops.squared_error((t.model_out * scale).tanh(), t.weight, t.images, t.table, t.key)
+    first = torch.autograd.grad(mean, scale, create_graph=True)[0]
+    torch.testing.assert_close(first.detach(), torch.autograd.grad(mean, scale, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().backward()
+
+
 @pytest.mark.parametrize("place", range(9))
 def test_the_extension_leaves_what_it_cannot_take(place: int) -> None:
     t = Case((3, 8, 8), B).tensors()
@@ -125,3 +137,13 @@ def test_the_extension_may_leave_the_gradient_out() -> None:
     torch.testing.assert_close(error, step(t)[2], rtol=0, atol=0)
     with pytest.raises(TypeError, match="expected 11 arguments, got 2"):
         call(torch.Tensor, 0.5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 5, 6, 7, 8])
+def test_the_extension_leaves_a_call_without_what_it_needs(place: int) -> None:
+    """Also where what lay on the stack is still that of a call that had it."""
+    t = Case((3, 8, 8), B).tensors()
+    given = [*t.arguments(), torch.empty(B), torch.empty(())]
+    call = native.python().train
+    assert call(torch.Tensor, 0.5, *given) == 0
+    assert call(torch.Tensor, 0.5, *given[:place], None, *given[place + 1 :]) is None

@@ -248,6 +248,15 @@ def test_what_is_computed_at_once_may_be_said_or_follow(
             resume()
 
 
+def test_what_was_computed_at_once_is_not_cut_to_the_share_of_more_processes() -> None:
+    """16 noises were dealt to 16 images: 8 processes of 8 each cannot go on with that, and 2 of 32 can."""
+    run = TrainConfig(batch=64, micro_batch=16)
+    check_resume(run, run, world=2)
+    for now in (16, 8):  # what is given, and what the trainer makes of it
+        with pytest.raises(ValueError, match="micro_batch: 16 in the run, 8 now"):
+            check_resume(run, run.change(micro_batch=now), world=8)
+
+
 def test_a_set_that_grew_is_another_run(data: Path, tmp_path: Path) -> None:
     """The objective is one that takes no sigma_data from the pictures, which would differ too."""
     config = tiny(data, images=24, objective="ddpm", objective_options={"times": "uniform"}, classes=0)

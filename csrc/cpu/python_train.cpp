@@ -17,7 +17,7 @@ namespace {
 enum Which { kImages, kTable, kKey, kOut, kModelOut, kWeight, kPartial, kError, kMean, kTensors };
 
 struct Operand {
-  Form form;
+  Form form{};
   void* at = nullptr;  // null: not given
 
   // False unless it is None or a plain tensor of this type with its memory on the CPU.

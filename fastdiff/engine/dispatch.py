@@ -15,9 +15,14 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def watched() -> bool:
+    """Whether what torch makes now may be noted down, or be a tensor without memory."""
+    return _is_tracing() or _len_torch_dispatch_stack() > 0
+
+
 def intercepted() -> bool:
     """Whether torch traces or watches what is called, even on plain tensors."""
-    return is_dynamo_compiling() or _is_tracing() or _len_torch_dispatch_stack() > 0
+    return is_dynamo_compiling() or watched()
 
 
 def dispatches(tensors: Sequence[Tensor | None]) -> bool:

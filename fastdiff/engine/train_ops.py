@@ -109,7 +109,7 @@ class _SquaredError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         output, executor = model_out.detach(), backends.choose(model_out.device)
         gradient = torch.empty_like(output) if model_out.requires_grad else None
-        partial = torch.empty(len(output), at.PARTS, dtype=torch.float32, device=output.device)
+        partial = torch.empty(len(images), at.PARTS, dtype=torch.float32, device=output.device)
         share = 2.0 / max(output.numel(), 1)
         # a half's range ends near 6e-8, which is where the share of one element may lie: it waits for the loss scale
         factor, ctx.share = (2.0, share / 2.0) if output.dtype == torch.float16 else (share, 1.0)
@@ -124,7 +124,10 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_mean: Tensor | None, by_error: None) -> tuple[Tensor | None, ...]:
-        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, by_mean)
+        if by_mean is None or not torch.is_grad_enabled():
+            return _gradients(ctx, by_mean)
+        # which refuses only what hangs on the gradients it is given, and these hang on model_out too
+        return _once_differentiable(ctx, by_mean.detach().requires_grad_())
 
 
 def _gradients(ctx: Any, by_mean: Tensor | None) -> tuple[Tensor | None, ...]:

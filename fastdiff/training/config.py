@@ -186,7 +186,9 @@ def check_resume(saved: TrainConfig, given: TrainConfig, world: int | None = Non
     names = [entry.name for entry in fields(saved) if not entry.metadata["free"]]
     pairs = [(name, getattr(saved, name), getattr(given, name)) for name in names]
     if world is not None:
-        pairs.append(("micro_batch", saved.at_once(world), given.at_once(world)))
+        # a run with a number has it from its own processes, of which there may have been another number
+        was = saved.at_once(world if saved.micro_batch is None else 1)
+        pairs.append(("micro_batch", was, given.at_once(world)))
     wrong = [f"  {name}: {was!r} in the run, {now!r} now" for name, was, now in pairs if was != now]
     if wrong:
         raise ValueError(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdiff.compiler import layout as at
+from fastdiff.engine import train_draws
 from fastdiff.engine.train_draws import Rows
 from fastdiff.models.denoiser import Condition, Denoiser
 from fastdiff.process import predictions, schedules
@@ -133,10 +134,10 @@ class Objective:
 
     def draw(self, seeds: Tensor, step: int) -> Draw:
         """What is random of a step, on the CPU and in float64 until the end; for loops that capture the rest."""
-        found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label) if self._rows else None
-        if found is not None:
+        if train_draws.ready() and self._rows is not None:
+            found = counters.rows(self._rows, seeds.cpu(), int(step), self.flip, self.drop_label)
             key, chosen, shown, table, weight, dropped = found
-            return Draw(key, chosen, shown, table, weight, torch.ones(len(key)), dropped)
+            return Draw(key, chosen, shown, table, weight, torch.ones_like(weight), dropped)
         key, uniform = counters.draws(seeds.cpu(), int(step))
         time = np.asarray(self.times.at(uniform[:, 0], self.schedule), dtype=np.float64)
         mirrored = uniform[:, 2] < 0.5 if self.flip else None
@@ -163,11 +164,12 @@ class Objective:
     @cached_property
     def _rows(self) -> Rows | None:
         """What `at` says of each time there can be, where these are few and as likely as each other."""
-        choices = self.times.choices(self.schedule)
+        choices = self.times.choices(self.schedule) if self.times.chosen() else None
         if choices is None:
             return None
-        every = self.at(choices, torch.zeros(len(choices), dtype=torch.int64))
-        return Rows(every.time, every.model_time, every.table, every.weight)
+        every = self.at(np.array(choices, dtype=np.float64), torch.zeros(len(choices), dtype=torch.int64))
+        read = every.time, every.model_time, every.table, every.weight
+        return Rows(*(tensor.contiguous() for tensor in read))
 
     def columns(self, time: Array) -> tuple[Array, Array, Array]:
         """Of these times, in float64: the rows of the table [B, 8], what the network is shown [B], the weights [B]."""

@@ -23,15 +23,15 @@ _KEY = 0xFFFFFFFF  # the id that keys themselves are drawn under, with the step 
 
 def draws(seeds: Tensor, step: int) -> tuple[Tensor, NDArray[np.float64]]:
     """`keys(seeds, step)` and the `uniforms` of those, by the extension where there is one: the same numbers."""
-    found = train_draws.uniforms(_checked(seeds), _unsigned(step))
-    if found is not None:
-        return found[0], found[1].numpy()
-    key = keys(seeds.numpy(), step)
+    if train_draws.ready():
+        found, numbers = train_draws.uniforms(_checked(seeds), _unsigned(step))
+        return found, numbers.numpy()
+    key = keys(_checked(seeds).numpy(), step)
     return torch.from_numpy(key), uniforms(key)
 
 
-def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...] | None:
-    """What the `draws` choose from the rows, see engine.train_draws; None where the extension is missing."""
+def rows(given: Rows, seeds: Tensor, step: int, flip: bool, drop_label: float) -> tuple[Tensor, ...]:
+    """What the `draws` choose from the rows, see engine.train_draws."""
     return train_draws.rows(given, _checked(seeds), _unsigned(step), flip, drop_label)
 
 

@@ -34,6 +34,12 @@ class Times:
         """Where they are a few times, each as likely as another: these, [T] float64 in the order of their quantiles."""
         return None
 
+    @classmethod
+    def chosen(cls) -> bool:
+        """Whether `choices` says all: a subclass may draw otherwise than the class whose choices it has, or weigh."""
+        drawn, said = (next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("at", "choices"))
+        return drawn is said and cls.importance is Times.importance
+
     def importance(self, time: Array, schedule: Schedule) -> Array | float:
         """What multiplies the loss at these times, so that its mean is that of the distribution that was asked for."""
         return 1.0
