@@ -49,6 +49,6 @@ def unknown_name(kind: str, got: object, known: Iterable[str], meant: str = "") 
 def warn(message: str) -> None:
     """UserWarning that names the caller's line, however many of our functions lie in between."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+    while frame.f_back is not None and (frame.f_globals.get("__name__") or "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
