@@ -247,6 +247,7 @@ def test_errors_are_one_line_and_write_nothing(
             "times --batch)",
         ),
         (["train", "--preset", "fashion32", "--learning-raet", "1"], "--learning-raet: did you mean --learning-rate?"),
+        (["eval", "--count", "32"], "--count: did you mean --samples?"),
         (["sample", "--num_inference_steps", "9"], "--num_inference_steps: did you mean --steps?"),
         (["eval", "--qqq", "pictures"], "unrecognized arguments: --qqq pictures\n"),
     ],

@@ -30,6 +30,7 @@ _ELSEWHERE = {  # what other programs call our options; a command has some of th
     "--precision": "mixed-precision amp fp16 bf16",
     "--recompute": "gradient-checkpointing",
     "--resume": "resume-from-checkpoint resume-checkpoint",
+    "--samples": "count n num num-samples n-samples num-images",
     "--save-images": "checkpointing-steps save-interval save-every snap",
     "--seed": "s seeds",
     "--size": "resolution image-size img-size",
@@ -50,7 +51,7 @@ def _meant(parser: argparse.ArgumentParser, name: str) -> str:
     ours = [option for option in parser._option_string_actions if option.startswith("--")]
     plain = name.lstrip("-").replace("_", "-").lower()
     named = [option for option in ours if plain in _ELSEWHERE.get(option, "").split()]
-    close = named or difflib.get_close_matches(f"--{plain}", ours, n=1)
+    close = named or [f"--{found}" for found in difflib.get_close_matches(plain, [name[2:] for name in ours], n=1)]
     about = " (lengths are in images: epochs times the pictures of the set, or steps times --batch)"
     return f"; {name}: did you mean {' or '.join(close)}?{about * (named == ['--images'])}" if close else ""
 
