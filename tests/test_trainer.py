@@ -431,6 +431,19 @@ def test_how_it_is_computed_changes_only_rounding(data: Path, tmp_path: Path, ch
         torch.testing.assert_close(runs[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_attention_is_computed_again_as_it_was(data: Path, tmp_path: Path) -> None:
+    """By torch's plain formula, as fashion32 has it, which keeps other tensors than torch's kernels."""
+    network = {"dropout": 0.0, "mid_block_type": "UNetMidBlock2D"}
+    config = tiny(data, math_attention=True, images=16).change(network=network)
+    trained = []
+    for again in (False, True):
+        trainer = Trainer(config.change(recompute=again), tmp_path / str(again))
+        trainer.train()
+        trained.append(weights(trainer))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=0)
+
+
 def test_the_graphed_step_is_the_eager_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of the graph, run in place of its replay: its buffers must hold what changes from step to step."""
     monkeypatch.setattr(graphed, "captured", lambda body: body)
@@ -495,10 +508,10 @@ def test_latents_are_drawn_in_the_units_of_their_set(tmp_path: Path, capsys: pyt
         sample_images=16, sample_steps=2,
     )  # fmt: skip
     Trainer(config, tmp_path / "run").train()
-    assert _next(config, Path("run")) == "fastdiff sample --model run --out latents.npy"
+    assert _next(config, Path("run")) == "fastdiff sample --model run --out drawn.npy"
     command = ["sample", "--model", str(tmp_path / "run"), "--count", "2", "--steps", "2", "--out"]
     assert cli.main([*command, str(tmp_path / "x.png")]) == 2
-    assert "draws latents, not pictures: give --out latents.npy" in capsys.readouterr().err
+    assert "draws latents, not pictures: give --out drawn.npy" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path / "x.npy")]) == 0
     x = fd.sample(fd.load(tmp_path / "run"), (2, 4, 8, 8), steps=2, seed=0, memory_format=torch.channels_last)
     drawn = np.load(tmp_path / "x.npy")

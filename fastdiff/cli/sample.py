@@ -129,7 +129,7 @@ def _latent_scale(arguments: argparse.Namespace) -> float | None:
         return None
     if arguments.out.suffix != ".npy" or arguments.init is not None:
         raise ValueError(
-            "this model draws latents, not pictures: give --out latents.npy, and no --init. They are float32 "
+            "this model draws latents, not pictures: give --out drawn.npy, and no --init. They are float32 "
             "[batch, channels, height, width] in the units of its training set, for the decoder of that set"
         )
     return float(said)

@@ -105,7 +105,7 @@ def _next(config: TrainConfig, out: Path) -> str:
     """What is done with the weights of a run."""
     if config.objective == "classifier":
         return f"fd.models.classifier_guided(model, fd.models.load_noisy_classifier({str(out)!r}))"
-    return f"fastdiff sample --model {out}{' --out latents.npy' * draws_latents(config)}"
+    return f"fastdiff sample --model {out}{' --out drawn.npy' * draws_latents(config)}"
 
 
 def _table(name: str, pairs: list[str]) -> dict[str, Any]:

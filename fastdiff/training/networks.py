@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.denoiser import Denoiser
@@ -132,10 +134,19 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, ResBlock | Attention)]
 
 
-def recompute(net: nn.Module) -> None:
-    """Keep only the inputs of each block for the backward pass, and compute the rest again there (Chen et al. 2016)."""
+def recompute(net: nn.Module, math_attention: bool) -> None:
+    """Keep only the inputs of each block for the backward pass, and compute the rest again there (Chen et al. 2016).
+
+    math_attention: by torch's plain formula of attention, there too, where what chose it for forward has ended.
+    """
     for block in blocks(net):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        forward = functools.partial(_in_math, block.forward) if math_attention else block.forward
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+
+
+def _in_math(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    with sdpa_kernel([SDPBackend.MATH]):
+        return forward(*inputs, **named)
 
 
 def denoiser(config: TrainConfig, objective: Objective, net: nn.Module) -> Denoiser:

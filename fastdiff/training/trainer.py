@@ -191,7 +191,7 @@ class Trainer:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net = net.to(device)
         if config.recompute:
-            recompute(self.net)
+            recompute(self.net, config.math_attention)
         wrapped = spread(self.net, self.ranks, config.parallel, config.precision, blocks(self.net))
         self.optimizer = optimizer.build(self.net, config, capturable=config.graph)
         self.ema = Ema(self.net, config.ema_halflife, config.ema_rampup, config.ema_profiles)
